@@ -1,0 +1,1 @@
+"""Learners. Each one has `act`, `observe`, `update` and `state_dict`."""

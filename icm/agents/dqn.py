@@ -1,0 +1,314 @@
+"""Deep Q-learning on curiosity.
+
+Double Q-learning (van Hasselt et al. 2016) with n-step targets (Hessel et al. 2018) and a target
+network (Mnih et al. 2015), on the intrinsic reward of `icm.curiosity`, which is computed with the
+current ICM whenever transitions are sampled, never stored.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.agents.policy import action_probabilities, entropy, scheduled
+from icm.config import AgentConfig, CuriosityConfig
+from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
+from icm.errors import UserError
+from icm.models import InputNorm, Qnetwork
+from icm.replay import Replay
+
+
+def n_step_targets(
+    rewards: Tensor,
+    values: Tensor,
+    terminal: Tensor,
+    truncated: Tensor,
+    reset: Tensor,
+    discount: float,
+    n: int,
+) -> Tensor:
+    """n-step returns of every slot of a sequence, shorter where the sequence ends first.
+
+    G(t, 0) = V(s_t) and G(t, k) = r_t + discount * G(t + 1, k - 1), except:
+    a `terminal` transition has no future; a `truncated` one bootstraps at once from the state it
+    reached; and a `reset` slot (the last state of an episode, where nothing is chosen) has the
+    value of the state that opens the next episode. So where death is not terminal, dying leads
+    back to the start and is worth what the start is worth.
+
+    Args:
+        rewards: float (B, L).
+        values: V(s), float (B, L + 1).
+        terminal: bool (B, L), transitions after which nothing follows.
+        truncated: bool (B, L), see above.
+        reset: bool (B, L), see above.
+        discount: per agent step.
+        n: number of rewards before bootstrapping.
+
+    Returns:
+        float (B, L).
+    """
+    last = values[:, -1:]
+
+    def through_resets(returns: Tensor) -> Tensor:  # (B, L) -> (B, L + 1)
+        following = torch.cat((returns[:, 1:], last), dim=1)
+        return torch.cat((torch.where(reset, following, returns), last), dim=1)
+
+    returns = through_resets(values[:, :-1])
+    for _ in range(n):
+        future = torch.where(truncated, values[:, 1:], returns[:, 1:])
+        returns = through_resets(rewards + discount * future.masked_fill(terminal, 0.0))
+    return returns[:, :-1]
+
+
+class DQN:
+    """The agent: acts, remembers, learns.
+
+    Args:
+        qnetwork: action values; its copy is the target network.
+        icm: the curiosity module.
+        input_norm: turns uint8 states into network input, shared by all networks.
+        replay: memory.
+        agent: settings of the learner.
+        curiosity: settings of the reward.
+        device: where networks and updates live.
+        bf16: run the networks under bfloat16 autocast.
+        seed: of action sampling and replay sampling.
+    """
+
+    def __init__(
+        self,
+        qnetwork: Qnetwork,
+        icm: ICM,
+        input_norm: InputNorm,
+        replay: Replay,
+        agent: AgentConfig,
+        curiosity: CuriosityConfig,
+        device: torch.device,
+        bf16: bool,
+        seed: int,
+    ) -> None:
+        self.config, self.curiosity = agent, curiosity
+        self.device, self.bf16 = device, bf16
+        self.qnetwork = qnetwork.to(device)
+        self.target = copy.deepcopy(self.qnetwork).requires_grad_(False)
+        self.icm = icm.to(device)
+        self.input_norm = input_norm.to(device)
+        self.replay = replay
+        self.scale = RewardScale(
+            replay.num_envs, agent.discount, curiosity.reward_half_life / replay.num_envs
+        )
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": list(self.qnetwork.parameters()), "lr": agent.lr},
+                {"params": list(self.icm.parameters()), "lr": curiosity.lr},
+            ]
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.updates = 0
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under the name it has in a checkpoint."""
+        return {
+            "phi": self.icm.phi,
+            "fnet": self.icm.fnet,
+            "inverse": self.icm.inverse,
+            "qnetwork": self.qnetwork,
+            "target": self.target,
+            "input_norm": self.input_norm,
+        }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    # --- acting ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def probabilities(self, states: Tensor, step: int, greedy: bool = False) -> Tensor:
+        """Action probabilities (batch, actions) at an agent step for uint8 states (batch, C, H, W).
+
+        They are uniform during the warm-up, then follow the schedules of temperature and epsilon.
+        """
+        with self._autocast():
+            q = self.qnetwork(self.input_norm(states.to(self.device))).float()
+        if greedy:
+            return action_probabilities(q, temperature=0.0, epsilon=0.0).cpu()
+        if step < self.config.warmup_steps:
+            return torch.full(q.shape, 1.0 / q.shape[1])
+        policy = self.config.policy
+        return action_probabilities(
+            q, scheduled(policy.temperature, step), scheduled(policy.epsilon, step)
+        ).cpu()
+
+    def epsilon(self, step: int) -> float:
+        """Share of uniformly random actions at an agent step."""
+        if step < self.config.warmup_steps:
+            return 1.0
+        return scheduled(self.config.policy.epsilon, step)
+
+    def act(self, probabilities: Tensor) -> Tensor:
+        """Draw one action per row of `probabilities` (batch, actions): int64 (batch,)."""
+        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+
+    @torch.no_grad()
+    def judge(self, states: Tensor, actions: Tensor, next_states: Tensor) -> ICMErrors:
+        """The ICM's errors on transitions, uint8 (batch, C, H, W) and int64 (batch,)."""
+        with self._autocast():
+            both = self.input_norm(torch.cat((states, next_states)).to(self.device))
+            features, next_features = self.icm.phi(both).chunk(2)
+            return self.icm(features, actions.to(self.device), next_features)
+
+    # --- remembering ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(
+        self,
+        states: Tensor,
+        probabilities: Tensor,
+        actions: Tensor,
+        next_states: Tensor,
+        rewards: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        reset: Tensor,
+    ) -> dict[str, Tensor]:
+        """Store one step of every environment, and judge the ICM on it before it learns from it.
+
+        A transition seen here was never trained on, so its inverse loss is a held-out one.
+
+        Args:
+            states, next_states: uint8 (num_envs, C, H, W).
+            probabilities: the policy the actions were drawn from, (num_envs, actions).
+            actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
+
+        Returns:
+            sums over the valid transitions of each statistic, and their number `count`.
+        """
+        self.replay.add(states, actions, rewards, terminated, truncated & ~terminated, reset)
+        valid = ~reset
+        errors = self.judge(states, actions, next_states)
+        raw = self.icm.reward(errors).cpu()
+        self.scale.update(raw, valid)
+        hits = errors.logits.argmax(1).cpu() == actions
+        per_env = {
+            "reward/intrinsic": raw / self.scale.std,
+            "reward/extrinsic": rewards,
+            "icm/inverse_accuracy": hits.float(),
+            "icm/inverse_heldout": errors.inverse.cpu(),
+            "policy/entropy": entropy(probabilities),
+        }
+        sums = {name: (value * valid).sum() for name, value in per_env.items()}
+        return {**sums, "count": valid.sum()}
+
+    def measure_input(self) -> None:
+        """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""
+        self.input_norm.measure(self.replay.recent_frames(10_000))
+
+    # --- learning -------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Whether enough is stored for an update."""
+        return self.replay.can_sample(self.config.sequence_length)
+
+    def update(self) -> dict[str, Tensor]:
+        """One gradient step on lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7).
+
+        Returns:
+            scalar tensors on the device, so that nothing waits for them.
+        """
+        config = self.config
+        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator).to(
+            self.device
+        )
+        size, length = batch.actions.shape
+        valid = ~batch.reset
+        with self._autocast():
+            x = self.input_norm(batch.states).flatten(0, 1)
+            phi = self.icm.phi(x).unflatten(0, (size, length + 1))
+            q = self.qnetwork(x).unflatten(0, (size, length + 1)).float()
+            errors = self.icm(
+                phi[:, :-1].flatten(0, 1), batch.actions.flatten(), phi[:, 1:].flatten(0, 1)
+            )
+            with torch.no_grad():
+                target_q = self.target(x).unflatten(0, (size, length + 1)).float()
+        rewards = self.curiosity.coef * self.icm.reward(errors).view(size, length) / self.scale.std
+        rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
+
+        with torch.no_grad():
+            # the online network chooses, the target network judges
+            values = target_q.gather(2, q.argmax(2, keepdim=True)).squeeze(2)
+            terminal = batch.terminated & config.death_is_terminal
+            returns = n_step_targets(
+                rewards,
+                values,
+                terminal,
+                batch.truncated,
+                batch.reset,
+                config.discount,
+                config.n_step,
+            )
+            # where the sequence breaks off at a death, the start it leads to is not in sight
+            blind = (batch.terminated & ~terminal)[:, -1:]
+            sees_ahead = torch.arange(length, device=self.device) + config.n_step < length
+            learnable = valid & (sees_ahead | ~blind)
+        chosen = q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
+        td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
+        q_loss = masked_mean(td_error, learnable)
+        loss = config.q_weight * q_loss + self.icm.loss(errors, valid.flatten())
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % config.target_every == 0:
+            self.target.load_state_dict(self.qnetwork.state_dict())
+
+        with torch.no_grad():
+            flat = valid.flatten()
+            return {
+                "loss/q": q_loss.detach(),
+                "loss/forward": masked_mean(errors.forward, flat),
+                "loss/inverse": masked_mean(errors.inverse, flat),
+                "q/mean": masked_mean(chosen, valid),
+            }
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Networks, optimizer, reward scale and random state; the replay has a file of its own."""
+        return {
+            "models": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {"adam": self.optimizer.state_dict()},
+            "curiosity": self.scale.state_dict(),
+            "agent": {"updates": self.updates, "generator": self.generator.get_state()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.load_networks(state["models"])
+        self.optimizer.load_state_dict(state["optimizers"]["adam"])
+        self.scale.load_state_dict(state["curiosity"])
+        self.updates = state["agent"]["updates"]
+        self.generator.set_state(state["agent"]["generator"])
+
+    def load_networks(self, models: dict[str, Any]) -> None:
+        """Load the networks alone, as playing needs them.
+
+        Raises:
+            UserError: they are missing or of other sizes; nothing has been changed then.
+        """
+        for name, network in self.networks.items():
+            needed = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+            found = {k: tuple(v.shape) for k, v in models.get(name, {}).items()}
+            for key in needed | found:
+                if needed.get(key) != found.get(key):
+                    raise UserError(
+                        f"{name}.{key} has size {found.get(key, 'none')} where this configuration "
+                        f"needs {needed.get(key, 'none')}; use the settings it was trained with"
+                    )
+        for name, network in self.networks.items():
+            network.load_state_dict(models[name])

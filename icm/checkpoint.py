@@ -1,0 +1,66 @@
+"""Checkpoints: written whole or not at all, loaded without executing anything."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icm.errors import UserError
+
+FORMAT = 1
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (plain containers and tensors) so that `path` never holds half a file.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this program onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    content = load_file(path)
+    if not isinstance(content, dict) or "format" not in content or "models" not in content:
+        raise UserError(f"{path}: not a checkpoint of this program (scripts/train.py writes them)")
+    if content["format"] != FORMAT:
+        raise UserError(
+            f"{path}: checkpoint format {content['format']}; this program reads {FORMAT}"
+        )
+    return content
+
+
+def load_file(path: Path) -> Any:
+    """Read any file of plain containers and tensors onto the CPU.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a checkpoint, runs/…/checkpoints/latest.pt")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: empty file; give a checkpoint, runs/…/checkpoints/latest.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or 'cannot be read'}") from None
+    except Exception:  # torch raises many kinds for damaged and foreign files
+        raise UserError(
+            f"{path}: damaged or not a checkpoint of this program (scripts/train.py writes them)"
+        ) from None

@@ -1,0 +1,102 @@
+"""What the Hydra applications share: one-line errors, the run folder, resuming."""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from icm import checkpoint
+from icm.config import parse_config
+from icm.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def fail(error: Exception) -> None:
+    """Print one line on stderr and exit with status 2."""
+    text = " ".join(str(error).split())
+    key = getattr(error, "full_key", None)
+    if key and key not in text.split():
+        text = f"{key}: {text}"
+    if not isinstance(error, UserError):
+        text += " (--help lists the settings)"
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+    application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    try:
+        application(task)()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        fail(error)
+
+
+class RunFolder(Callback):
+    """Before Hydra writes: takes over a checkpoint's settings, checks, claims a new folder."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """See the class. Hydra only warns of exceptions here, so a mistake exits at once."""
+        try:
+            if config.resume is not None:
+                adopt_settings(config)
+            parse_config(config)
+            claim_folder(config)
+        except (UserError, OmegaConfBaseException) as error:
+            fail(error)
+
+
+def adopt_settings(config: DictConfig) -> None:
+    """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
+
+    Raises:
+        UserError: a whole group (`preset=…`) is overridden, or the checkpoint cannot be read.
+    """
+    overrides = list(config.hydra.overrides.task)
+    for override in overrides:
+        if override.split("=")[0] in config.hydra.runtime.choices:
+            raise UserError(
+                f"{override}: a resumed run keeps the groups of its checkpoint; "
+                "single settings (group.key=value) can be changed"
+            )
+    saved = checkpoint.load(Path(config.resume))["config"]
+    merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
+    with read_write(config), open_dict(config):
+        for key, value in merged.items():
+            config[key] = value
+
+
+def claim_folder(config: DictConfig) -> None:
+    """Create the run folder; a name that exists gets a number, unless the user gave it.
+
+    Raises:
+        UserError: the folder the user gave holds something, or it cannot be created.
+    """
+    wanted = Path(config.hydra.run.dir)
+    given = any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra)
+    if given and wanted.is_dir() and not any(wanted.iterdir()):
+        return
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if given:
+                raise UserError(
+                    f"hydra.run.dir={wanted}: exists; a run needs a new or an empty folder"
+                ) from None
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
+    with read_write(config):
+        config.hydra.run.dir = str(folder)

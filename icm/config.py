@@ -1,0 +1,201 @@
+"""Types of every setting and the checks that types cannot make; values stand in `conf/`."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from icm.errors import UserError
+
+
+@dataclass
+class EnvConfig:
+    """See `conf/env/`."""
+
+    id: str
+    num_envs: int
+    action_repeat: int
+    actions: str
+    frame_stack: int
+    size: int
+    crop: list[int]
+    noop_max: int
+    sticky_probability: float
+    stuck_steps: int
+    stuck_distance: int
+
+
+@dataclass
+class PolicyConfig:
+    """Schedules as knots [agent step, value], see `icm.agents.policy`."""
+
+    temperature: list[Any]
+    epsilon: list[Any]
+
+
+@dataclass
+class AgentConfig:
+    """See `conf/agent/`."""
+
+    name: str
+    input_norm: str
+    hidden: int
+    lr: float
+    discount: float
+    n_step: int
+    batch_size: int
+    sequence_length: int
+    steps_per_update: int
+    replay_capacity: int
+    warmup_steps: int
+    target_every: int
+    max_grad_norm: float
+    q_weight: float
+    death_is_terminal: bool
+    policy: PolicyConfig
+
+
+@dataclass
+class CuriosityConfig:
+    """See `conf/curiosity/`."""
+
+    name: str
+    coef: float
+    extrinsic_coef: float
+    lr: float
+    beta: float
+    eta: float
+    reduction: str
+    forward_scale: float
+    inverse_scale: float
+    forward_trains_phi: bool
+    hidden: int
+    reward_half_life: float
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save."""
+
+    every: int
+
+
+@dataclass
+class LogConfig:
+    """When to log."""
+
+    every: int
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    preset: str
+    seed: int
+    device: str
+    precision: str
+    total_steps: int
+    resume: str | None
+    env: EnvConfig
+    agent: AgentConfig
+    curiosity: CuriosityConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+
+def parse_config(settings: DictConfig) -> Config:
+    """Turn composed settings into typed ones.
+
+    Raises:
+        UserError: a value is of the wrong type or out of its range.
+    """
+    values = OmegaConf.to_container(OmegaConf.masked_copy(settings, list(vars_of(Config))))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def vars_of(kind: type) -> list[str]:
+    """Names of the fields of a dataclass."""
+    return [field.name for field in fields(kind)]
+
+
+def _check(config: Config) -> None:
+    env, agent, curiosity = config.env, config.agent, config.curiosity
+    for name, value, least in (
+        ("seed", config.seed, 0),
+        ("total_steps", config.total_steps, 1),
+        ("checkpoint.every", config.checkpoint.every, 1),
+        ("log.every", config.log.every, 1),
+        ("env.num_envs", env.num_envs, 1),
+        ("env.action_repeat", env.action_repeat, 1),
+        ("env.frame_stack", env.frame_stack, 1),
+        ("env.size", env.size, 16),
+        ("env.noop_max", env.noop_max, 0),
+        ("env.stuck_steps", env.stuck_steps, 0),
+        ("env.stuck_distance", env.stuck_distance, 1),
+        ("agent.hidden", agent.hidden, 1),
+        ("agent.n_step", agent.n_step, 1),
+        ("agent.batch_size", agent.batch_size, 1),
+        ("agent.sequence_length", agent.sequence_length, 1),
+        ("agent.steps_per_update", agent.steps_per_update, 1),
+        ("agent.warmup_steps", agent.warmup_steps, 0),
+        ("agent.target_every", agent.target_every, 1),
+        ("curiosity.hidden", curiosity.hidden, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value}: must be at least {least}")
+    for name, number in (
+        ("agent.lr", agent.lr),
+        ("agent.max_grad_norm", agent.max_grad_norm),
+        ("curiosity.lr", curiosity.lr),
+        ("curiosity.reward_half_life", curiosity.reward_half_life),
+    ):
+        if not 0 < number < math.inf:
+            raise UserError(f"{name}={number}: must be a positive number")
+    for name, share in (
+        ("agent.discount", agent.discount),
+        ("curiosity.beta", curiosity.beta),
+        ("env.sticky_probability", env.sticky_probability),
+    ):
+        if not 0 <= share <= 1:
+            raise UserError(f"{name}={share}: must be between 0 and 1")
+    for name, choice, choices in (
+        ("env.actions", env.actions, ("right_only", "simple", "complex")),
+        ("agent.input_norm", agent.input_norm, ("standard", "scale", "stack")),
+        ("curiosity.reduction", curiosity.reduction, ("mean", "sum")),
+        ("precision", config.precision, ("auto", "float32", "bf16")),
+    ):
+        if choice not in choices:
+            raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
+    if len(env.crop) != 4 or min(env.crop) < 0:
+        raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
+    smallest = env.num_envs * (agent.sequence_length + env.frame_stack)
+    if agent.replay_capacity < smallest:
+        raise UserError(
+            f"agent.replay_capacity={agent.replay_capacity}: must be at least {smallest}, "
+            "env.num_envs * (agent.sequence_length + env.frame_stack)"
+        )
+    for name, schedule in (
+        ("agent.policy.temperature", agent.policy.temperature),
+        ("agent.policy.epsilon", agent.policy.epsilon),
+    ):
+        _check_schedule(name, schedule)
+
+
+def _check_schedule(name: str, schedule: list[Any]) -> None:
+    knots_are_pairs = bool(schedule) and all(
+        isinstance(knot, list) and len(knot) == 2 and all(isinstance(x, int | float) for x in knot)
+        for knot in schedule
+    )
+    if not knots_are_pairs or sorted(k[0] for k in schedule) != [k[0] for k in schedule]:
+        raise UserError(
+            f"{name}={schedule}: must be knots in order, such as [[0, 1.0], [20000, 0.05]]"
+        )

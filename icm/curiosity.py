@@ -1,0 +1,149 @@
+"""Curiosity: surprise of a forward model in features learned by an inverse model.
+
+Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.models import Fnet, InverseNet, Phi
+
+
+class RewardScale:
+    """Running standard deviation of the discounted sum of rewards, over a *decaying* window.
+
+    Burda et al. 2018 (section 2.4) divide the intrinsic reward by this std so that the scale of
+    features does not matter. Averaging over all history keeps the huge first errors in the scale
+    for hundreds of thousands of steps and stalls learning, so older values fade with a half-life.
+
+    Args:
+        num_envs: environments whose discounted sums run side by side, each over its own time.
+        discount: of the running sum.
+        half_life: steps per environment after which a value counts half.
+    """
+
+    def __init__(self, num_envs: int, discount: float, half_life: float) -> None:
+        self.discount = discount
+        self.decay = 0.5 ** (1.0 / half_life)
+        self.sums = torch.zeros(num_envs, dtype=torch.float64)
+        self.weight = 0.0
+        self.mean = 0.0
+        self.square = 0.0
+
+    def update(self, rewards: Tensor, valid: Tensor) -> None:
+        """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands."""
+        rewards, valid = rewards.double().cpu(), valid.cpu()
+        self.sums = torch.where(valid, self.sums * self.discount + rewards, self.sums)
+        self.weight = self.decay * self.weight + 1.0
+        step = 1.0 / self.weight
+        self.mean += step * (self.sums.mean().item() - self.mean)
+        self.square += step * (self.sums.square().mean().item() - self.square)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the discounted sums; 1 before the first update."""
+        variance = self.square - self.mean**2
+        return max(variance, 1e-16) ** 0.5 if self.weight else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs, in plain containers."""
+        return {
+            "sums": self.sums,
+            "weight": self.weight,
+            "mean": self.mean,
+            "square": self.square,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; with another number of envs the sums restart."""
+        if state["sums"].shape == self.sums.shape:
+            self.sums = state["sums"].clone()
+        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+
+
+@dataclass
+class ICMErrors:
+    """Per-transition errors of the two models, each of shape (batch,), and the action logits."""
+
+    forward: Tensor
+    inverse: Tensor
+    logits: Tensor
+
+
+class ICM(nn.Module):
+    """Intrinsic Curiosity Module: encoder, forward model, inverse model and their losses.
+
+    Args:
+        phi: encoder of states.
+        fnet: forward model.
+        inverse: inverse model.
+        beta: weight of the forward against the inverse loss (Pathak et al. 2017, eq. 7).
+        eta: scale of the intrinsic reward (eq. 6).
+        reduction: `mean` or `sum` of the squared error over features.
+        forward_scale: factor on the forward loss (the tutorial's forward scale).
+        inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
+        forward_trains_phi: whether the forward loss sends gradients into phi too.
+    """
+
+    def __init__(
+        self,
+        phi: Phi,
+        fnet: Fnet,
+        inverse: InverseNet,
+        *,
+        beta: float,
+        eta: float,
+        reduction: str = "mean",
+        forward_scale: float = 1.0,
+        inverse_scale: float = 1.0,
+        forward_trains_phi: bool = False,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction {reduction!r} is not one of mean, sum")
+        self.phi, self.fnet, self.inverse = phi, fnet, inverse
+        self.beta, self.eta = beta, eta
+        self.reduction = reduction
+        self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
+        self.forward_trains_phi = forward_trains_phi
+
+    def forward(self, features: Tensor, actions: Tensor, next_features: Tensor) -> ICMErrors:
+        """Errors of both models on transitions.
+
+        Args:
+            features: phi(s), (batch, F).
+            actions: int64, (batch,).
+            next_features: phi(s'), (batch, F).
+
+        Returns:
+            forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2);
+            inverse: cross-entropy of the guessed action, in nats (eq. 3).
+        """
+        logits = self.inverse(features, next_features).float()
+        inverse_error = F.cross_entropy(logits, actions, reduction="none")
+        if not self.forward_trains_phi:
+            features, next_features = features.detach(), next_features.detach()
+        squared = F.mse_loss(
+            self.fnet(features, actions).float(), next_features.float(), reduction="none"
+        )
+        forward_error = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
+        return ICMErrors(forward_error, inverse_error, logits)
+
+    def reward(self, errors: ICMErrors) -> Tensor:
+        """Raw intrinsic reward eta * surprise (eq. 6), detached, (batch,)."""
+        return self.eta * errors.forward.detach()
+
+    def loss(self, errors: ICMErrors, valid: Tensor) -> Tensor:
+        """(1 - beta) L_I + beta L_F (eq. 7) over the transitions where `valid` (batch,) is true."""
+        forward = masked_mean(errors.forward, valid) * self.forward_scale
+        inverse = masked_mean(errors.inverse, valid) * self.inverse_scale
+        return (1 - self.beta) * inverse + self.beta * forward
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where the boolean `mask` of the same shape is true; 0 where none is."""
+    return (values * mask).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,51 @@
+"""Which device and which precision a run uses."""
+
+import torch
+
+from icm.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device.
+
+    Raises:
+        UserError: the name is none of these, or there is no such GPU.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if count else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (":" in name and not index.isdigit()):
+        raise UserError(f"device={name}: unknown device; one of auto, cpu, cuda, cuda:N")
+    if int(index or 0) >= count:
+        raise UserError(
+            f"device={name}: {count} CUDA devices available here; device=cpu or device=auto work"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def describe_device(device: torch.device) -> str:
+    """One line: is CUDA available, how many devices, and which one is taken."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{torch.get_num_threads()} threads"
+    return f"CUDA available: {count > 0} ({count} devices); using {device} ({name})"
+
+
+def resolve_precision(name: str, device: torch.device) -> bool:
+    """Whether networks run under bfloat16 autocast: `auto` where the hardware computes in it.
+
+    Raises:
+        UserError: the name is none of auto, float32, bf16.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name not in ("float32", "bf16"):
+        raise UserError(f"precision={name}: unknown precision; one of auto, float32, bf16")
+    return name == "bf16"

@@ -1,0 +1,120 @@
+"""Environments: from a Gymnasium id to states of the agent, alone or vectorised.
+
+Nothing here imports torch, so worker processes stay small.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gym_super_mario_bros  # noqa: F401 (registers the Mario environments)
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.wrappers import FrameStackObservation
+from nes_py import NESEnv
+from nes_py.wrappers import JoypadSpace
+
+from icm.config import EnvConfig
+from icm.envs.mario import ACTION_SETS, MarioProgress, StuckLimit
+from icm.envs.wrappers import (
+    ActionRepeat,
+    Env,
+    EpisodeStatistics,
+    GreyImage,
+    NoopStart,
+    OnlyInfo,
+    StickyActions,
+)
+from icm.errors import UserError
+
+
+def make_env(
+    config: EnvConfig,
+    render_mode: str | None = None,
+    on_frame: Callable[[Env], None] | None = None,
+) -> Env:
+    """Build one environment whose observations are states, uint8 (frame_stack, size, size).
+
+    `info` has `cell` (Mario games) at every step and `episode` at the last one, see
+    `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario.MarioProgress`.
+
+    Args:
+        config: the settings.
+        render_mode: passed on to the game.
+        on_frame: called after every emulator frame, see `ActionRepeat`.
+
+    Raises:
+        UserError: the id is unknown, or the environment has no image observations or no discrete
+            actions.
+    """
+    env = _make_game(config.id, render_mode)
+    is_mario = isinstance(env.unwrapped, NESEnv)
+    if is_mario:
+        env = MarioProgress(JoypadSpace(env, ACTION_SETS[config.actions]))
+    _check_spaces(config.id, env)
+    if config.sticky_probability:
+        env = StickyActions(env, config.sticky_probability)
+    if config.noop_max:
+        env = NoopStart(env, config.noop_max)
+    env = ActionRepeat(env, config.action_repeat, on_frame)
+    if is_mario and config.stuck_steps:
+        env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
+    top, bottom, left, right = config.crop
+    env = GreyImage(env, config.size, (top, bottom, left, right))
+    env = FrameStackObservation(env, config.frame_stack)
+    return OnlyInfo(EpisodeStatistics(env), ("cell", "episode"))
+
+
+def make_vector_env(config: EnvConfig) -> AsyncVectorEnv:
+    """Build `num_envs` environments, one process each, with shared-memory observations.
+
+    An ended episode is reset by the following step, whose action is ignored (NEXT_STEP).
+    """
+    make_env(config).close()  # a mistake is reported from here, not from a worker
+    return AsyncVectorEnv(
+        [partial(make_env, config)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+    )
+
+
+def _make_game(env_id: str, render_mode: str | None) -> Env:
+    try:
+        return gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise UserError(
+            f"env.id={env_id}: {str(error).splitlines()[0]} "
+            "Registered are for instance SuperMarioBros-1-1-v0 (world 1-8, stage 1-4), "
+            "SuperMarioBros-v0, SuperMarioBros2-v0, SuperMarioBros2USA-v0, SuperMarioBros3-v0; "
+            "another package's environment is named package:id."
+        ) from None
+
+
+def _check_spaces(env_id: str, env: Env) -> None:
+    space = env.observation_space
+    is_image = (
+        isinstance(space, spaces.Box)
+        and space.dtype == np.uint8
+        and (len(space.shape) == 2 or (len(space.shape) == 3 and space.shape[2] in (1, 3)))
+    )
+    if not is_image:
+        raise UserError(
+            f"env.id={env_id}: observations are {space}; needed are "
+            "uint8 images, (H, W, 3) or (H, W)"
+        )
+    if not isinstance(env.action_space, spaces.Discrete) or env.action_space.start != 0:
+        raise UserError(f"env.id={env_id}: actions are {env.action_space}; needed is Discrete(n)")
+
+
+def action_count(space: spaces.Space[Any]) -> int:
+    """Number of actions of a discrete action space."""
+    assert isinstance(space, spaces.Discrete)
+    return int(space.n)
+
+
+def episodes_in(infos: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `episode` statistics of the environments whose episode ended in this vector step."""
+    if "episode" not in infos:
+        return []
+    ended = np.flatnonzero(infos["_episode"])
+    return [{k: v[i] for k, v in infos["episode"].items() if not k.startswith("_")} for i in ended]

@@ -1,0 +1,147 @@
+"""Wrappers that turn any image environment with discrete actions into states for the networks.
+
+None of them knows a game; Super Mario's are in `icm.envs.mario`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+type Env = gym.Env[Any, Any]
+
+
+class StickyActions(gym.Wrapper[Any, Any, Any, Any]):
+    """With a fixed probability a frame executes the previous action (Machado et al. 2018, 5.2)."""
+
+    def __init__(self, env: Env, probability: float) -> None:
+        super().__init__(env)
+        self.probability = probability
+        self.previous: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Forget the previous action."""
+        self.previous = None
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        """Step with the given or the previous action."""
+        if self.previous is None or self.np_random.random() >= self.probability:
+            self.previous = action
+        return self.env.step(self.previous)
+
+
+class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
+    """Holds an action for `repeat` frames, or until the episode ends; rewards add up.
+
+    `on_frame` is called with the wrapped environment after every frame: a video needs them all.
+    """
+
+    def __init__(self, env: Env, repeat: int, on_frame: Callable[[Env], None] | None) -> None:
+        super().__init__(env)
+        self.repeat = repeat
+        self.on_frame = on_frame
+
+    def step(self, action: Any) -> Any:
+        """Step `repeat` frames."""
+        total = 0.0
+        for _ in range(self.repeat):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if self.on_frame is not None:
+                self.on_frame(self.env)
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, info
+
+
+class NoopStart(gym.Wrapper[Any, Any, Any, Any]):
+    """Begins each episode with 0 to `noop_max` frames of action 0 (Mnih et al. 2015)."""
+
+    def __init__(self, env: Env, noop_max: int) -> None:
+        super().__init__(env)
+        self.noop_max = noop_max
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Reset, then wait."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        for _ in range(self.np_random.integers(self.noop_max + 1)):
+            observation, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:
+                observation, info = self.env.reset(options=options)
+        return observation, info
+
+
+class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
+    """Crops, turns grey and shrinks an image by area averaging to uint8 (size, size).
+
+    Args:
+        env: with uint8 observations (H, W, 3) or (H, W).
+        size: height and width of the result, pixels.
+        crop: pixels cut off at the top, bottom, left and right of the original image.
+    """
+
+    def __init__(self, env: Env, size: int, crop: tuple[int, int, int, int]) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Box)
+        height, width = env.observation_space.shape[:2]
+        top, bottom, left, right = crop
+        self.rows = slice(top, height - bottom)
+        self.columns = slice(left, width - right)
+        self.size = size
+        self.observation_space = spaces.Box(0, 255, (size, size), np.uint8)
+
+    def observation(self, observation: Any) -> Any:
+        """Turn one image into one frame. The result is a copy, never a view of the emulator."""
+        image = np.ascontiguousarray(observation[self.rows, self.columns])
+        if image.ndim == 3:
+            image = (
+                cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image[..., 0]
+            )
+        return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+
+
+class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
+    """Adds `info["episode"]` to an episode's last step: its length, game reward and progress.
+
+    What a game-specific wrapper below left in `info["progress"]` is copied into it.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Start counting."""
+        self.length, self.reward = 0, 0.0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        """Count."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.length += 1
+        self.reward += float(reward)
+        progress = info.pop("progress", {})
+        if terminated or truncated:
+            info["episode"] = {"length": self.length, "reward": self.reward, **progress}
+        return observation, reward, terminated, truncated, info
+
+
+class OnlyInfo(gym.Wrapper[Any, Any, Any, Any]):
+    """Drops every info key but the named ones: little crosses the process boundary each step."""
+
+    def __init__(self, env: Env, keys: tuple[str, ...]) -> None:
+        super().__init__(env)
+        self.keys = keys
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Reset with a short info."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, self._short(info)
+
+    def step(self, action: Any) -> Any:
+        """Step with a short info."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, self._short(info)
+
+    def _short(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {key: info[key] for key in self.keys if key in info}

@@ -1,0 +1,8 @@
+"""The one exception that means: the user has to change something."""
+
+
+class UserError(Exception):
+    """A mistake of the user: its message is one line that names the value and what would be right.
+
+    The scripts print it on stderr and exit with status 2, without a traceback.
+    """

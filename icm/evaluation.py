@@ -1,0 +1,163 @@
+"""Rollouts of a checkpoint and their statistics."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from icm import checkpoint
+from icm.agents.dqn import DQN
+from icm.config import Config, parse_config
+from icm.envs import action_count, episodes_in, make_env, make_vector_env
+from icm.envs.wrappers import Env
+from icm.errors import UserError
+from icm.factory import build_agent
+
+THRESHOLDS = (200, 400, 600, 948)
+"""Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
+
+
+def load_agent(path: Path, device: torch.device) -> tuple[DQN, Config, int]:
+    """Rebuild the agent of a checkpoint for playing: the agent, its settings, its agent step.
+
+    Raises:
+        UserError: the file is no checkpoint, or its networks do not fit its settings.
+    """
+    content = checkpoint.load(path)
+    config = parse_config(OmegaConf.create(content["config"]))
+    env = make_env(config.env)
+    shape: Any = env.observation_space.shape
+    agent = build_agent(config, shape, action_count(env.action_space), device, remember=False)
+    env.close()
+    try:
+        agent.load_networks(content["models"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    agent.scale.load_state_dict(content["curiosity"])
+    return agent, config, content["step"]
+
+
+def rollouts(
+    agent: DQN | None, config: Config, step: int, episodes: int, greedy: bool, seed: int
+) -> list[dict[str, Any]]:
+    """Play whole episodes in parallel environments and return their statistics.
+
+    Every environment plays a fixed number of episodes: taking the first to finish would favour
+    short ones.
+
+    Args:
+        agent: the player; None plays uniformly at random.
+        config: its settings.
+        step: the agent step whose schedules the sampled policy follows.
+        episodes: how many.
+        greedy: the best action instead of a sampled one.
+        seed: of environments and action sampling.
+    """
+    num_envs = min(episodes, config.env.num_envs)
+    left = np.array([episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)])
+    generator = torch.Generator().manual_seed(seed)
+    env_config = replace(config.env, num_envs=num_envs)
+    envs = make_vector_env(env_config)
+    results: list[dict[str, Any]] = []
+    try:
+        observations, _ = envs.reset(seed=seed)
+        num_actions = action_count(envs.single_action_space)
+        uniform = torch.full((num_envs, num_actions), 1.0 / num_actions)
+        while left.any():
+            states = torch.from_numpy(observations)
+            probabilities = agent.probabilities(states, step, greedy) if agent else uniform
+            actions = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+            observations, _, terminated, truncated, infos = envs.step(actions.numpy())
+            ended = np.flatnonzero(terminated | truncated)
+            for i, episode in zip(ended, episodes_in(infos), strict=True):
+                if left[i]:
+                    left[i] -= 1
+                    results.append(episode)
+    finally:
+        envs.close()
+    return results
+
+
+def play(
+    agent: DQN,
+    config: Config,
+    step: int,
+    episodes: int,
+    greedy: bool,
+    seed: int,
+    render_mode: str,
+    on_frame: Callable[[Env], None],
+) -> Iterator[dict[str, Any]]:
+    """Play one episode after the other; yields each one's statistics as it ends.
+
+    Adds `intrinsic_reward`, the episode's scaled surprise, to what `rollouts` returns.
+    `on_frame` is called with the game after every emulator frame.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    env = make_env(config.env, render_mode, on_frame)
+    try:
+        for number in range(episodes):
+            observation, _ = env.reset(seed=seed + number)
+            state = torch.from_numpy(observation).unsqueeze(0)
+            intrinsic = 0.0
+            info: dict[str, Any] = {}
+            while "episode" not in info:
+                probabilities = agent.probabilities(state, step, greedy)
+                action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+                observation, _, _, _, info = env.step(int(action))
+                next_state = torch.from_numpy(observation).unsqueeze(0)
+                errors = agent.judge(state, action, next_state)
+                intrinsic += float(agent.icm.reward(errors)) / agent.scale.std
+                state = next_state
+            yield {**info["episode"], "intrinsic_reward": intrinsic}
+    finally:
+        env.close()
+
+
+def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:
+    """Statistics of a list of episodes, in plain JSON types.
+
+    Keys: `policy`, `episodes`, mean and standard error of `length` and game `reward`; for games
+    with progress also of `distance`, `past_<pixels>` (share of episodes beyond it), `flag_rate`
+    and `levels` (all seen).
+    """
+    result: dict[str, Any] = {"policy": policy, "episodes": len(episodes)}
+    for name in ("distance", "length", "reward"):
+        values = np.array([float(e[name]) for e in episodes if name in e])
+        if len(values):
+            result[f"{name}_mean"] = float(values.mean())
+            result[f"{name}_stderr"] = standard_error(values)
+    if "distance" in episodes[0]:
+        distances = np.array([float(e["distance"]) for e in episodes])
+        result |= {f"past_{x}": float((distances > x).mean()) for x in THRESHOLDS}
+        result["flag_rate"] = float(np.mean([bool(e["flag"]) for e in episodes]))
+        result["levels"] = sorted({level for e in episodes for level in e["levels"].split()})
+    return result
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean, sample std / sqrt(n); 0 for a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """Summaries side by side, one line per statistic."""
+    names = [name for name in summaries[0] if name != "policy" and not name.endswith("_stderr")]
+    lines = ["".join([f"{'':16}", *(f"{s['policy']:>18}" for s in summaries)])]
+    for name in names:
+        cells = []
+        for s in summaries:
+            value = s[name]
+            if f"{name[:-5]}_stderr" in s:
+                cells.append(f"{value:.1f} ± {s[f'{name[:-5]}_stderr']:.1f}")
+            elif isinstance(value, list):
+                cells.append(" ".join(value))
+            else:
+                cells.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+        lines.append("".join([f"{name.removesuffix('_mean'):16}", *(f"{c:>18}" for c in cells)]))
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Puts an agent together from its settings."""
+
+import torch
+
+from icm.agents.dqn import DQN
+from icm.config import Config
+from icm.curiosity import ICM
+from icm.device import resolve_precision
+from icm.models import Fnet, InputNorm, InverseNet, Phi, Qnetwork
+from icm.replay import Replay
+
+
+def build_agent(
+    config: Config,
+    state_shape: tuple[int, int, int],
+    num_actions: int,
+    device: torch.device,
+    *,
+    remember: bool = True,
+) -> DQN:
+    """Build the agent of a configuration.
+
+    Args:
+        config: all settings.
+        state_shape: (C, H, W).
+        num_actions: size of the action space.
+        device: where it computes.
+        remember: False for an agent that only plays: it gets no memory.
+    """
+    torch.manual_seed(config.seed)
+    channels, height, width = state_shape
+    curiosity = config.curiosity
+    phi = Phi(state_shape)
+    icm = ICM(
+        phi,
+        Fnet(phi.num_features, num_actions, curiosity.hidden),
+        InverseNet(phi.num_features, num_actions, curiosity.hidden),
+        beta=curiosity.beta,
+        eta=curiosity.eta,
+        reduction=curiosity.reduction,
+        forward_scale=curiosity.forward_scale,
+        inverse_scale=curiosity.inverse_scale,
+        forward_trains_phi=curiosity.forward_trains_phi,
+    )
+    capacity = config.agent.replay_capacity if remember else 0
+    return DQN(
+        Qnetwork(state_shape, num_actions, config.agent.hidden),
+        icm,
+        InputNorm(config.agent.input_norm, (height, width)),
+        Replay(capacity, config.env.num_envs, (height, width), channels),
+        config.agent,
+        curiosity,
+        device,
+        resolve_precision(config.precision, device),
+        config.seed,
+    )

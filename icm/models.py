@@ -1,0 +1,138 @@
+"""The networks: layers only. Losses live in `curiosity` and `agents`, devices with the caller.
+
+Default sizes (3 stacked 42x42 images, 12 actions) give the layers and `state_dict` keys of the
+PyTorch tutorial this project grew from, so a `state_dict` written there loads here.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+INPUT_NORMS = ("standard", "scale", "stack")
+
+
+class InputNorm(nn.Module):
+    """Turns uint8 states into network input; its statistics are part of the saved state.
+
+    Modes:
+        `standard`: (x - mean image) / std, both measured from a random agent with `measure`
+            (Burda et al. 2018, section 2.2). Until then mean is 0 and std 255.
+        `scale`: x / 255.
+        `stack`: unit L2 norm over the frame stack, as the tutorial's `F.normalize` did. Three equal
+            frames become a constant image, so the first state of an episode is blank.
+    """
+
+    def __init__(self, mode: str, image_shape: tuple[int, int]) -> None:
+        super().__init__()
+        if mode not in INPUT_NORMS:
+            raise ValueError(f"input norm {mode!r} is not one of {', '.join(INPUT_NORMS)}")
+        self.mode = mode
+        if mode == "standard":
+            self.mean: Tensor
+            self.std: Tensor
+            self.register_buffer("mean", torch.zeros(image_shape))
+            self.register_buffer("std", torch.tensor(255.0))
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> None:
+        """Set mean image and std from uint8 `images` of shape (n, H, W); other modes ignore it.
+
+        One std for all pixels (the mean over pixels of their stds) keeps rarely changing pixels
+        from being blown up.
+        """
+        if self.mode != "standard":
+            return
+        x = images.to(self.mean.device, torch.float32)
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0).mean().clamp_min(1.0))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map uint8 states (..., C, H, W) to float32 of the same shape."""
+        x = states.to(torch.float32)
+        if self.mode == "standard":
+            return (x - self.mean) / self.std
+        if self.mode == "scale":
+            return x / 255
+        return F.normalize(x, dim=-3)
+
+
+def conv_features(height: int, width: int) -> int:
+    """Length of the flattened output of the four convolutions (42x42 -> 3x3x32 = 288)."""
+    for _ in range(4):
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return height * width * 32
+
+
+class _ConvBody(nn.Module):
+    """Four 3x3 convolutions of stride 2, each followed by ELU, then flattened."""
+
+    def __init__(self, state_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        channels, height, width = state_shape
+        self.conv1 = nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
+        self.conv4 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
+        self.num_features = conv_features(height, width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map (batch, C, H, W) to (batch, num_features)."""
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = F.elu(conv(x))
+        return x.flatten(start_dim=1)
+
+
+class Phi(_ConvBody):
+    """Encoder phi of a state into a feature vector (Pathak et al. 2017, section 2.2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised states (batch, C, H, W) to features (batch, num_features)."""
+        return self.features(x)
+
+
+class Fnet(nn.Module):
+    """Forward model: predicts phi(s') from phi(s) and the action (Pathak et al. 2017, eq. 4)."""
+
+    def __init__(self, num_features: int = 288, num_actions: int = 12, hidden: int = 256) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.linear1 = nn.Linear(num_features + num_actions, hidden)
+        self.linear2 = nn.Linear(hidden, num_features)
+
+    def forward(self, features: Tensor, actions: Tensor) -> Tensor:
+        """Map features (batch, F) and int64 actions (batch,) to predicted features (batch, F)."""
+        one_hot = F.one_hot(actions, self.num_actions).to(features.dtype)
+        return self.linear2(F.relu(self.linear1(torch.cat((features, one_hot), dim=1))))
+
+
+class InverseNet(nn.Module):
+    """Inverse model: guesses the action between two states (Pathak et al. 2017, eq. 2)."""
+
+    def __init__(self, num_features: int = 288, num_actions: int = 12, hidden: int = 256) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(2 * num_features, hidden)
+        self.linear2 = nn.Linear(hidden, num_actions)
+
+    def forward(self, features: Tensor, next_features: Tensor) -> Tensor:
+        """Map phi(s) and phi(s'), both (batch, F), to action logits (batch, num_actions)."""
+        return self.linear2(F.relu(self.linear1(torch.cat((features, next_features), dim=1))))
+
+
+class Qnetwork(_ConvBody):
+    """Action values of a state."""
+
+    def __init__(
+        self,
+        state_shape: tuple[int, int, int] = (3, 42, 42),
+        num_actions: int = 12,
+        hidden: int = 100,
+    ) -> None:
+        super().__init__(state_shape)
+        self.linear1 = nn.Linear(self.num_features, hidden)
+        self.linear2 = nn.Linear(hidden, num_actions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised states (batch, C, H, W) to action values (batch, num_actions)."""
+        return self.linear2(F.elu(self.linear1(self.features(x))))

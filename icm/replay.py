@@ -1,0 +1,162 @@
+"""Replay memory that stores every frame once and hands out sequences of stacked states."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sequences:
+    """B sequences of L consecutive slots of one environment each, and the state after the last.
+
+    A slot whose `reset` is true holds the last state of an episode: nothing was chosen there, and
+    the state after it opens the next episode. It is no transition, and no loss may treat it as one.
+    """
+
+    states: Tensor  # uint8 (B, L + 1, C, H, W)
+    actions: Tensor  # int64 (B, L)
+    rewards: Tensor  # float32 (B, L), the game's
+    terminated: Tensor  # bool (B, L): the transition ended in a terminal state
+    truncated: Tensor  # bool (B, L): the transition was the last one before a cut
+    reset: Tensor  # bool (B, L)
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same sequences with every tensor on `device`."""
+        return Sequences(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+class Replay:
+    """Ring buffer of (slots, environments); one uint8 frame a slot, stacks are rebuilt on sampling.
+
+    Args:
+        capacity: agent steps kept, all environments together.
+        num_envs: environments that write side by side.
+        frame_shape: (H, W) of one grey frame.
+        frame_stack: frames in a state; at the start of an episode its first frame is repeated.
+    """
+
+    def __init__(
+        self, capacity: int, num_envs: int, frame_shape: tuple[int, int], frame_stack: int
+    ) -> None:
+        self.num_slots = capacity // num_envs
+        self.num_envs = num_envs
+        self.frame_stack = frame_stack
+        shape = (self.num_slots, num_envs)
+        self.frames = torch.zeros((*shape, *frame_shape), dtype=torch.uint8)
+        self.actions = torch.zeros(shape, dtype=torch.uint8)
+        self.rewards = torch.zeros(shape, dtype=torch.float32)
+        self.terminated = torch.zeros(shape, dtype=torch.bool)
+        self.truncated = torch.zeros(shape, dtype=torch.bool)
+        self.reset = torch.zeros(shape, dtype=torch.bool)
+        # frames of the current episode before this one, as far as a stack looks back
+        self.age = torch.zeros(shape, dtype=torch.uint8)
+        self.head = 0  # slot written next
+        self.size = 0  # slots filled
+
+    @staticmethod
+    def nbytes(capacity: int, frame_shape: tuple[int, int]) -> int:
+        """Bytes that a memory of `capacity` agent steps takes."""
+        return capacity * (frame_shape[0] * frame_shape[1] + 9)
+
+    def __len__(self) -> int:
+        """Agent steps stored."""
+        return self.size * self.num_envs
+
+    def add(
+        self,
+        states: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        reset: Tensor,
+    ) -> None:
+        """Store one step of every environment.
+
+        States are uint8 (num_envs, C, H, W), the rest (num_envs,), see `Sequences`. The state that
+        follows is stored by the next call, so the newest slot has no successor yet.
+        """
+        previous = self.head - 1
+        started = self.reset[previous] if self.size else torch.ones(self.num_envs, dtype=torch.bool)
+        age = (self.age[previous] + 1).clamp_max(self.frame_stack - 1)
+        self.frames[self.head] = states[:, -1]
+        self.age[self.head] = torch.where(started, 0, age)
+        self.actions[self.head] = actions.to(torch.uint8)
+        self.rewards[self.head] = rewards
+        self.terminated[self.head] = terminated
+        self.truncated[self.head] = truncated
+        self.reset[self.head] = reset
+        self.head = (self.head + 1) % self.num_slots
+        self.size = min(self.size + 1, self.num_slots)
+
+    def can_sample(self, length: int) -> bool:
+        """Whether a sequence of `length` slots, its successor and its first stack are stored."""
+        return self.size >= length + self.frame_stack
+
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Sequences:
+        """Draw `batch` sequences of `length` slots uniformly (see `Sequences` for shapes).
+
+        Raises:
+            ValueError: too little is stored (see `can_sample`).
+        """
+        if not self.can_sample(length):
+            raise ValueError(f"{self.size} slots stored, too few for sequences of {length}")
+        first = self.frame_stack - 1  # older frames of the oldest states are already overwritten
+        starts = torch.randint(first, self.size - length, (batch, 1), generator=generator)
+        envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
+        oldest = self.head - self.size
+        slots = (oldest + starts + torch.arange(length + 1)) % self.num_slots  # (B, L + 1)
+        look_back = torch.arange(self.frame_stack - 1, -1, -1)  # C-1 … 0
+        back = torch.minimum(look_back, self.age[slots, envs].unsqueeze(-1))  # (B, L + 1, C)
+        states = self.frames[(slots.unsqueeze(-1) - back) % self.num_slots, envs.unsqueeze(-1)]
+        at = (slots[:, :-1], envs)
+        return Sequences(
+            states=states,
+            actions=self.actions[at].long(),
+            rewards=self.rewards[at],
+            terminated=self.terminated[at],
+            truncated=self.truncated[at],
+            reset=self.reset[at],
+        )
+
+    def recent_frames(self, count: int) -> Tensor:
+        """The newest frames of all environments, at most about `count`, uint8 (n, H, W)."""
+        slots = min(self.size, max(1, count // self.num_envs))
+        index = (self.head - 1 - torch.arange(slots)) % self.num_slots
+        return self.frames[index].flatten(0, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All stored steps as tensors (views of the memory), and where writing goes on."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return {**tensors, "head": self.head, "size": self.size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: the memory it was taken from has another shape.
+        """
+        if state["frames"].shape != self.frames.shape:
+            raise ValueError(
+                f"replay of shape {tuple(state['frames'].shape)} does not fit "
+                f"{tuple(self.frames.shape)}"
+            )
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                getattr(self, name).copy_(value)
+            else:
+                setattr(self, name, value)
+
+    def cut(self) -> None:
+        """Close all running episodes: the environments will start new ones.
+
+        The newest slot's successor was never seen, so it becomes the last state of its episode and
+        the transition into it a truncated one.
+        """
+        if self.size:
+            self.reset[self.head - 1] = True
+        if self.size > 1:
+            before = self.head - 2
+            self.truncated[before] |= ~self.reset[before] & ~self.terminated[before]

@@ -1,0 +1,254 @@
+"""The loop: act, step, observe, update. Nothing else knows the order."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.vector import AsyncVectorEnv
+
+from icm import checkpoint
+from icm.agents.dqn import DQN
+from icm.envs import episodes_in
+from icm.errors import UserError
+from icm.tracking import Tracker
+
+
+class Exploration:
+    """What a run has found so far: cells, levels, and the greatest distance."""
+
+    def __init__(self) -> None:
+        self.cells: set[tuple[int, ...]] = set()
+        self.distance_max = 0.0
+
+    def visit(self, infos: dict[str, Any]) -> None:
+        """Add the cells of one vector step."""
+        if "cell" in infos:
+            self.cells.update(map(tuple, infos["cell"][infos["_cell"]].tolist()))
+
+    def statistics(self) -> dict[str, float]:
+        """The `explore/` metrics; none for an environment without cells."""
+        if not self.cells:
+            return {}
+        return {
+            "explore/cells": len(self.cells),
+            "explore/levels": len({cell[:2] for cell in self.cells}),
+            "explore/distance_max": self.distance_max,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {"cells": torch.tensor(sorted(self.cells)), "distance_max": self.distance_max}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.cells = set(map(tuple, state["cells"].tolist()))
+        self.distance_max = state["distance_max"]
+
+
+class Trainer:
+    """Trains an agent in a vector environment and keeps its run folder.
+
+    Args:
+        agent: the learner.
+        envs: environments that reset themselves on the step after an episode's end (NEXT_STEP).
+        folder: the run folder.
+        config: all settings, plain containers, as they go into checkpoints.
+        say: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        agent: DQN,
+        envs: AsyncVectorEnv,
+        folder: Path,
+        config: dict[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.agent, self.envs, self.folder, self.config, self.say = agent, envs, folder, config, say
+        self.step = 0
+        self.learn_from = agent.config.warmup_steps
+        self.exploration = Exploration()
+        self.stopped_by: int | None = None
+
+    def run(self) -> int | None:
+        """Train from the current step to `total_steps`, or until a signal asks to stop.
+
+        Returns:
+            the number of that signal, None if there was none. The run is saved in both cases.
+        """
+        total, log_every = self.config["total_steps"], self.config["log"]["every"]
+        save_every = self.config["checkpoint"]["every"]
+        self.tracker = Tracker(self.folder, self.step, total)
+        try:
+            with self._stopping_on_signals():
+                clock = Clock(self.step)
+                for _ in self._steps(total, clock):
+                    if crossed(self.step, self.envs.num_envs, log_every):
+                        self._log(clock)
+                    if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
+                        self.save()
+                    if self.stopped_by is not None:
+                        break
+                self._log(clock)
+                self.save()
+        finally:
+            self.tracker.close()
+        return self.stopped_by
+
+    def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
+        """Vector steps; every one yields after its transitions were observed."""
+        agent, envs = self.agent, self.envs
+        n = envs.num_envs
+        observations, infos = envs.reset(seed=self.config["seed"] + self.step)
+        self.exploration.visit(infos)
+        states = torch.from_numpy(observations)
+        reset = torch.zeros(n, dtype=torch.bool)
+        per_update = agent.config.steps_per_update
+        while self.step < total:
+            probabilities = agent.probabilities(states, self.step)
+            actions = agent.act(probabilities)
+            envs.step_async(actions.numpy())
+            if self.step >= self.learn_from and agent.ready():  # learn while the emulators run
+                with clock.updating():
+                    for _ in range(self.step // per_update - (self.step - n) // per_update):
+                        self.tracker.add(agent.update())
+            observations, rewards, terminated, truncated, infos = envs.step_wait()
+            next_states = torch.from_numpy(observations)
+            ended = torch.from_numpy(terminated | truncated)
+            statistics = agent.observe(
+                states,
+                probabilities,
+                actions,
+                next_states,
+                torch.from_numpy(rewards).float(),
+                torch.from_numpy(terminated),
+                torch.from_numpy(truncated),
+                reset,
+            )
+            self.tracker.add(statistics, statistics.pop("count"))
+            self.exploration.visit(infos)
+            for episode in episodes_in(infos):
+                self._episode(episode)
+            states, reset = next_states, ended
+            self.step += n
+            if self.step - n < agent.config.warmup_steps <= self.step:
+                agent.measure_input()
+            yield
+
+    def _episode(self, episode: dict[str, Any]) -> None:
+        named = {f"episode/{k}": float(v) for k, v in episode.items() if k != "levels"}
+        self.tracker.add(named)
+        self.exploration.distance_max = max(
+            self.exploration.distance_max, float(episode.get("distance", 0))
+        )
+
+    def _log(self, clock: "Clock") -> None:
+        metrics = self.tracker.averages()
+        if not metrics:
+            return
+        if "icm/inverse_heldout" in metrics:
+            metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
+        metrics |= self.exploration.statistics()
+        metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
+        metrics["policy/epsilon"] = self.agent.epsilon(self.step)
+        self.tracker.write(self.step, metrics)
+        self.tracker.progress(self.step, metrics)
+
+    # --- saving ---------------------------------------------------------------------------------
+
+    def resume(self, path: Path) -> None:
+        """Continue a checkpoint: step count, schedules, optimizers, reward scale, random state.
+
+        The environments start new episodes. Without the replay memory of the same step beside the
+        checkpoint, the agent fills a new one for as many steps as a warm-up has before it learns.
+
+        Raises:
+            UserError: the checkpoint cannot be read, is complete, or does not fit.
+        """
+        content = checkpoint.load(path)
+        self.step = content["step"]
+        if self.step >= self.config["total_steps"]:
+            raise UserError(
+                f"total_steps={self.config['total_steps']}: {path} is at step {self.step} already; "
+                "give a greater total_steps to go on"
+            )
+        try:
+            self.agent.load_state_dict(content)
+        except (UserError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {error}") from None
+        self.exploration.load_state_dict(content["exploration"])
+        beside = path.parent / "replay.pt"
+        memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
+        if memory.pop("step") == self.step:
+            self.agent.replay.load_state_dict(memory)
+            self.agent.replay.cut()
+        else:
+            self.learn_from = self.step + self.agent.config.warmup_steps
+            self.say(f"no replay memory of step {self.step} beside {path}: filling a new one first")
+
+    def save(self) -> None:
+        """Write step_<agent steps>.pt, latest.pt and the replay memory beside them."""
+        content = {
+            "format": checkpoint.FORMAT,
+            "config": self.config,
+            "step": self.step,
+            "exploration": self.exploration.state_dict(),
+            **self.agent.state_dict(),
+        }
+        checkpoints = self.folder / "checkpoints"
+        checkpoint.save(
+            checkpoints / "replay.pt", {"step": self.step, **self.agent.replay.state_dict()}
+        )
+        for name in (f"step_{self.step:09d}.pt", "latest.pt"):
+            checkpoint.save(checkpoints / name, content)
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the loop after the current step, so that it saves."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = number
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def crossed(step: int, num_envs: int, every: int) -> bool:
+    """Whether the last vector step reached or passed a multiple of `every`."""
+    return step // every > (step - num_envs) // every
+
+
+class Clock:
+    """Wall-clock speeds between two log lines."""
+
+    def __init__(self, step: int) -> None:
+        self.since, self.step, self.update_time = time.perf_counter(), step, 0.0
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Time spent inside counts as update time."""
+        start = time.perf_counter()
+        yield
+        self.update_time += time.perf_counter() - start
+
+    def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
+        """The `speed/` metrics since the last call."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        rate = (step - self.step) / seconds
+        speeds = {
+            "speed/agent_steps_per_s": rate,
+            "speed/frames_per_s": rate * action_repeat,
+            "speed/update_share": self.update_time / seconds,
+        }
+        self.since, self.step, self.update_time = now, step, 0.0
+        return speeds

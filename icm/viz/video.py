@@ -1,0 +1,53 @@
+"""Videos of the game."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+
+from icm.errors import UserError
+
+
+class VideoWriter:
+    """Writes RGB images as an H.264 mp4 that browsers play; a context manager.
+
+    Args:
+        path: the file, ends in `.mp4`; its folder is created.
+        fps: images per second; the console shows 60.
+        scale: factor on height and width, by repeating pixels.
+
+    Raises:
+        UserError: the name does not end in `.mp4`, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path, fps: int = 60, scale: int = 2) -> None:
+        if path.suffix != ".mp4":
+            raise UserError(f"out={path}: must end in .mp4")
+        self.path, self.scale = path, scale
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise UserError(f"out={path}: {error.strerror}") from None
+        self.writer: Any = imageio.get_writer(
+            path, format="FFMPEG", mode="I", fps=fps, codec="libx264", macro_block_size=16
+        )
+
+    def add(self, image: np.ndarray) -> None:
+        """Append one image, uint8 (H, W, 3)."""
+        self.writer.append_data(image.repeat(self.scale, axis=0).repeat(self.scale, axis=1))
+
+    def __enter__(self) -> "VideoWriter":
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish the file."""
+        self.writer.close()

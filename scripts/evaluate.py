@@ -1,0 +1,33 @@
+"""Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30]`."""
+
+from omegaconf import DictConfig
+
+from icm import cli
+
+
+def main(settings: DictConfig) -> None:
+    """Play with the sampled and the greedy policy and at random; the last line is JSON."""
+    import json
+    from pathlib import Path
+
+    from icm.device import resolve_device
+    from icm.errors import UserError
+    from icm.evaluation import load_agent, rollouts, summary, table
+
+    if settings.episodes < 1:
+        raise UserError(f"episodes={settings.episodes}: must be at least 1")
+    agent, config, step = load_agent(Path(settings.ckpt), resolve_device(settings.device))
+    results = {}
+    for policy in ("sampled", "greedy", "random"):
+        player = None if policy == "random" else agent
+        played = rollouts(
+            player, config, step, settings.episodes, policy == "greedy", settings.seed
+        )
+        results[policy] = summary(played, policy)
+    print(table(list(results.values())))
+    others = {policy: results[policy] for policy in ("greedy", "random")}
+    print(json.dumps({"ckpt": str(settings.ckpt), "step": step, **results["sampled"], **others}))
+
+
+if __name__ == "__main__":
+    cli.run(main, "evaluate")

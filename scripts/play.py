@@ -1,0 +1,68 @@
+"""Watch a checkpoint play: `python scripts/play.py ckpt=PATH [episodes=1] [render=video]`.
+
+Prints one JSON line per episode.
+"""
+
+from omegaconf import DictConfig
+
+from icm import cli
+
+
+def main(settings: DictConfig) -> None:
+    """Play in a window where there is a display, into an mp4 where there is none."""
+    import json
+    import os
+    import sys
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    import numpy as np
+
+    from icm.device import resolve_device
+    from icm.envs.wrappers import Env
+    from icm.errors import UserError
+    from icm.evaluation import load_agent, play
+    from icm.viz.video import VideoWriter
+
+    if settings.episodes < 1:
+        raise UserError(f"episodes={settings.episodes}: must be at least 1")
+    has_display = sys.platform != "linux" or bool(os.environ.get("DISPLAY"))
+    render = settings.render
+    if render == "auto":
+        render = "human" if has_display else "video"
+    if render not in ("none", "human", "video"):
+        raise UserError(f"render={render}: must be one of auto, human, video, none")
+    if render == "human" and not has_display:
+        raise UserError("render=human: there is no display here; render=video writes an mp4")
+
+    path = Path(settings.ckpt)
+    agent, config, step = load_agent(path, resolve_device(settings.device))
+    beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
+    out = Path(settings.out) if settings.out else beside
+    with VideoWriter(out) if render == "video" else nullcontext() as video:
+
+        def on_frame(env: Env) -> None:
+            if video is not None:
+                video.add(np.asarray(env.render()))
+            elif render == "human":
+                env.render()
+
+        for number, episode in enumerate(
+            play(
+                agent,
+                config,
+                step,
+                settings.episodes,
+                settings.greedy,
+                settings.seed,
+                "human" if render == "human" else "rgb_array",
+                on_frame,
+            )
+        ):
+            print(json.dumps({"episode": number, **episode}), flush=True)
+    if video is not None:
+        print(f"video: {out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, "play")
