@@ -1,7 +1,9 @@
 """What the Hydra applications share: one-line errors, the run folder, resuming."""
 
+import functools
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from icm import checkpoint
 from icm.config import parse_config
 from icm.errors import UserError
 
@@ -23,11 +24,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 def fail(error: Exception) -> None:
     """Print one line on stderr and exit with status 2."""
     text = " ".join(str(error).split())
-    key = getattr(error, "full_key", None)
-    if key and key not in text.split():
-        text = f"{key}: {text}"
-    if not isinstance(error, UserError):
-        text += " (--help lists the settings)"
+    if unknown := re.match(r"Could not override '([^']*)'", text):
+        text = f"{unknown[1]}: unknown setting (--help lists all)"
+    text = text.partition(" Config search path:")[0]  # of an unknown option of a group
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
     sys.exit(2)
 
@@ -35,9 +34,17 @@ def fail(error: Exception) -> None:
 def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+
+    @functools.wraps(task)
+    def careful(settings: DictConfig) -> None:
+        try:
+            task(settings)
+        except (UserError, OmegaConfBaseException) as error:
+            fail(error)
+
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
-        application(task)()
+        application(careful)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         fail(error)
 
@@ -62,6 +69,8 @@ def adopt_settings(config: DictConfig) -> None:
     Raises:
         UserError: a whole group (`preset=…`) is overridden, or the checkpoint cannot be read.
     """
+    from icm import checkpoint  # here, because torch takes its time to import
+
     overrides = list(config.hydra.overrides.task)
     for override in overrides:
         if override.split("=")[0] in config.hydra.runtime.choices:

@@ -1,11 +1,11 @@
 """Types of every setting and the checks that types cannot make; values stand in `conf/`."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from icm.errors import UserError
 
@@ -71,7 +71,9 @@ class CuriosityConfig:
     forward_scale: float
     inverse_scale: float
     forward_trains_phi: bool
+    policy_prior: bool
     hidden: int
+    inverse_dropout: float
     reward_half_life: float
 
 
@@ -106,25 +108,56 @@ class Config:
     log: LogConfig
 
 
+@dataclass
+class EvaluateConfig:
+    """See `conf/evaluate.yaml`."""
+
+    ckpt: str
+    episodes: int
+    seed: int
+    device: str
+
+
+@dataclass
+class PlayConfig:
+    """See `conf/play.yaml`."""
+
+    ckpt: str
+    episodes: int
+    greedy: bool
+    render: str
+    out: str | None
+    seed: int
+    device: str
+
+
 def parse_config(settings: DictConfig) -> Config:
     """Turn composed settings into typed ones.
 
     Raises:
         UserError: a value is of the wrong type or out of its range.
     """
-    values = OmegaConf.to_container(OmegaConf.masked_copy(settings, list(vars_of(Config))))
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    assert isinstance(config, Config)
+    config = typed(settings, Config)
     _check(config)
     return config
 
 
-def vars_of(kind: type) -> list[str]:
-    """Names of the fields of a dataclass."""
-    return [field.name for field in fields(kind)]
+def typed[T](settings: DictConfig, kind: type[T]) -> T:
+    """Turn composed settings into the dataclass `kind`, every field of it and no other key.
+
+    Raises:
+        UserError: a value is missing or of the wrong type, or a key is unknown.
+    """
+    keys = [str(key) for key in settings if key != "hydra"]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.masked_copy(settings, keys))
+        result = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: must be given, as {error.full_key}=VALUE") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(result, kind)
+    return result
 
 
 def _check(config: Config) -> None:
@@ -163,6 +196,7 @@ def _check(config: Config) -> None:
     for name, share in (
         ("agent.discount", agent.discount),
         ("curiosity.beta", curiosity.beta),
+        ("curiosity.inverse_dropout", curiosity.inverse_dropout),
         ("env.sticky_probability", env.sticky_probability),
     ):
         if not 0 <= share <= 1:

@@ -87,6 +87,7 @@ class ICM(nn.Module):
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
         forward_trains_phi: whether the forward loss sends gradients into phi too.
+        policy_prior: whether the inverse model is told the policy, see `forward`.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class ICM(nn.Module):
         forward_scale: float = 1.0,
         inverse_scale: float = 1.0,
         forward_trains_phi: bool = False,
+        policy_prior: bool = False,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
@@ -110,20 +112,30 @@ class ICM(nn.Module):
         self.reduction = reduction
         self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
         self.forward_trains_phi = forward_trains_phi
+        self.policy_prior = policy_prior
 
-    def forward(self, features: Tensor, actions: Tensor, next_features: Tensor) -> ICMErrors:
+    def forward(
+        self, features: Tensor, actions: Tensor, next_features: Tensor, behaviour: Tensor
+    ) -> ICMErrors:
         """Errors of both models on transitions.
+
+        By Bayes' rule p(a | s, s') is proportional to pi(a | s) p(s' | s, a). With `policy_prior`
+        the policy's part is handed to the inverse model, which then has only the second factor to
+        learn: what an action does, not which action an ever-changing policy prefers.
 
         Args:
             features: phi(s), (batch, F).
             actions: int64, (batch,).
             next_features: phi(s'), (batch, F).
+            behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
 
         Returns:
             forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2);
             inverse: cross-entropy of the guessed action, in nats (eq. 3).
         """
         logits = self.inverse(features, next_features).float()
+        if self.policy_prior:
+            logits = logits + behaviour.clamp_min(1e-8).log()
         inverse_error = F.cross_entropy(logits, actions, reduction="none")
         if not self.forward_trains_phi:
             features, next_features = features.detach(), next_features.detach()

@@ -1,5 +1,7 @@
 """Which device and which precision a run uses."""
 
+import os
+
 import torch
 
 from icm.errors import UserError
@@ -24,6 +26,16 @@ def resolve_device(name: str) -> torch.device:
             f"device={name}: {count} CUDA devices available here; device=cpu or device=auto work"
         )
     return torch.device("cuda", int(index or 0))
+
+
+def share_cores() -> None:
+    """Leave half of the cores to the emulators, unless OMP_NUM_THREADS says otherwise.
+
+    A parallel region waits for its slowest thread, and one that emulators push off its core is slow:
+    on two busy cores, two threads were measured to learn down to 8 times slower than one.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.process_cpu_count() or 2) // 2))
 
 
 def describe_device(device: torch.device) -> str:

@@ -111,7 +111,7 @@ def play(
                 action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
-                errors = agent.judge(state, action, next_state)
+                errors = agent.judge(state, action, next_state, probabilities)
                 intrinsic += float(agent.icm.reward(errors)) / agent.scale.std
                 state = next_state
             yield {**info["episode"], "intrinsic_reward": intrinsic}

@@ -6,6 +6,8 @@ from icm.agents.dqn import DQN
 from icm.config import Config
 from icm.curiosity import ICM
 from icm.device import resolve_precision
+from icm.errors import UserError
+from icm.memory import available_bytes
 from icm.models import Fnet, InputNorm, InverseNet, Phi, Qnetwork
 from icm.replay import Replay
 
@@ -26,6 +28,9 @@ def build_agent(
         num_actions: size of the action space.
         device: where it computes.
         remember: False for an agent that only plays: it gets no memory.
+
+    Raises:
+        UserError: the replay memory would not fit.
     """
     torch.manual_seed(config.seed)
     channels, height, width = state_shape
@@ -34,20 +39,28 @@ def build_agent(
     icm = ICM(
         phi,
         Fnet(phi.num_features, num_actions, curiosity.hidden),
-        InverseNet(phi.num_features, num_actions, curiosity.hidden),
+        InverseNet(phi.num_features, num_actions, curiosity.hidden, curiosity.inverse_dropout),
         beta=curiosity.beta,
         eta=curiosity.eta,
         reduction=curiosity.reduction,
         forward_scale=curiosity.forward_scale,
         inverse_scale=curiosity.inverse_scale,
         forward_trains_phi=curiosity.forward_trains_phi,
+        policy_prior=curiosity.policy_prior,
     )
     capacity = config.agent.replay_capacity if remember else 0
+    needed, free = Replay.nbytes(capacity, (height, width), num_actions), available_bytes()
+    if needed > free:
+        fitting = int(0.5 * free / Replay.nbytes(1, (height, width), num_actions))
+        raise UserError(
+            f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; {fitting} would fit"
+        )
     return DQN(
         Qnetwork(state_shape, num_actions, config.agent.hidden),
         icm,
         InputNorm(config.agent.input_norm, (height, width)),
-        Replay(capacity, config.env.num_envs, (height, width), channels),
+        Replay(capacity, config.env.num_envs, (height, width), channels, num_actions),
         config.agent,
         curiosity,
         device,

@@ -108,16 +108,27 @@ class Fnet(nn.Module):
 
 
 class InverseNet(nn.Module):
-    """Inverse model: guesses the action between two states (Pathak et al. 2017, eq. 2)."""
+    """Inverse model: guesses the action between two states (Pathak et al. 2017, eq. 2).
 
-    def __init__(self, num_features: int = 288, num_actions: int = 12, hidden: int = 256) -> None:
+    `dropout` of its input keeps it from learning transitions by heart; 0 is the tutorial's model.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 288,
+        num_actions: int = 12,
+        hidden: int = 256,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.linear1 = nn.Linear(2 * num_features, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
 
     def forward(self, features: Tensor, next_features: Tensor) -> Tensor:
         """Map phi(s) and phi(s'), both (batch, F), to action logits (batch, num_actions)."""
-        return self.linear2(F.relu(self.linear1(torch.cat((features, next_features), dim=1))))
+        both = self.dropout(torch.cat((features, next_features), dim=1))
+        return self.linear2(F.relu(self.linear1(both)))
 
 
 class Qnetwork(_ConvBody):

@@ -17,6 +17,7 @@ class Sequences:
 
     states: Tensor  # uint8 (B, L + 1, C, H, W)
     actions: Tensor  # int64 (B, L)
+    behaviour: Tensor  # float32 (B, L, actions), the policy the actions were drawn from
     rewards: Tensor  # float32 (B, L), the game's
     terminated: Tensor  # bool (B, L): the transition ended in a terminal state
     truncated: Tensor  # bool (B, L): the transition was the last one before a cut
@@ -35,10 +36,16 @@ class Replay:
         num_envs: environments that write side by side.
         frame_shape: (H, W) of one grey frame.
         frame_stack: frames in a state; at the start of an episode its first frame is repeated.
+        num_actions: size of the action space.
     """
 
     def __init__(
-        self, capacity: int, num_envs: int, frame_shape: tuple[int, int], frame_stack: int
+        self,
+        capacity: int,
+        num_envs: int,
+        frame_shape: tuple[int, int],
+        frame_stack: int,
+        num_actions: int,
     ) -> None:
         self.num_slots = capacity // num_envs
         self.num_envs = num_envs
@@ -46,6 +53,7 @@ class Replay:
         shape = (self.num_slots, num_envs)
         self.frames = torch.zeros((*shape, *frame_shape), dtype=torch.uint8)
         self.actions = torch.zeros(shape, dtype=torch.uint8)
+        self.behaviour = torch.zeros((*shape, num_actions), dtype=torch.float32)
         self.rewards = torch.zeros(shape, dtype=torch.float32)
         self.terminated = torch.zeros(shape, dtype=torch.bool)
         self.truncated = torch.zeros(shape, dtype=torch.bool)
@@ -56,9 +64,9 @@ class Replay:
         self.size = 0  # slots filled
 
     @staticmethod
-    def nbytes(capacity: int, frame_shape: tuple[int, int]) -> int:
+    def nbytes(capacity: int, frame_shape: tuple[int, int], num_actions: int) -> int:
         """Bytes that a memory of `capacity` agent steps takes."""
-        return capacity * (frame_shape[0] * frame_shape[1] + 9)
+        return capacity * (frame_shape[0] * frame_shape[1] + 4 * num_actions + 9)
 
     def __len__(self) -> int:
         """Agent steps stored."""
@@ -68,6 +76,7 @@ class Replay:
         self,
         states: Tensor,
         actions: Tensor,
+        behaviour: Tensor,
         rewards: Tensor,
         terminated: Tensor,
         truncated: Tensor,
@@ -75,8 +84,9 @@ class Replay:
     ) -> None:
         """Store one step of every environment.
 
-        States are uint8 (num_envs, C, H, W), the rest (num_envs,), see `Sequences`. The state that
-        follows is stored by the next call, so the newest slot has no successor yet.
+        States are uint8 (num_envs, C, H, W), behaviour is (num_envs, actions), the rest
+        (num_envs,), see `Sequences`. The state that follows is stored by the next call, so the
+        newest slot has no successor yet.
         """
         previous = self.head - 1
         started = self.reset[previous] if self.size else torch.ones(self.num_envs, dtype=torch.bool)
@@ -84,6 +94,7 @@ class Replay:
         self.frames[self.head] = states[:, -1]
         self.age[self.head] = torch.where(started, 0, age)
         self.actions[self.head] = actions.to(torch.uint8)
+        self.behaviour[self.head] = behaviour
         self.rewards[self.head] = rewards
         self.terminated[self.head] = terminated
         self.truncated[self.head] = truncated
@@ -115,6 +126,7 @@ class Replay:
         return Sequences(
             states=states,
             actions=self.actions[at].long(),
+            behaviour=self.behaviour[at],
             rewards=self.rewards[at],
             terminated=self.terminated[at],
             truncated=self.truncated[at],

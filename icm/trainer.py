@@ -97,6 +97,7 @@ class Trainer:
                 self.save()
         finally:
             self.tracker.close()
+        self.say(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
@@ -181,6 +182,7 @@ class Trainer:
         except (UserError, ValueError, KeyError) as error:
             raise UserError(f"{path}: {error}") from None
         self.exploration.load_state_dict(content["exploration"])
+        torch.set_rng_state(content["rng"]["torch"])
         beside = path.parent / "replay.pt"
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
         if memory.pop("step") == self.step:
@@ -197,6 +199,7 @@ class Trainer:
             "config": self.config,
             "step": self.step,
             "exploration": self.exploration.state_dict(),
+            "rng": {"torch": torch.get_rng_state()},
             **self.agent.state_dict(),
         }
         checkpoints = self.folder / "checkpoints"

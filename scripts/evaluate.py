@@ -10,23 +10,23 @@ def main(settings: DictConfig) -> None:
     import json
     from pathlib import Path
 
+    from icm.config import EvaluateConfig, typed
     from icm.device import resolve_device
     from icm.errors import UserError
     from icm.evaluation import load_agent, rollouts, summary, table
 
-    if settings.episodes < 1:
-        raise UserError(f"episodes={settings.episodes}: must be at least 1")
-    agent, config, step = load_agent(Path(settings.ckpt), resolve_device(settings.device))
+    options = typed(settings, EvaluateConfig)
+    if options.episodes < 1:
+        raise UserError(f"episodes={options.episodes}: must be at least 1")
+    agent, config, step = load_agent(Path(options.ckpt), resolve_device(options.device))
     results = {}
     for policy in ("sampled", "greedy", "random"):
         player = None if policy == "random" else agent
-        played = rollouts(
-            player, config, step, settings.episodes, policy == "greedy", settings.seed
-        )
+        played = rollouts(player, config, step, options.episodes, policy == "greedy", options.seed)
         results[policy] = summary(played, policy)
     print(table(list(results.values())))
     others = {policy: results[policy] for policy in ("greedy", "random")}
-    print(json.dumps({"ckpt": str(settings.ckpt), "step": step, **results["sampled"], **others}))
+    print(json.dumps({"ckpt": str(options.ckpt), "step": step, **results["sampled"], **others}))
 
 
 if __name__ == "__main__":

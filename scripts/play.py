@@ -18,16 +18,18 @@ def main(settings: DictConfig) -> None:
 
     import numpy as np
 
+    from icm.config import PlayConfig, typed
     from icm.device import resolve_device
     from icm.envs.wrappers import Env
     from icm.errors import UserError
     from icm.evaluation import load_agent, play
     from icm.viz.video import VideoWriter
 
-    if settings.episodes < 1:
-        raise UserError(f"episodes={settings.episodes}: must be at least 1")
+    options = typed(settings, PlayConfig)
+    if options.episodes < 1:
+        raise UserError(f"episodes={options.episodes}: must be at least 1")
     has_display = sys.platform != "linux" or bool(os.environ.get("DISPLAY"))
-    render = settings.render
+    render = options.render
     if render == "auto":
         render = "human" if has_display else "video"
     if render not in ("none", "human", "video"):
@@ -35,10 +37,10 @@ def main(settings: DictConfig) -> None:
     if render == "human" and not has_display:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
 
-    path = Path(settings.ckpt)
-    agent, config, step = load_agent(path, resolve_device(settings.device))
+    path = Path(options.ckpt)
+    agent, config, step = load_agent(path, resolve_device(options.device))
     beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
-    out = Path(settings.out) if settings.out else beside
+    out = Path(options.out) if options.out else beside
     with VideoWriter(out) if render == "video" else nullcontext() as video:
 
         def on_frame(env: Env) -> None:
@@ -52,9 +54,9 @@ def main(settings: DictConfig) -> None:
                 agent,
                 config,
                 step,
-                settings.episodes,
-                settings.greedy,
-                settings.seed,
+                options.episodes,
+                options.greedy,
+                options.seed,
                 "human" if render == "human" else "rgb_array",
                 on_frame,
             )

@@ -16,13 +16,14 @@ def main(settings: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from icm.config import parse_config
-    from icm.device import describe_device, resolve_device
+    from icm.device import describe_device, resolve_device, share_cores
     from icm.envs import action_count, make_vector_env
     from icm.factory import build_agent
     from icm.trainer import Trainer
 
     config = parse_config(settings)
     device = resolve_device(config.device)
+    share_cores()
     print(describe_device(device))
     envs = make_vector_env(config.env)
     try:

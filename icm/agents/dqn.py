@@ -153,12 +153,17 @@ class DQN:
         return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
 
     @torch.no_grad()
-    def judge(self, states: Tensor, actions: Tensor, next_states: Tensor) -> ICMErrors:
-        """The ICM's errors on transitions, uint8 (batch, C, H, W) and int64 (batch,)."""
+    def judge(
+        self, states: Tensor, actions: Tensor, next_states: Tensor, probabilities: Tensor
+    ) -> ICMErrors:
+        """The ICM's errors on transitions; shapes as in `observe`."""
+        self.icm.eval()
         with self._autocast():
             both = self.input_norm(torch.cat((states, next_states)).to(self.device))
             features, next_features = self.icm.phi(both).chunk(2)
-            return self.icm(features, actions.to(self.device), next_features)
+            return self.icm(
+                features, actions.to(self.device), next_features, probabilities.to(self.device)
+            )
 
     # --- remembering ----------------------------------------------------------------------------
 
@@ -186,9 +191,11 @@ class DQN:
         Returns:
             sums over the valid transitions of each statistic, and their number `count`.
         """
-        self.replay.add(states, actions, rewards, terminated, truncated & ~terminated, reset)
+        self.replay.add(
+            states, actions, probabilities, rewards, terminated, truncated & ~terminated, reset
+        )
         valid = ~reset
-        errors = self.judge(states, actions, next_states)
+        errors = self.judge(states, actions, next_states, probabilities)
         raw = self.icm.reward(errors).cpu()
         self.scale.update(raw, valid)
         hits = errors.logits.argmax(1).cpu() == actions
@@ -224,12 +231,16 @@ class DQN:
         )
         size, length = batch.actions.shape
         valid = ~batch.reset
+        self.icm.train()
         with self._autocast():
             x = self.input_norm(batch.states).flatten(0, 1)
             phi = self.icm.phi(x).unflatten(0, (size, length + 1))
             q = self.qnetwork(x).unflatten(0, (size, length + 1)).float()
             errors = self.icm(
-                phi[:, :-1].flatten(0, 1), batch.actions.flatten(), phi[:, 1:].flatten(0, 1)
+                phi[:, :-1].flatten(0, 1),
+                batch.actions.flatten(),
+                phi[:, 1:].flatten(0, 1),
+                batch.behaviour.flatten(0, 1),
             )
             with torch.no_grad():
                 target_q = self.target(x).unflatten(0, (size, length + 1)).float()

@@ -11,6 +11,7 @@ import gym_super_mario_bros  # noqa: F401 (registers the Mario environments)
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.wrappers import FrameStackObservation
 from nes_py import NESEnv
@@ -20,11 +21,11 @@ from icm.config import EnvConfig
 from icm.envs.mario import ACTION_SETS, MarioProgress, StuckLimit
 from icm.envs.wrappers import (
     ActionRepeat,
+    AgentView,
     Env,
     EpisodeStatistics,
     GreyImage,
     NoopStart,
-    OnlyInfo,
     StickyActions,
 )
 from icm.errors import UserError
@@ -64,7 +65,14 @@ def make_env(
     top, bottom, left, right = config.crop
     env = GreyImage(env, config.size, (top, bottom, left, right))
     env = FrameStackObservation(env, config.frame_stack)
-    return OnlyInfo(EpisodeStatistics(env), ("cell", "episode"))
+    spec = EnvSpec(
+        f"icm/{config.id.replace(':', '/').replace('/', '-')}",
+        entry_point="icm.envs:make_env",
+        kwargs={"config": config},
+        order_enforce=False,
+        disable_env_checker=True,
+    )
+    return AgentView(EpisodeStatistics(env), ("cell", "episode"), spec)
 
 
 def make_vector_env(config: EnvConfig) -> AsyncVectorEnv:

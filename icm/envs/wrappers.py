@@ -10,6 +10,9 @@ import cv2
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from icm.errors import UserError
 
 type Env = gym.Env[Any, Any]
 
@@ -82,6 +85,9 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
         env: with uint8 observations (H, W, 3) or (H, W).
         size: height and width of the result, pixels.
         crop: pixels cut off at the top, bottom, left and right of the original image.
+
+    Raises:
+        UserError: nothing is left of the image.
     """
 
     def __init__(self, env: Env, size: int, crop: tuple[int, int, int, int]) -> None:
@@ -89,6 +95,8 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
         assert isinstance(env.observation_space, spaces.Box)
         height, width = env.observation_space.shape[:2]
         top, bottom, left, right = crop
+        if top + bottom >= height or left + right >= width:
+            raise UserError(f"env.crop={list(crop)}: nothing is left of images of {height}x{width}")
         self.rows = slice(top, height - bottom)
         self.columns = slice(left, width - right)
         self.size = size
@@ -126,12 +134,16 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
 
-class OnlyInfo(gym.Wrapper[Any, Any, Any, Any]):
-    """Drops every info key but the named ones: little crosses the process boundary each step."""
+class AgentView(gym.Wrapper[Any, Any, Any, Any]):
+    """The outermost wrapper: keeps the named info keys only, and knows how to make itself again.
 
-    def __init__(self, env: Env, keys: tuple[str, ...]) -> None:
+    A game's info has dozens of keys, and each would cross a process boundary at every step.
+    """
+
+    def __init__(self, env: Env, keys: tuple[str, ...], spec: EnvSpec) -> None:
         super().__init__(env)
         self.keys = keys
+        self._cached_spec = spec  # what Wrapper.spec answers
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Reset with a short info."""

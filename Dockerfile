@@ -1,0 +1,27 @@
+# Trains by default:      docker run --gpus all -v "$PWD/runs:/app/runs" icm
+# Anything else as well:  docker run icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
+#
+# The PyTorch wheel brings its own CUDA libraries; the host needs the NVIDIA driver and its container
+# toolkit. Without a GPU the same image trains on the CPU.
+FROM python:3.13-slim
+
+# nes-py is built from C++ where no wheel fits the platform
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends build-essential \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 1000 icm && mkdir -p /app/runs && chown -R icm:icm /app
+WORKDIR /app
+
+# dependencies first: they change less often than the code
+COPY --chown=icm:icm pyproject.toml README.md LICENSE ./
+RUN mkdir icm && touch icm/__init__.py && pip install --no-cache-dir --editable . && rm -r icm
+COPY --chown=icm:icm icm ./icm
+COPY --chown=icm:icm conf ./conf
+COPY --chown=icm:icm scripts ./scripts
+
+USER icm
+ENV PYTHONUNBUFFERED=1
+VOLUME /app/runs
+ENTRYPOINT ["python"]
+CMD ["scripts/train.py"]

@@ -1,0 +1,1 @@
+"""Measurements of speed, each in a process of its own."""

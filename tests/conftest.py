@@ -1,0 +1,61 @@
+"""What the tests share: the composed settings, and running the real scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from icm.config import Config, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)
+
+
+def settings(*overrides: str) -> Config:
+    """The default settings of scripts/train.py with overrides."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return parse_config(compose("config", list(overrides)))
+
+
+def run_script(
+    name: str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of scripts/ as a user does, without a GPU and without a display."""
+    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+SMALL = (
+    "env.num_envs=1",
+    "agent.batch_size=2",
+    "agent.sequence_length=4",
+    "agent.warmup_steps=32",
+    "agent.replay_capacity=200",
+    "agent.steps_per_update=8",
+    "log.every=32",
+    "precision=float32",
+    "device=cpu",
+)
+"""Overrides that make a run of scripts/train.py take seconds."""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a real, short training on the real game."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = run_script("train.py", *SMALL, "total_steps=96", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,416 @@
+"""The losses, gradients and rewards of the ICM, and the running scale of the rewards."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
+from icm.models import Fnet, InverseNet, Phi
+
+FEATURES, ACTIONS, HIDDEN = 2, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(11)
+
+
+def set_linear(layer: nn.Linear, weight: list[list[float]], bias: list[float]) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+
+
+def hand_made(**settings: float | str | bool) -> ICM:
+    """Modules of two features and three actions whose weights are written down.
+
+    fnet: hidden = relu(f1, f2, a == 0, a == 2), out = (h1 + h3, h2 - 2 h4 + 1).
+    inverse: hidden = relu(f1' - f1, f2' - f2), logits = (h1, h2, 0.5).
+    """
+    fnet, inverse = Fnet(FEATURES, ACTIONS, HIDDEN), InverseNet(FEATURES, ACTIONS, 2)
+    set_linear(
+        fnet.linear1,
+        [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]],
+        [0, 0, 0, 0],
+    )
+    set_linear(fnet.linear2, [[1, 0, 1, 0], [0, 1, 0, -2]], [0, 1])
+    set_linear(inverse.linear1, [[-1, 0, 1, 0], [0, -1, 0, 1]], [0, 0])
+    set_linear(inverse.linear2, [[1, 0], [0, 1], [0, 0]], [0, 0, 0.5])
+    return ICM(Phi((1, 2, 2)), fnet, inverse, **({"beta": 0.2, "eta": 1.0} | settings))
+
+
+BEFORE = torch.tensor([[1.0, 2.0], [0.0, 3.0], [-1.0, 1.0]])
+CHOSEN = torch.tensor([0, 2, 1])
+AFTER = torch.tensor([[2.0, 3.0], [1.0, 0.0], [0.5, 1.0]])
+POLICY = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.1, 0.9], [0.2, 0.8, 0.0]])
+# by hand: predictions (2, 3), (0, 2), (0, 2); differences (0, 0), (-1, 2), (-0.5, 1)
+SQUARES = [0.0, 5.0, 1.25]
+# logits (1, 1, 0.5), (1, 0, 0.5), (1.5, 0, 0.5)
+SURPRISES = [
+    math.log(2 * math.e + math.exp(0.5)) - 1,
+    math.log(math.e + 1 + math.exp(0.5)) - 0.5,
+    math.log(math.exp(1.5) + 1 + math.exp(0.5)) - 0,
+]
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reduction", "divisor"), [("sum", 1), ("mean", FEATURES)])
+def test_errors_by_hand(reduction: str, divisor: int) -> None:
+    errors = hand_made(reduction=reduction)(BEFORE, CHOSEN, AFTER, POLICY)
+    assert errors.forward.tolist() == pytest.approx([s / divisor for s in SQUARES])
+    assert errors.inverse.tolist() == pytest.approx(SURPRISES)
+    assert errors.logits.tolist() == [[1, 1, 0.5], [1, 0, 0.5], [1.5, 0, 0.5]]
+    assert errors.forward.shape == errors.inverse.shape == (3,)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_errors_in_numpy(reduction: str) -> None:
+    fnet, inverse = Fnet(6, 4, 8), InverseNet(6, 4, 8)
+    icm = ICM(Phi((1, 2, 2)), fnet, inverse, beta=0.5, eta=1.0, reduction=reduction)
+    rng = np.random.default_rng(5)
+    before, after = rng.normal(size=(2, 7, 6)).astype(np.float32)
+    actions = rng.integers(0, 4, 7)
+    errors = icm(*map(torch.from_numpy, (before, actions, after)), torch.full((7, 4), 0.25))
+
+    def layers(network: Fnet | InverseNet, x: np.ndarray) -> np.ndarray:
+        w1, b1, w2, b2 = (p.detach().double().numpy() for p in network.parameters())
+        return w2 @ np.maximum(w1 @ x + b1, 0) + b2
+
+    for row in range(7):
+        predicted = layers(fnet, np.concatenate((before[row], np.eye(4)[actions[row]])))
+        squared = (predicted - after[row]) ** 2
+        expected = squared.sum() if reduction == "sum" else squared.sum() / 6
+        assert errors.forward[row].item() == pytest.approx(expected, rel=1e-4)
+        logits = layers(inverse, np.concatenate((before[row], after[row])))
+        probability = np.exp(logits[actions[row]]) / np.exp(logits).sum()
+        assert errors.inverse[row].item() == pytest.approx(-np.log(probability), rel=1e-4)
+
+
+def test_ignorant_inverse_model_costs_log_of_the_actions() -> None:
+    inverse = InverseNet(FEATURES, 12, 3)
+    for parameter in inverse.parameters():
+        nn.init.zeros_(parameter)
+    icm = ICM(Phi((1, 2, 2)), Fnet(FEATURES, 12, 3), inverse, beta=0.2, eta=1.0)
+    errors = icm(BEFORE, CHOSEN, AFTER, torch.full((3, 12), 1 / 12))
+    assert errors.inverse.tolist() == pytest.approx([math.log(12)] * 3)
+
+
+def test_policy_prior_by_hand() -> None:
+    """Bayes: the policy's probabilities times what the inverse model makes of the two states."""
+    without = hand_made()(BEFORE, CHOSEN, AFTER, POLICY)
+    without = ICMErrors(*(value.detach() for value in vars(without).values()))
+    errors = hand_made(policy_prior=True)(BEFORE, CHOSEN, AFTER, POLICY)
+    errors = ICMErrors(*(value.detach() for value in vars(errors).values()))
+    for row, action in enumerate(CHOSEN.tolist()):
+        posterior = POLICY[row].double().numpy() * np.exp(without.logits[row].double().numpy())
+        posterior /= posterior.sum()
+        assert errors.inverse[row].item() == pytest.approx(-np.log(posterior[action]), abs=1e-5)
+        np.testing.assert_allclose(errors.logits[row].softmax(0).numpy(), posterior, atol=1e-6)
+    assert errors.logits.isfinite().all()
+    assert torch.equal(errors.forward, without.forward)
+
+
+def test_ignorant_inverse_model_with_prior_costs_the_policys_surprise() -> None:
+    inverse = InverseNet(FEATURES, ACTIONS, 3)
+    for parameter in inverse.parameters():
+        nn.init.zeros_(parameter)
+    fnet = Fnet(FEATURES, ACTIONS, 3)
+    icm = ICM(Phi((1, 2, 2)), fnet, inverse, beta=0.2, eta=1.0, policy_prior=True)
+    errors = icm(BEFORE, CHOSEN, AFTER, POLICY)
+    assert errors.inverse.tolist() == pytest.approx([-math.log(p) for p in (0.5, 0.9, 0.8)])
+
+
+def test_unknown_reduction() -> None:
+    with pytest.raises(ValueError, match="not one of mean, sum"):
+        hand_made(reduction="max")
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+ALL = torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 0.75, 1.0])
+def test_beta_weighs_forward_against_inverse(beta: float) -> None:
+    icm = hand_made(beta=beta, reduction="sum")
+    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), ALL).item()
+    assert loss == pytest.approx((1 - beta) * sum(SURPRISES) / 3 + beta * sum(SQUARES) / 3)
+
+
+def test_scales_of_the_losses() -> None:
+    icm = hand_made(beta=0.3, reduction="sum", forward_scale=2.0, inverse_scale=5.0)
+    errors = icm(BEFORE, CHOSEN, AFTER, POLICY)
+    expected = 0.7 * 5 * sum(SURPRISES) / 3 + 0.3 * 2 * sum(SQUARES) / 3
+    assert icm.loss(errors, ALL).item() == pytest.approx(expected)
+    # they are of the loss alone
+    assert errors.forward.tolist() == pytest.approx(SQUARES)
+    assert icm.reward(errors).tolist() == pytest.approx(SQUARES)
+
+
+def test_masked_transitions_are_not_averaged() -> None:
+    icm = hand_made(beta=0.2, reduction="sum")
+    valid = torch.tensor([True, False, True])
+    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), valid).item()
+    expected = 0.8 * (SURPRISES[0] + SURPRISES[2]) / 2 + 0.2 * (SQUARES[0] + SQUARES[2]) / 2
+    assert loss == pytest.approx(expected)
+
+
+def test_masked_mean() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 10.0]])
+    assert masked_mean(values, torch.tensor([[True, False], [True, True]])).item() == (
+        pytest.approx(14 / 3)
+    )
+    assert masked_mean(values, torch.zeros(2, 2, dtype=torch.bool)).item() == 0
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def image_icm(**settings: float | str | bool) -> tuple[ICM, Tensor, Tensor, Tensor]:
+    """An ICM of 8x8 images with six transitions: states, actions, next states."""
+    phi = Phi((2, 8, 8))
+    icm = ICM(
+        phi,
+        Fnet(phi.num_features, 4, 16),
+        InverseNet(phi.num_features, 4, 16),
+        **({"beta": 0.3, "eta": 1.0} | settings),
+    )
+    return icm, torch.rand(6, 2, 8, 8), torch.randint(4, (6,)), torch.rand(6, 2, 8, 8)
+
+
+def gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
+    grads = torch.autograd.grad(
+        loss, list(network.parameters()), retain_graph=True, allow_unused=True
+    )
+    return [
+        torch.zeros_like(p) if g is None else g
+        for g, p in zip(grads, network.parameters(), strict=True)
+    ]
+
+
+def independent_losses(icm: ICM, states: Tensor, actions: Tensor, after: Tensor) -> list[Tensor]:
+    """Mean forward and inverse loss with gradients into everything."""
+    features, next_features = icm.phi(states), icm.phi(after)
+    one_hot = torch.eye(4)[actions]
+    hidden = torch.relu(icm.fnet.linear1(torch.cat((features, one_hot), 1)))
+    forward = (icm.fnet.linear2(hidden) - next_features).pow(2).sum(1).mean()
+    hidden = torch.relu(icm.inverse.linear1(torch.cat((features, next_features), 1)))
+    log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
+    return [forward, -log_p[torch.arange(len(actions)), actions].mean()]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward_trains_phi", [False, True])
+def test_who_trains_what(forward_trains_phi: bool) -> None:
+    icm, states, actions, after = image_icm(
+        reduction="sum",
+        forward_scale=2.0,
+        inverse_scale=3.0,
+        forward_trains_phi=forward_trains_phi,
+    )
+    errors = icm(icm.phi(states), actions, icm.phi(after), torch.full((6, 4), 0.25))
+    loss = icm.loss(errors, torch.ones(6, dtype=torch.bool))
+    forward, inverse = independent_losses(icm, states, actions, after)
+    assert loss.item() == pytest.approx((0.3 * 2 * forward + 0.7 * 3 * inverse).item(), rel=1e-5)
+
+    of_inverse = [0.7 * 3 * g for g in gradients(inverse, icm.phi)]
+    of_forward = [0.3 * 2 * g for g in gradients(forward, icm.phi)]
+    assert max(g.abs().max() for g in of_inverse) > 1e-3
+    assert max(g.abs().max() for g in of_forward) > 1e-3
+    both = [a + b for a, b in zip(of_inverse, of_forward, strict=True)]
+    assert_same(gradients(loss, icm.phi), both if forward_trains_phi else of_inverse)
+    # the models themselves learn from their own loss in both cases
+    assert_same(gradients(loss, icm.fnet), [0.6 * g for g in gradients(forward, icm.fnet)])
+    assert_same(gradients(loss, icm.inverse), [2.1 * g for g in gradients(inverse, icm.inverse)])
+
+
+@pytest.mark.parametrize("forward_trains_phi", [False, True])
+def test_masked_transitions_have_no_gradient(forward_trains_phi: bool) -> None:
+    icm, states, actions, after = image_icm(forward_trains_phi=forward_trains_phi)
+    valid = torch.tensor([True, False, True, True, False, False])
+
+    def learn(*transitions: Tensor, mask: Tensor) -> tuple[float, list[Tensor]]:
+        before, chosen, following = transitions
+        policy = torch.full((len(chosen), 4), 0.25)
+        loss = icm.loss(icm(icm.phi(before), chosen, icm.phi(following), policy), mask)
+        return loss.item(), gradients(loss, icm)
+
+    loss, grads = learn(states, actions, after, mask=valid)
+    alone, expected = learn(
+        states[valid], actions[valid], after[valid], mask=torch.ones(3, dtype=torch.bool)
+    )
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert_same(grads, expected)
+
+    other_states = torch.where(valid.view(6, 1, 1, 1), states, 1 - states)
+    other_actions = torch.where(valid, actions, 3 - actions)
+    changed, found = learn(other_states, other_actions, after, mask=valid)
+    assert changed == pytest.approx(loss, rel=1e-5)
+    assert_same(found, grads)
+
+    nothing, none = learn(states, actions, after, mask=torch.zeros(6, dtype=torch.bool))
+    assert nothing == 0
+    assert all(not g.any() for g in none)
+
+
+def test_reward_is_scaled_and_detached() -> None:
+    icm, states, actions, after = image_icm(eta=0.25, forward_trains_phi=True)
+    errors = icm(icm.phi(states), actions, icm.phi(after), torch.full((6, 4), 0.25))
+    reward = icm.reward(errors)
+    assert errors.forward.requires_grad
+    assert not reward.requires_grad
+    assert reward.shape == (6,)
+    torch.testing.assert_close(reward, 0.25 * errors.forward.detach())
+    assert (reward > 0).all()
+
+
+def test_reward_needs_the_forward_error_alone() -> None:
+    errors = ICMErrors(torch.tensor([2.0, 0.5]), torch.tensor([9.0, 9.0]), torch.zeros(2, 3))
+    assert hand_made(eta=3.0).reward(errors).tolist() == [6.0, 1.5]
+
+
+# --- running scale --------------------------------------------------------------------------------
+
+
+def slow_std(rewards: np.ndarray, valid: np.ndarray, discount: float, half_life: float) -> float:
+    """Weighted std of every discounted sum ever seen, a value k steps old having weight 2^-k/h."""
+    steps, envs = rewards.shape
+    total = np.zeros(envs)
+    history = []
+    for t in range(steps):
+        for e in range(envs):
+            if valid[t, e]:
+                total[e] = discount * total[e] + rewards[t, e]
+        history.append(total.copy())
+    values = np.array(history)
+    weights = np.repeat(0.5 ** (np.arange(steps)[::-1] / half_life), envs).reshape(steps, envs)
+    mean = (weights * values).sum() / weights.sum()
+    return float(np.sqrt((weights * (values - mean) ** 2).sum() / weights.sum()))
+
+
+def feed(scale: RewardScale, rewards: np.ndarray, valid: np.ndarray | None = None) -> None:
+    valid = np.ones(rewards.shape, dtype=bool) if valid is None else valid
+    for r, v in zip(rewards, valid, strict=True):
+        scale.update(torch.from_numpy(r).float(), torch.from_numpy(v))
+
+
+@pytest.mark.parametrize(("discount", "half_life"), [(0.0, 5.0), (0.9, 20.0), (0.99, 7.5)])
+def test_std_is_that_of_decaying_discounted_sums(discount: float, half_life: float) -> None:
+    rng = np.random.default_rng(2)
+    rewards = rng.gamma(0.5, 3.0, (120, 3)).astype(np.float32)
+    valid = rng.random((120, 3)) > 0.15
+    scale = RewardScale(3, discount, half_life)
+    for t in range(120):
+        feed(scale, rewards[t : t + 1], valid[t : t + 1])
+        if t > 0:
+            expected = slow_std(rewards[: t + 1], valid[: t + 1], discount, half_life)
+            assert scale.std == pytest.approx(expected, rel=1e-6)
+
+
+def test_std_is_one_before_the_first_update() -> None:
+    assert RewardScale(4, 0.99, 100).std == 1
+
+
+def test_first_reward_of_a_single_environment_is_not_blown_up() -> None:
+    """One value has no spread; dividing by (almost) nothing makes the reward astronomical."""
+    scale = RewardScale(1, 0.99, 10_000)
+    scale.update(torch.tensor([0.02]), torch.tensor([True]))
+    assert 0.02 / scale.std < 1_000
+
+
+def test_sums_run_over_the_time_of_each_environment() -> None:
+    """One environment always gets 1, the other 0: a sum over environments would be the same."""
+    scale = RewardScale(2, 0.5, 1e9)
+    for _ in range(3):
+        scale.update(torch.tensor([1.0, 0.0]), torch.tensor([True, True]))
+    assert scale.sums.tolist() == [1.75, 0.0]
+    assert scale.std == pytest.approx(np.std([1.0, 0.0, 1.5, 0.0, 1.75, 0.0]), rel=1e-6)
+
+
+def test_order_of_environments_does_not_matter() -> None:
+    rewards = np.random.default_rng(4).random((50, 3)).astype(np.float32)
+    one, other = RewardScale(3, 0.9, 30), RewardScale(3, 0.9, 30)
+    feed(one, rewards)
+    feed(other, rewards[:, ::-1].copy())
+    assert one.std == pytest.approx(other.std, rel=1e-9)
+    mixed = RewardScale(3, 0.9, 30)
+    shuffled = rewards.copy()
+    shuffled[::2] = shuffled[::2, ::-1]  # the same step sums, other rewards per environment
+    feed(mixed, shuffled)
+    assert mixed.std != pytest.approx(one.std, rel=1e-4)
+
+
+def test_huge_early_reward_fades_with_the_half_life() -> None:
+    rewards = np.random.default_rng(6).random((2_001, 2)).astype(np.float32)
+    rewards[0] = 10_000
+    scale = RewardScale(2, 0.0, 100)
+    std = []
+    for row in rewards:
+        feed(scale, row[None])
+        std.append(scale.std)
+    assert std[50] > 1_000
+    # while the outlier rules, the variance halves every 100 steps
+    for t in (600, 800, 1_000):
+        assert std[t + 100] / std[t] == pytest.approx(math.sqrt(0.5), rel=0.03)
+    # at last the rest shows: uniform in 0..1 has std 1 / sqrt(12)
+    calm = RewardScale(2, 0.0, 100)
+    feed(calm, rewards[1:])
+    assert calm.std == pytest.approx(1 / math.sqrt(12), rel=0.2)
+    without_decay = 10_000 / math.sqrt(2_000)
+    assert std[2_000] < without_decay / 100
+    assert std[2_000] == pytest.approx(math.hypot(calm.std, 10_000 * 2**-10 / 12.0), rel=0.05)
+
+
+def test_reset_leaves_the_sum_as_it_stands() -> None:
+    scale = RewardScale(2, 0.5, 1e9)
+    scale.update(torch.tensor([4.0, 2.0]), torch.tensor([True, True]))
+    scale.update(torch.tensor([1e9, 3.0]), torch.tensor([False, True]))
+    assert scale.sums.tolist() == [4.0, 4.0]
+    assert scale.std == pytest.approx(np.std([4.0, 2.0, 4.0, 4.0]), rel=1e-6)
+    scale.update(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
+    assert scale.sums.tolist() == [3.0, 4.0]
+
+
+def test_scale_continues_from_a_file() -> None:
+    rewards = np.random.default_rng(8).random((60, 3)).astype(np.float32)
+    whole, before, after = (RewardScale(3, 0.95, 12) for _ in range(3))
+    feed(whole, rewards)
+    feed(before, rewards[:25])
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    assert after.std == before.std
+    feed(after, rewards[25:])
+    assert after.std == whole.std
+    assert torch.equal(after.sums, whole.sums)
+
+
+def test_loading_does_not_tie_two_scales_together() -> None:
+    one, other = RewardScale(2, 0.9, 10), RewardScale(2, 0.9, 10)
+    feed(one, np.array([[1.0, 2.0], [3.0, 4.0]]))
+    other.load_state_dict(one.state_dict())
+    before = other.sums.clone()
+    feed(one, np.array([[5.0, 6.0]]))
+    assert torch.equal(other.sums, before)
+
+
+def test_scale_of_another_number_of_environments() -> None:
+    """The statistics are kept; only the running sums start anew."""
+    old, new = RewardScale(3, 0.9, 50), RewardScale(5, 0.9, 50)
+    feed(old, np.random.default_rng(9).random((40, 3)))
+    new.load_state_dict(old.state_dict())
+    assert new.std == old.std
+    assert new.sums.tolist() == [0.0] * 5
+    feed(new, np.random.default_rng(10).random((1, 5)))
+    assert new.std == pytest.approx(old.std, rel=0.5)

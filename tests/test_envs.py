@@ -1,0 +1,265 @@
+"""The environments, on the real games."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import settings
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+
+from icm.envs import episodes_in, make_env, make_vector_env
+from icm.envs.mario import StuckLimit
+from icm.envs.wrappers import ActionRepeat, GreyImage, NoopStart, StickyActions
+from icm.errors import UserError
+
+ENV = settings().env
+
+RIGHT = 3  # hold right and B, with complex movement
+
+
+class Counter(gym.Env[Any, Any]):
+    """Shows the number of the frame and rewards it with 1; ends after 50 frames."""
+
+    observation_space = spaces.Box(0, 255, (20, 30, 3), np.uint8)
+    action_space = spaces.Discrete(4)
+
+    def __init__(self) -> None:
+        self.actions: list[int] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.actions = []
+        return np.zeros((20, 30, 3), np.uint8), {}
+
+    def step(self, action: Any) -> Any:
+        self.actions.append(int(action))
+        frame = len(self.actions)
+        return np.full((20, 30, 3), frame, np.uint8), 1.0, frame >= 50, False, {}
+
+
+gym.register("Counter-v0", Counter)
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "SuperMarioBros-1-1-v0",
+        "SuperMarioBros-v0",
+        "SuperMarioBros2-v0",
+        "SuperMarioBros2USA-v0",
+        "SuperMarioBros3-v0",
+    ],
+)
+def test_all_four_games_give_states_cells_and_progress(env_id: str) -> None:
+    env = make_env(replace(ENV, id=env_id))
+    state, info = env.reset(seed=0)
+    assert state.shape == (4, 42, 42)
+    assert state.dtype == np.uint8
+    assert state.std() > 5  # a picture, not a blank
+    assert info["cell"].shape == (4,)
+    states = [env.step(RIGHT)[0] for _ in range(12)]
+    assert any((states[0] != other).any() for other in states[1:])
+    env.close()
+
+
+@pytest.mark.parametrize("size", [42, 84])
+def test_gymnasium_and_stable_baselines_accept_the_environment(size: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+        env = make_env(replace(ENV, size=size))
+        check_env(env, skip_render_check=True)
+        sb3_check_env(env, warn=True)
+        env.close()
+
+
+def test_an_environment_of_another_package_works() -> None:
+    pytest.importorskip("minigrid")
+    from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
+
+    def rgb(**kwargs: Any) -> gym.Env[Any, Any]:
+        return ImgObsWrapper(RGBImgObsWrapper(gym.make("MiniGrid-Empty-5x5-v0", **kwargs)))
+
+    gym.register("MiniGridRGB-v0", rgb)
+    env = make_env(replace(ENV, id="MiniGridRGB-v0", crop=[0, 0, 0, 0], action_repeat=1))
+    check_env(env, skip_render_check=True)
+    state, info = env.reset(seed=0)
+    assert state.shape == (4, 42, 42)
+    assert "cell" not in info
+    for _ in range(200):
+        _, _, terminated, truncated, info = env.step(env.action_space.sample())
+        if terminated or truncated:
+            break
+    assert info["episode"]["length"] <= 200
+    assert set(info["episode"]) == {"length", "reward"}
+    env.close()
+
+
+def test_states_are_copies_and_a_new_episode_starts_with_its_first_frame_repeated() -> None:
+    env = make_env(replace(ENV, noop_max=0))
+    first, _ = env.reset(seed=0)
+    kept = first.copy()
+    assert all((first[0] == frame).all() for frame in first)
+    later = first
+    while (later == first).all():
+        later = env.step(RIGHT)[0]
+    assert (first == kept).all()
+    again, _ = env.reset()
+    assert (again == kept).all()
+    env.close()
+
+
+def test_distance_and_death_on_the_real_level() -> None:
+    env = make_env(replace(ENV, noop_max=0))
+    env.reset(seed=0)
+    terminated, length, info = False, 0, {}
+    while not terminated:  # running right into the first goomba
+        _, _, terminated, truncated, info = env.step(RIGHT)
+        length += 1
+        assert not truncated
+    assert info["episode"]["distance"] == 314 or 250 < info["episode"]["distance"] < 330
+    assert info["episode"]["length"] == length
+    assert info["episode"]["levels"] == "1-1"
+    assert not info["episode"]["flag"]
+    assert info["episode"]["levels_passed"] == 0
+    env.close()
+
+
+def test_stuck_episodes_are_truncated_not_terminated() -> None:
+    env = make_env(replace(ENV, noop_max=0, stuck_steps=5, stuck_distance=15))
+    env.reset(seed=0)
+    for step in range(1, 6):
+        _, _, terminated, truncated, info = env.step(0)
+        assert not terminated
+        assert truncated == (step == 5)
+    assert info["episode"]["length"] == 5
+    env.close()
+
+
+def test_progress_resets_the_stuck_limit() -> None:
+    class Walk(gym.Env[Any, Any]):
+        observation_space = spaces.Box(0, 255, (4, 4), np.uint8)
+        action_space = spaces.Discrete(2)
+        x = 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.x = 0
+            return np.zeros((4, 4), np.uint8), {"progress": {"distance": 0}}
+
+        def step(self, action: Any) -> Any:
+            self.x += 10 * int(action)
+            info = {"progress": {"distance": self.x}}
+            return np.zeros((4, 4), np.uint8), 0.0, False, False, info
+
+    env = StuckLimit(Walk(), steps=3, distance=15)
+    env.reset()
+    # 10, 20 (new ground), 20, 20, 20: cut
+    assert [env.step(a)[3] for a in (1, 1, 0, 0, 0)] == [False, False, False, False, True]
+
+
+def test_action_repeat_adds_rewards_and_stops_at_the_end() -> None:
+    frames: list[int] = []
+    env = ActionRepeat(Counter(), 6, lambda game: frames.append(len(game.unwrapped.actions)))  # type: ignore[attr-defined]
+    env.reset()
+    observation, reward, terminated, _, _ = env.step(2)
+    assert (observation == 6).all()
+    assert reward == 6
+    assert frames == [1, 2, 3, 4, 5, 6]
+    for _ in range(8):
+        _, reward, terminated, _, _ = env.step(1)
+    assert terminated
+    assert reward == 2  # frames 49 and 50
+
+
+def test_noop_start_waits_a_random_number_of_frames() -> None:
+    env = NoopStart(Counter(), 30)
+    waits = []
+    for seed in range(40):
+        env.reset(seed=seed)
+        actions = env.unwrapped.actions  # type: ignore[attr-defined]
+        assert not any(actions)
+        waits.append(len(actions))
+    assert min(waits) < 5
+    assert 25 < max(waits) <= 30
+    env.reset(seed=7)
+    assert len(env.unwrapped.actions) == waits[7]  # type: ignore[attr-defined]
+
+
+def test_sticky_actions_repeat_the_previous_one_with_their_probability() -> None:
+    env = StickyActions(Counter(), 0.25)
+    stuck = total = 0
+    for seed in range(40):
+        env.reset(seed=seed)
+        wanted = [i % 4 for i in range(49)]
+        for action in wanted:
+            env.step(action)
+        done = env.unwrapped.actions  # type: ignore[attr-defined]
+        assert done[0] == wanted[0]
+        stuck += sum(d != w for d, w in zip(done, wanted, strict=True))
+        total += len(wanted) - 1
+    assert 0.2 < stuck / total < 0.3
+
+
+def test_grey_image_crops_and_averages_areas() -> None:
+    class Picture(Counter):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            image = np.zeros((20, 30, 3), np.uint8)
+            image[:4] = 255  # what the crop takes away
+            image[4:12, 2:16] = 200  # the upper left quarter of the rest
+            return image, {}
+
+    frame, _ = GreyImage(Picture(), 2, (4, 0, 2, 0)).reset()
+    assert frame.tolist() == [[200, 0], [0, 0]]
+
+
+def test_the_same_seed_plays_the_same_game() -> None:
+    def play() -> list[np.ndarray]:
+        env = make_env(replace(ENV, sticky_probability=0.25))
+        states = [env.reset(seed=5)[0]]
+        states += [env.step(a)[0] for a in (3, 3, 4, 4, 2, 3, 6, 3)]
+        env.close()
+        return states
+
+    assert all((a == b).all() for a, b in zip(play(), play(), strict=True))
+
+
+def test_vector_environments_equal_single_ones_and_reset_on_the_next_step() -> None:
+    config = replace(ENV, num_envs=2, stuck_steps=4)
+    envs = make_vector_env(config)
+    single = make_env(config)
+    vector_states, infos = envs.reset(seed=3)
+    state, _ = single.reset(seed=4)  # the second environment's seed
+    assert (vector_states[1] == state).all()
+    assert infos["cell"].shape == (2, 4)
+    ended = False
+    for step in range(1, 8):
+        vector_states, _, _, truncated, infos = envs.step(np.array([0, 0]))
+        if ended:  # this step only resets
+            state, _ = single.reset()
+            ended = False
+            assert not truncated.any()
+        else:
+            state, _, _, ended, _ = single.step(0)
+            assert truncated[1] == ended
+        assert (vector_states[1] == state).all()
+        assert len(episodes_in(infos)) == (2 if step == 4 else 0)
+    envs.close()
+    single.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "what"),
+    [
+        ("SuperMarioBros-9-9-v0", "SuperMarioBros-9-9-v0"),
+        ("nothing:Like-v0", "nothing"),
+        ("CartPole-v1", "uint8 images"),
+    ],
+)
+def test_what_is_no_image_game_is_refused(env_id: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        make_env(replace(ENV, id=env_id))

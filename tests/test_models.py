@@ -1,0 +1,417 @@
+"""Layers, sizes and `state_dict` keys of the networks, and what goes into them."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.models import INPUT_NORMS, Fnet, InputNorm, InverseNet, Phi, Qnetwork, conv_features
+
+# --- the tutorial's classes, written independently ------------------------------------------------
+
+
+class TutorialPhi(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv4 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(x)
+        y = F.elu(self.conv1(x))
+        y = F.elu(self.conv2(y))
+        y = F.elu(self.conv3(y))
+        y = F.elu(self.conv4(y))
+        return y.flatten(start_dim=1)
+
+
+class TutorialGnet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(576, 256)
+        self.linear2 = nn.Linear(256, 12)
+
+    def forward(self, state1: Tensor, state2: Tensor) -> Tensor:
+        x = torch.cat((state1, state2), dim=1)
+        y = F.relu(self.linear1(x))
+        return F.softmax(self.linear2(y), dim=1)
+
+
+class TutorialFnet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(300, 256)
+        self.linear2 = nn.Linear(256, 288)
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        one_hot = F.one_hot(action, num_classes=12)
+        x = torch.cat((state, one_hot), dim=1)
+        return self.linear2(F.relu(self.linear1(x)))
+
+
+class TutorialQnetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.conv4 = nn.Conv2d(32, 32, kernel_size=(3, 3), stride=2, padding=1)
+        self.linear1 = nn.Linear(288, 100)
+        self.linear2 = nn.Linear(100, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(x)
+        y = F.elu(self.conv1(x))
+        y = F.elu(self.conv2(y))
+        y = F.elu(self.conv3(y))
+        y = F.elu(self.conv4(y))
+        y = y.flatten(start_dim=2)
+        y = y.view(y.shape[0], -1, 32)
+        y = y.flatten(start_dim=1)
+        y = F.elu(self.linear1(y))
+        return self.linear2(y)
+
+
+CONVOLUTIONS = {
+    "conv1.weight": (32, 3, 3, 3),
+    "conv1.bias": (32,),
+    "conv2.weight": (32, 32, 3, 3),
+    "conv2.bias": (32,),
+    "conv3.weight": (32, 32, 3, 3),
+    "conv3.bias": (32,),
+    "conv4.weight": (32, 32, 3, 3),
+    "conv4.bias": (32,),
+}
+CONVOLUTION_COUNT = (3 * 9 * 32 + 32) + 3 * (32 * 9 * 32 + 32)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(7)
+
+
+def shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def random_states(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "count"),
+    [
+        (lambda: Phi((3, 42, 42)), CONVOLUTIONS, CONVOLUTION_COUNT),
+        (
+            Fnet,
+            {
+                "linear1.weight": (256, 300),
+                "linear1.bias": (256,),
+                "linear2.weight": (288, 256),
+                "linear2.bias": (288,),
+            },
+            (300 * 256 + 256) + (256 * 288 + 288),
+        ),
+        (
+            InverseNet,
+            {
+                "linear1.weight": (256, 576),
+                "linear1.bias": (256,),
+                "linear2.weight": (12, 256),
+                "linear2.bias": (12,),
+            },
+            (576 * 256 + 256) + (256 * 12 + 12),
+        ),
+        (
+            Qnetwork,
+            CONVOLUTIONS
+            | {
+                "linear1.weight": (100, 288),
+                "linear1.bias": (100,),
+                "linear2.weight": (12, 100),
+                "linear2.bias": (12,),
+            },
+            CONVOLUTION_COUNT + (288 * 100 + 100) + (100 * 12 + 12),
+        ),
+    ],
+    ids=["phi", "fnet", "inverse", "qnetwork"],
+)
+def test_default_layers_are_the_tutorials(
+    make: Callable[[], nn.Module], expected: dict[str, tuple[int, ...]], count: int
+) -> None:
+    network = make()
+    assert shapes(network) == expected
+    assert list(network.state_dict()) == list(expected)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+def test_parameter_counts_in_digits() -> None:
+    networks = (Phi((3, 42, 42)), Fnet(), InverseNet(), Qnetwork())
+    counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert counts == [28_640, 151_072, 150_796, 58_752]
+
+
+def test_convolutions_halve_and_pad() -> None:
+    for network in (Phi((3, 42, 42)), Qnetwork()):
+        for layer in (network.conv1, network.conv2, network.conv3, network.conv4):
+            assert layer.kernel_size == (3, 3)
+            assert layer.stride == (2, 2)
+            assert layer.padding == (1, 1)
+
+
+def test_tutorial_images_have_288_features() -> None:
+    assert conv_features(42, 42) == 288
+    phi = Phi((3, 42, 42))
+    assert phi.num_features == 288
+    assert phi(torch.rand(2, 3, 42, 42)).shape == (2, 288)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 42, 42), (4, 84, 84), (2, 45, 30), (1, 16, 16), (4, 17, 33), (3, 1, 1)]
+)
+def test_sizes_follow_from_the_states(shape: tuple[int, int, int]) -> None:
+    x = torch.rand(2, *shape)
+    phi = Phi(shape)
+    features = phi(x)
+    assert features.shape == (2, conv_features(*shape[1:]))
+    assert features.shape[1] == phi.num_features
+    q = Qnetwork(shape, num_actions=5, hidden=7)
+    assert q(x).shape == (2, 5)
+    assert q.linear1.in_features == phi.num_features
+    assert q.linear1.out_features == 7
+    fnet = Fnet(phi.num_features, 5, 9)
+    assert fnet(features, torch.tensor([0, 4])).shape == features.shape
+    inverse = InverseNet(phi.num_features, 5, 9)
+    assert inverse(features, features).shape == (2, 5)
+
+
+def test_batch_of_one_is_a_row_of_a_larger_batch() -> None:
+    phi, fnet, inverse, q = Phi((3, 42, 42)), Fnet(), InverseNet(), Qnetwork()
+    x, actions = torch.rand(4, 3, 42, 42), torch.tensor([0, 3, 11, 5])
+    features = phi(x)
+    one = slice(2, 3)
+    for alone, batch in (
+        (phi(x[one]), features),
+        (q(x[one]), q(x)),
+        (fnet(features[one], actions[one]), fnet(features, actions)),
+        (inverse(features[one], features[:1]), inverse(features, features[:1].expand(4, -1))),
+    ):
+        assert alone.shape[0] == 1
+        torch.testing.assert_close(alone, batch[one], rtol=1e-4, atol=1e-5)
+
+
+# --- files of the tutorial ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_theirs", "make_ours"),
+    [(TutorialPhi, lambda: Phi((3, 42, 42))), (TutorialQnetwork, Qnetwork)],
+    ids=["phi", "qnetwork"],
+)
+def test_tutorial_image_networks_load_and_agree(
+    make_theirs: Callable[[], nn.Module], make_ours: Callable[[], nn.Module]
+) -> None:
+    theirs, ours = make_theirs(), make_ours()
+    states = random_states(5, 3, 42, 42)
+    norm = InputNorm("stack", (42, 42))
+    assert not torch.allclose(ours(norm(states)), theirs(states.float()), atol=1e-3)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    torch.testing.assert_close(ours(norm(states)), theirs(states.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_tutorial_fnet_loads_and_agrees() -> None:
+    theirs, ours = TutorialFnet(), Fnet()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    features, actions = torch.randn(12, 288), torch.randperm(12)
+    torch.testing.assert_close(ours(features, actions), theirs(features, actions))
+
+
+def test_tutorial_gnet_loads_and_agrees() -> None:
+    theirs, ours = TutorialGnet(), InverseNet()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    before, after = torch.randn(6, 288), torch.randn(6, 288)
+    torch.testing.assert_close(ours(before, after).softmax(1), theirs(before, after))
+
+
+def test_inverse_model_with_dropout() -> None:
+    """Half of its input is hidden while it learns; nothing of it shows in the state."""
+    plain, dropping = InverseNet(), InverseNet(dropout=0.5)
+    assert shapes(dropping) == shapes(plain)
+    dropping.load_state_dict(plain.state_dict(), strict=True)
+    before, after = torch.randn(6, 288), torch.randn(6, 288)
+    dropping.eval()
+    assert torch.equal(dropping(before, after), plain(before, after))
+    dropping.train()
+    torch.manual_seed(3)
+    found = dropping(before, after)
+    torch.manual_seed(3)
+    shown = F.dropout(torch.cat((before, after), 1), 0.5)
+    assert (shown == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(found, plain(shown[:, :288], shown[:, 288:]))
+    assert not torch.allclose(found, plain(before, after), atol=1e-2)
+
+
+def weights(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+    return layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+
+
+def test_fnet_and_inverse_in_numpy() -> None:
+    rng = np.random.default_rng(1)
+    before, after = rng.normal(size=(2, 4, 288)).astype(np.float32)
+    actions = [3, 0, 11, 7]
+
+    fnet = Fnet()
+    (w1, b1), (w2, b2) = weights(fnet.linear1), weights(fnet.linear2)
+    found = fnet(torch.from_numpy(before), torch.tensor(actions)).detach().numpy()
+    for row, action in enumerate(actions):
+        one_hot = np.zeros(12)
+        one_hot[action] = 1
+        hidden = np.maximum(w1 @ np.concatenate((before[row], one_hot)) + b1, 0)
+        np.testing.assert_allclose(found[row], w2 @ hidden + b2, rtol=1e-3, atol=1e-5)
+
+    inverse = InverseNet()
+    (w1, b1), (w2, b2) = weights(inverse.linear1), weights(inverse.linear2)
+    found = inverse(torch.from_numpy(before), torch.from_numpy(after)).detach().numpy()
+    for row in range(4):
+        hidden = np.maximum(w1 @ np.concatenate((before[row], after[row])) + b1, 0)
+        np.testing.assert_allclose(found[row], w2 @ hidden + b2, rtol=1e-3, atol=1e-5)
+
+
+def test_convolutions_in_numpy() -> None:
+    """Phi of a 4x3 image, pixel by pixel."""
+    phi = Phi((2, 4, 3))
+    x = torch.rand(1, 2, 4, 3)
+    y = x[0].double().numpy()
+    for layer in (phi.conv1, phi.conv2, phi.conv3, phi.conv4):
+        kernel, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+        height, width = math.ceil(y.shape[1] / 2), math.ceil(y.shape[2] / 2)
+        padded = np.pad(y, ((0, 0), (1, 2), (1, 2)))
+        out = np.empty((32, height, width))
+        for i in range(height):
+            for j in range(width):
+                patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+                out[:, i, j] = (kernel * patch).sum((1, 2, 3)) + bias
+        y = np.where(out > 0, out, np.expm1(out))
+    np.testing.assert_allclose(phi(x)[0].detach().numpy(), y.ravel(), rtol=1e-4, atol=1e-6)
+
+
+# --- input ----------------------------------------------------------------------------------------
+
+
+def test_scale_divides_by_255() -> None:
+    norm = InputNorm("scale", (5, 4))
+    states = random_states(2, 3, 5, 4)
+    x = norm(states)
+    assert x.dtype == torch.float32
+    np.testing.assert_allclose(x.numpy(), states.numpy().astype(np.float64) / 255, rtol=1e-6)
+    assert norm.state_dict() == {}
+    norm.measure(random_states(9, 5, 4))
+    assert torch.equal(norm(states), x)
+
+
+def test_standard_is_scale_before_it_is_measured() -> None:
+    norm = InputNorm("standard", (5, 4))
+    assert torch.equal(norm.mean, torch.zeros(5, 4))
+    assert norm.std.item() == 255
+    states = random_states(2, 3, 5, 4)
+    assert torch.equal(norm(states), InputNorm("scale", (5, 4))(states))
+
+
+def test_standard_measures_mean_image_and_one_std() -> None:
+    rng = np.random.default_rng(3)
+    height, width = 5, 4
+    base = rng.integers(60, 180, (height, width))
+    spread = rng.integers(1, 60, (height, width))
+    images = (base + rng.integers(-spread, spread + 1, (500, height, width))).astype(np.uint8)
+    norm = InputNorm("standard", (height, width))
+    norm.measure(torch.from_numpy(images))
+    mean = images.mean(0)
+    deviations = [images[:, i, j].std() for i in range(height) for j in range(width)]
+    std = float(np.mean(deviations))
+    np.testing.assert_allclose(norm.mean.numpy(), mean, rtol=1e-5)
+    assert norm.std.shape == ()
+    assert norm.std.item() == pytest.approx(std, rel=2e-3)  # n or n - 1 is all the same
+
+    x = norm(torch.from_numpy(images[:6]).view(2, 3, height, width)).numpy()
+    expected = (images[:6].reshape(2, 3, height, width) - mean) / std
+    np.testing.assert_allclose(x, expected, rtol=5e-3, atol=1e-4)
+
+
+def test_standard_keeps_constant_pixels_finite() -> None:
+    norm = InputNorm("standard", (5, 4))
+    norm.measure(torch.full((10, 5, 4), 77, dtype=torch.uint8))
+    assert norm.std.item() == 1
+    assert torch.equal(
+        norm(torch.full((1, 2, 5, 4), 79, dtype=torch.uint8)), torch.full((1, 2, 5, 4), 2.0)
+    )
+
+
+def test_standard_measured_from_one_image_is_finite() -> None:
+    """One environment and a warm-up of one step leave a single image to measure."""
+    norm = InputNorm("standard", (5, 4))
+    image = random_states(1, 5, 4)
+    norm.measure(image)
+    assert torch.equal(norm.mean, image[0].float())
+    assert norm.std.isfinite().item()
+    assert norm(random_states(2, 3, 5, 4)).isfinite().all().item()
+
+
+def test_standard_is_saved_with_the_networks() -> None:
+    measured, fresh = InputNorm("standard", (5, 4)), InputNorm("standard", (5, 4))
+    measured.measure(random_states(20, 5, 4))
+    assert shapes(measured) == {"mean": (5, 4), "std": ()}
+    states = random_states(2, 3, 5, 4)
+    assert not torch.equal(fresh(states), measured(states))
+    fresh.load_state_dict(measured.state_dict(), strict=True)
+    assert torch.equal(fresh(states), measured(states))
+    assert not list(measured.parameters())
+
+
+def test_stack_has_unit_norm_over_the_frames() -> None:
+    norm = InputNorm("stack", (5, 4))
+    states = random_states(2, 3, 5, 4).clamp_min(1)
+    x = norm(states).numpy()
+    pixels = states.numpy().astype(np.float64)
+    lengths = np.sqrt((pixels**2).sum(1, keepdims=True))
+    np.testing.assert_allclose(x, pixels / lengths, rtol=1e-5)
+
+
+def test_stack_of_equal_frames_is_a_constant_image() -> None:
+    norm = InputNorm("stack", (5, 4))
+    frame = random_states(1, 1, 5, 4).clamp_min(1)
+    x = norm(frame.expand(1, 3, 5, 4))
+    torch.testing.assert_close(x, torch.full((1, 3, 5, 4), 1 / math.sqrt(3)))
+    assert torch.equal(norm(torch.zeros(1, 3, 5, 4, dtype=torch.uint8)), torch.zeros(1, 3, 5, 4))
+
+
+@pytest.mark.parametrize("mode", INPUT_NORMS)
+def test_norm_takes_leading_dimensions_and_leaves_states_alone(mode: str) -> None:
+    norm = InputNorm(mode, (5, 4))
+    norm.measure(random_states(30, 5, 4))
+    states = random_states(2, 6, 3, 5, 4)
+    before = states.clone()
+    x = norm(states)
+    assert x.shape == states.shape
+    assert x.dtype == torch.float32
+    for i in range(2):
+        assert torch.equal(x[i], norm(states[i]))
+        for j in range(6):
+            assert torch.equal(x[i, j], norm(states[i, j]))
+    assert states.dtype == torch.uint8
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize("mode", ["", "Scale", "none", "batch"])
+def test_unknown_norm(mode: str) -> None:
+    with pytest.raises(ValueError, match=r"not one of standard, scale, stack"):
+        InputNorm(mode, (5, 4))

@@ -1,0 +1,405 @@
+"""The real scripts in subprocesses, as a user runs them: what works, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import pytest
+import torch
+from conftest import ROOT, SMALL, run_script, settings
+
+from icm import checkpoint
+
+# --- what works ---------------------------------------------------------------------------------
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
+    assert (trained / ".hydra" / "config.yaml").is_file()
+    assert list(trained.glob("events.out.tfevents.*"))
+    lines = metrics_of(trained)
+    assert [line["step"] for line in lines] == [32, 64, 96]
+    for name in (
+        "explore/cells",
+        "explore/levels",
+        "reward/intrinsic",
+        "reward/extrinsic",
+        "loss/forward",
+        "loss/inverse",
+        "loss/q",
+        "icm/inverse_accuracy",
+        "icm/inverse_gain",
+        "q/mean",
+        "policy/epsilon",
+        "policy/entropy",
+        "speed/agent_steps_per_s",
+        "speed/frames_per_s",
+        "speed/update_share",
+    ):
+        assert name in lines[-1], name
+    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert names == ["latest.pt", "replay.pt", "step_000000096.pt"]
+
+
+def test_tensorboard_has_the_same_numbers_as_metrics_jsonl(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained))
+    events.Reload()
+    for line in metrics_of(trained):
+        for name, value in line.items():
+            if name != "step":
+                points = {e.step: e.value for e in events.Scalars(name)}
+                assert points[int(line["step"])] == pytest.approx(value, rel=1e-5)
+
+
+def test_checkpoints_hold_plain_data_under_the_documented_keys(trained: Path) -> None:
+    content = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
+    assert content["format"] == checkpoint.FORMAT
+    assert content["step"] == 96
+    assert {"phi", "fnet", "inverse", "qnetwork", "target", "input_norm"} == set(content["models"])
+    assert content["config"]["env"]["id"] == "SuperMarioBros-1-1-v0"
+    assert {"optimizers", "curiosity", "rng"} <= set(content)
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
+    trained: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("same", 42), ("other", 43)):
+        folder = tmp_path / name
+        done = run_script(
+            "train.py", *SMALL, "total_steps=96", f"seed={seed}", f"hydra.run.dir={folder}"
+        )
+        assert done.returncode == 0, done.stderr
+        is_same = without_speed(metrics_of(folder)) == without_speed(metrics_of(trained))
+        assert is_same == (seed == 42)
+
+
+def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    done = run_script(
+        "train.py",
+        f"resume={trained / 'checkpoints' / 'latest.pt'}",
+        "total_steps=160",
+        f"hydra.run.dir={folder}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no replay memory" not in done.stdout
+    assert [line["step"] for line in metrics_of(folder)] == [128, 160]
+    before = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
+    after = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
+    assert after["step"] == 160
+    assert after["agent"]["updates"] == before["agent"]["updates"] + 64 // 8
+    assert after["curiosity"]["weight"] > before["curiosity"]["weight"]
+    # settings of the checkpoint, not the defaults, but for what was overridden
+    assert after["config"]["env"]["num_envs"] == 1
+    assert after["config"]["total_steps"] == 160
+    saved = (folder / ".hydra" / "config.yaml").read_text()
+    assert "num_envs: 1" in saved
+
+
+def test_resume_without_the_memory_fills_a_new_one_and_says_so(
+    trained: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone.pt"
+    shutil.copy(trained / "checkpoints" / "latest.pt", alone)
+    done = run_script(
+        "train.py", f"resume={alone}", "total_steps=160", f"hydra.run.dir={tmp_path / 'run'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no replay memory" in done.stdout
+    assert "loss/q" in metrics_of(tmp_path / "run")[-1]
+
+
+def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
+    folder = tmp_path / "tutorial"
+    done = run_script(
+        "train.py", "preset=tutorial", "total_steps=170", "log.every=85", f"hydra.run.dir={folder}"
+    )
+    assert done.returncode == 0, done.stderr
+    last = metrics_of(folder)[-1]
+    assert 0 < last["loss/q"] < float("inf")
+    models = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["models"]
+    assert models["phi"]["conv1.weight"].shape == (32, 3, 3, 3)
+    assert models["fnet"]["linear1.weight"].shape == (256, 300)
+    assert models["inverse"]["linear1.weight"].shape == (256, 576)
+    assert models["qnetwork"]["linear1.weight"].shape == (100, 288)
+
+
+def test_training_on_another_packages_environment(tmp_path: Path) -> None:
+    (tmp_path / "rooms.py").write_text(
+        "import gymnasium as gym\n"
+        "from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper\n"
+        "def make(**kwargs):\n"
+        "    return ImgObsWrapper(RGBImgObsWrapper(gym.make('MiniGrid-Empty-5x5-v0', **kwargs)))\n"
+        "gym.register('Rooms-v0', make)\n"
+    )
+    done = run_script(
+        "train.py",
+        *SMALL,
+        "env.id=rooms:Rooms-v0",
+        "env.crop=[0,0,0,0]",
+        "env.action_repeat=1",
+        "total_steps=128",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    last = metrics_of(tmp_path / "run")[-1]
+    assert "loss/q" in last
+    assert "explore/cells" not in last
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_with_its_status(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "train.py", *SMALL, f"hydra.run.dir={folder}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text()):
+        time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in stderr
+    step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
+    assert metrics_of(folder)[-1]["step"] == step
+    assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()
+
+
+def test_play_prints_one_json_line_per_episode(trained: Path) -> None:
+    done = run_script(
+        "play.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "episodes=2", "render=none"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["episode"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["distance"] > 40
+        assert line["length"] > 0
+        assert line["intrinsic_reward"] > 0
+        assert {"flag", "reward", "levels"} <= set(line)
+
+
+def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "game.mp4"
+    done = run_script(
+        "play.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", f"out={out}", "greedy=true"
+    )
+    assert done.returncode == 0, done.stderr
+    length = json.loads(done.stdout)["length"]
+    reader = imageio.get_reader(out)
+    assert reader.get_meta_data()["codec"] == "h264"
+    assert reader.get_meta_data()["fps"] == 60
+    images = list(reader)
+    assert 6 * (length - 1) < len(images) <= 6 * length
+    assert images[0].shape == (480, 512, 3)
+    assert images[0].std() > 20
+
+
+def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
+    done = run_script(
+        "evaluate.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "episodes=2", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert result["episodes"] == 2
+    assert result["policy"] == "sampled"
+    assert result["levels"] == ["1-1"]
+    for key in ("distance_mean", "distance_stderr", "flag_rate", "past_200", "past_948"):
+        assert key in result
+    assert result["random"]["policy"] == "random"
+    assert result["greedy"]["policy"] == "greedy"
+    assert any(line.startswith("distance") and "±" in line for line in table)
+
+
+def test_help_shows_the_real_keys() -> None:
+    done = run_script("train.py", "--help")
+    assert done.returncode == 0
+    for key in ("total_steps", "action_repeat", "replay_capacity", "inverse_dropout"):
+        assert key in done.stdout
+
+
+# --- what is refused: one line, status 2, nothing changed ----------------------------------------
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learning_rate=1", ["learning_rate"]),
+        ("agent.learning_rate=1", ["learning_rate"]),
+        ("preset=nothing", ["nothing", "tutorial"]),
+        ("env.num_envs=many", ["env.num_envs", "many"]),
+        ("env.num_envs=0", ["env.num_envs=0", "at least 1"]),
+        ("total_steps=0", ["total_steps=0", "at least 1"]),
+        ("agent.discount=1.5", ["agent.discount=1.5", "between 0 and 1"]),
+        ("agent.lr=nan", ["agent.lr=nan"]),
+        ("agent.policy.epsilon=0.1", ["agent.policy.epsilon"]),
+        ("agent.policy.epsilon=[[5,1],[0,1]]", ["agent.policy.epsilon", "in order"]),
+        ("agent.replay_capacity=10", ["agent.replay_capacity=10", "at least"]),
+        ("agent.replay_capacity=100000000000", ["agent.replay_capacity", "GB", "would fit"]),
+        ("env.actions=all", ["env.actions=all", "complex"]),
+        ("env.crop=[300,0,0,0]", ["env.crop"]),
+        ("env.id=SuperMarioBros-9-9-v0", ["SuperMarioBros-9-9-v0"]),
+        ("env.id=CartPole-v1", ["CartPole-v1", "uint8 images"]),
+        ("precision=float64", ["precision=float64", "bf16"]),
+        ("device=gpu", ["device=gpu", "cuda"]),
+        ("device=cuda", ["device=cuda", "0 CUDA devices"]),
+        ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
+        ("total_steps=", ["total_steps"]),
+        ("=", ["="]),
+    ],
+)
+def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
+    done = run_script("train.py", *SMALL[:-1], override, f"hydra.run.dir={tmp_path / 'run'}")
+    assert_refused(done, *words)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_run_never_writes_into_the_folder_of_another(trained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    done = run_script("train.py", *SMALL, "total_steps=32", f"hydra.run.dir={trained}")
+    assert_refused(done, str(trained), "exists")
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from icm.cli import claim_folder
+
+    taken = []
+    for _ in range(3):
+        config = OmegaConf.create(
+            {"hydra": {"run": {"dir": str(tmp_path / "run")}, "overrides": {"hydra": []}}}
+        )
+        claim_folder(config)
+        taken.append(config.hydra.run.dir)
+    assert taken == [str(tmp_path / name) for name in ("run", "run_2", "run_3")]
+    assert all(Path(folder).is_dir() for folder in taken)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'run'}")
+    assert_refused(done, str(tmp_path / "run"))
+
+
+def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert_refused(done, str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
+    good = trained / "checkpoints" / "latest.pt"
+    path = tmp_path / f"{kind}.pt"
+    if kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-1000])
+    elif kind == "text":
+        path.write_text("these are not the weights you are looking for")
+    elif kind == "foreign":
+        torch.save({"conv1.weight": torch.zeros(3)}, path)
+    elif kind == "pickle":
+        torch.save(Path("object"), path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "sizes":
+        content = torch.load(good, weights_only=True)
+        content["models"]["phi"]["conv1.weight"] = torch.zeros(32, 3, 3, 3)
+        torch.save(content, path)
+    elif kind == "game":
+        content = torch.load(good, weights_only=True)
+        content["config"]["env"]["actions"] = "simple"
+        torch.save(content, path)
+    elif kind == "hollow":
+        torch.save({"format": checkpoint.FORMAT, "models": {}}, path)
+    return path
+
+
+BAD = ("missing", "empty", "truncated", "text", "foreign", "pickle", "directory", "sizes", "game")
+
+
+@pytest.mark.parametrize("kind", [*BAD, "hollow"])
+@pytest.mark.parametrize("script", ["play.py", "evaluate.py", "train.py"])
+def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_path: Path) -> None:
+    path = bad_checkpoint(kind, trained, tmp_path)
+    if script == "train.py":
+        done = run_script(
+            script, f"resume={path}", "total_steps=500", f"hydra.run.dir={tmp_path / 'run'}"
+        )
+    else:
+        done = run_script(script, f"ckpt={path}", "device=cpu")
+    assert_refused(done, str(path))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("play.py", [], ["ckpt"]),
+        ("evaluate.py", [], ["ckpt"]),
+        ("play.py", ["episodes=0"], ["episodes=0"]),
+        ("evaluate.py", ["episodes=-3"], ["episodes=-3"]),
+        ("play.py", ["episodes=some"], ["episodes"]),
+        ("play.py", ["render=film"], ["render=film", "video"]),
+        ("play.py", ["render=human"], ["render=human", "display"]),
+        ("play.py", ["render=video", "out=film.avi"], ["film.avi", ".mp4"]),
+        ("play.py", ["render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
+        ("play.py", ["device=cuda"], ["device=cuda"]),
+        ("evaluate.py", ["speed=2"], ["speed"]),
+    ],
+)
+def test_players_refuse(script: str, arguments: list[str], words: list[str], trained: Path) -> None:
+    if arguments:
+        arguments = [f"ckpt={trained / 'checkpoints' / 'latest.pt'}", *arguments]
+    assert_refused(run_script(script, *arguments), *words)
+
+
+def test_a_finished_run_and_a_changed_group_are_not_resumed(trained: Path, tmp_path: Path) -> None:
+    latest = trained / "checkpoints" / "latest.pt"
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    assert_refused(run_script("train.py", f"resume={latest}", folder), "total_steps=96")
+    done = run_script("train.py", f"resume={latest}", "preset=tutorial", folder)
+    assert_refused(done, "preset=tutorial")
+
+
+def test_default_settings_are_valid() -> None:
+    config = settings()
+    assert config.env.id == "SuperMarioBros-1-1-v0"
+    assert config.seed == 42
+    assert config.curiosity.extrinsic_coef == 0
