@@ -31,7 +31,8 @@ class EnvConfig:
 class PolicyConfig:
     """Schedules as knots [agent step, value], see `icm.agents.policy`."""
 
-    temperature: list[Any]
+    temperature: list[Any] | None
+    entropy: list[Any]
     epsilon: list[Any]
 
 
@@ -218,7 +219,8 @@ def _check(config: Config) -> None:
             "env.num_envs * (agent.sequence_length + env.frame_stack)"
         )
     for name, schedule in (
-        ("agent.policy.temperature", agent.policy.temperature),
+        ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),
+        ("agent.policy.entropy", agent.policy.entropy),
         ("agent.policy.epsilon", agent.policy.epsilon),
     ):
         _check_schedule(name, schedule)

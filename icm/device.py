@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
 def share_cores() -> None:
     """Leave half of the cores to the emulators, unless OMP_NUM_THREADS says otherwise.
 
-    A parallel region waits for its slowest thread, and one that emulators push off its core is slow:
+    A parallel region waits for its slowest thread, and emulators push threads off their cores:
     on two busy cores, two threads were measured to learn down to 8 times slower than one.
     """
     if "OMP_NUM_THREADS" not in os.environ:

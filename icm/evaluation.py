@@ -39,6 +39,7 @@ def load_agent(path: Path, device: torch.device) -> tuple[DQN, Config, int]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     agent.scale.load_state_dict(content["curiosity"])
+    agent.temperature = content["agent"]["temperature"]
     return agent, config, content["step"]
 
 

@@ -140,26 +140,25 @@ class Replay:
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All stored steps as tensors (views of the memory), and where writing goes on."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return {**tensors, "head": self.head, "size": self.size}
+        """The filled slots as tensors (views of the memory), and where writing goes on."""
+        filled = {name: value[: self.size] for name, value in self._tensors().items()}
+        return {**filled, "head": self.head, "num_slots": self.num_slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: the memory it was taken from has another shape.
+            ValueError: the memory it was taken from has another shape; nothing has changed then.
         """
-        if state["frames"].shape != self.frames.shape:
-            raise ValueError(
-                f"replay of shape {tuple(state['frames'].shape)} does not fit "
-                f"{tuple(self.frames.shape)}"
-            )
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                getattr(self, name).copy_(value)
-            else:
-                setattr(self, name, value)
+        found = (state["num_slots"], *state["frames"].shape[1:])
+        if found != tuple(self.frames.shape):
+            raise ValueError(f"replay of shape {found} does not fit {tuple(self.frames.shape)}")
+        self.head, self.size = state["head"], len(state["frames"])
+        for name, value in self._tensors().items():
+            value[: self.size] = state[name]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def cut(self) -> None:
         """Close all running episodes: the environments will start new ones.

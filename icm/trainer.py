@@ -110,8 +110,7 @@ class Trainer:
         reset = torch.zeros(n, dtype=torch.bool)
         per_update = agent.config.steps_per_update
         while self.step < total:
-            probabilities = agent.probabilities(states, self.step)
-            actions = agent.act(probabilities)
+            actions, probabilities = agent.act(states, self.step)
             envs.step_async(actions.numpy())
             if self.step >= self.learn_from and agent.ready():  # learn while the emulators run
                 with clock.updating():
@@ -155,7 +154,9 @@ class Trainer:
             metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
         metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
-        metrics["policy/epsilon"] = self.agent.epsilon(self.step)
+        metrics["policy/temperature"], metrics["policy/epsilon"] = self.agent.policy_settings(
+            self.step
+        )
         self.tracker.write(self.step, metrics)
         self.tracker.progress(self.step, metrics)
 

@@ -14,37 +14,36 @@ def main(settings: DictConfig) -> None:
     from pathlib import Path
     from statistics import median
 
-    from omegaconf import ListConfig
-
     from icm.bench import measure
+    from icm.config import typed
     from icm.errors import UserError
 
-    seconds, rounds = settings.seconds, settings.rounds
-    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+    options = typed(settings, measure.BenchConfig)
+    seconds, overrides = options.seconds, options.train
+    if not 0 < seconds < math.inf:
         raise UserError(f"seconds={seconds}: must be a positive number")
-    if not isinstance(rounds, int) or rounds < 1:
-        raise UserError(f"rounds={rounds}: must be a whole number, at least 1")
-    if not isinstance(settings.train, ListConfig):
-        raise UserError(f"train={settings.train}: must be a list such as ['device=cpu']")
-    out = None if settings.out is None else Path(str(settings.out))
+    if options.rounds < 1:
+        raise UserError(f"rounds={options.rounds}: must be at least 1")
+    out = None if options.out is None else Path(options.out)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"out={out}: must name a file in a folder that exists")
     for number in (signal.SIGINT, signal.SIGTERM):  # leave by an exception: it ends what runs
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
     machine = measure.machine()
-    overrides = [str(override) for override in settings.train]
     rates: dict[str, list[float]] = {"tutorial": [], "nes_py": []}
     device = ""
-    for done in range(1, rounds + 1):
+    for done in range(1, options.rounds + 1):
         rate, device = measure.training_rate(seconds, overrides)  # first: it checks `train`
         rates["nes_py"].append(rate)
         rates["tutorial"].append(measure.tutorial_rate(seconds))
         latest = ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items())
-        print(f"round {done} of {rounds}: {latest} agent steps/s", file=sys.stderr, flush=True)
+        print(
+            f"round {done} of {options.rounds}: {latest} agent steps/s", file=sys.stderr, flush=True
+        )
     ratios = [ours / theirs for ours, theirs in zip(*reversed(rates.values()), strict=True)]
 
-    each = [f"round {done}" for done in range(1, rounds + 1)]
+    each = [f"round {done}" for done in range(1, options.rounds + 1)]
     print("".join(f"{cell:>12}" for cell in ("", "median", "min", "max", *each)))
     for name, values in (*rates.items(), ("ratio", ratios)):
         cells = [median(values), min(values), max(values), *values]

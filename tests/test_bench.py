@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose, initialize_config_dir
 
 from icm.bench.measure import steady
 from icm.bench.tutorial import TutorialLoop, downscale, make_env
@@ -54,26 +54,28 @@ def test_a_mistake_is_one_line_and_exit_status_2(argument: str, named: str) -> N
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    ("key", "value", "message"),
     [
-        {"seconds": 0},
-        {"seconds": float("nan")},
-        {"seconds": "long"},
-        {"rounds": 0},
-        {"rounds": 1.5},
-        {"train": "fast"},
-        {"out": "nowhere/bench.json"},
-        {"out": "."},
+        ("seconds", 0, "seconds=0.0: must be"),
+        ("seconds", float("nan"), "seconds=nan: must be"),
+        ("seconds", "long", "seconds: Value 'long'"),
+        ("rounds", 0, "rounds=0: must be"),
+        ("rounds", 1.5, "rounds: Value '1.5'"),
+        ("train", "fast", "train: "),
+        ("out", "nowhere/bench.json", "out=nowhere/bench.json: must"),
+        ("out", ".", "out=.: must"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_measured(mistake: dict[str, object]) -> None:
+def test_a_mistake_is_found_before_anything_is_measured(
+    key: str, value: object, message: str
+) -> None:
     bench = runpy.run_path(str(ROOT / "scripts" / "bench.py"))
-    settings = OmegaConf.load(ROOT / "conf" / "bench.yaml")
-    assert isinstance(settings, DictConfig)
-    settings.update(mistake)
-    ((key, value),) = mistake.items()
-    with pytest.raises(UserError, match=f"^{key}={value}: must "):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        settings = compose("bench")
+    settings[key] = value
+    with pytest.raises(UserError) as error:
         bench["main"](settings)
+    assert str(error.value).startswith(message)
 
 
 def test_only_intervals_that_learned_throughout_count(tmp_path: Path) -> None:

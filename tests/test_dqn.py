@@ -360,14 +360,15 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
     ids=lambda changes: ",".join(changes),
 )
 def test_update_computes_the_losses_it_should(changes: dict[str, Any]) -> None:
-    agent = make_agent(**changes)
+    agent = make_agent(**changes, agent__batch_size=24)
     play(agent)
     agent.measure_input()
     disturb(agent.qnetwork, 1)
     disturb(agent.target, 2)
     batch = next_batch(agent)
     assert batch.reset.any()
-    assert batch.terminated.any()
+    assert batch.terminated[:, :-1].any()
+    assert batch.terminated[:, -1].any()
     assert batch.truncated.any()
     expected = slow_losses(agent, batch)
     found = agent.update()

@@ -149,11 +149,11 @@ def test_progress_resets_the_stuck_limit() -> None:
 
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
             self.x = 0
-            return np.zeros((4, 4), np.uint8), {"progress": {"distance": 0}}
+            return np.zeros((4, 4), np.uint8), {"game_progress": {"distance": 0}}
 
         def step(self, action: Any) -> Any:
             self.x += 10 * int(action)
-            info = {"progress": {"distance": self.x}}
+            info = {"game_progress": {"distance": self.x}}
             return np.zeros((4, 4), np.uint8), 0.0, False, False, info
 
     env = StuckLimit(Walk(), steps=3, distance=15)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,16 @@ POLL = 0.2  # seconds between looks at a run; often enough, and next to no load
 MAX_RATE = 10_000  # agent steps/s; bounds a run that nobody is left to stop
 LOG_EVERY = 320  # agent steps, a few seconds on two cores
 WARMUP_STEPS = 320  # agent steps, what the default configuration's replay needs for an update
+
+
+@dataclass
+class BenchConfig:
+    """See `conf/bench.yaml`."""
+
+    seconds: float
+    rounds: int
+    train: list[str]
+    out: str | None
 
 
 def tutorial_rate(seconds: float) -> float:

@@ -14,9 +14,9 @@ CELL = 16  # pixels; the games are built of 16x16 blocks
 
 
 class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
-    """Adds `info["progress"]` and `info["cell"]`, which mean the same in every game.
+    """Adds `info["game_progress"]` and `info["cell"]`, which mean the same in every game.
 
-    progress:
+    game_progress:
         distance: best `x_pos` reached, summed over the levels of the episode, pixels;
         flag: whether a flag (or another end of a level) was reached;
         levels_passed: how many were;
@@ -44,7 +44,7 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         self.best_x[level] = max(x, self.best_x.get(level, 0))
         if info["clear"]:
             self.cleared.add(level)
-        info["progress"] = {
+        info["game_progress"] = {
             "distance": sum(self.best_x.values()),
             "flag": bool(self.cleared),
             "levels_passed": len(self.cleared),
@@ -63,14 +63,14 @@ class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Start counting."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self.best, self.stuck = info["progress"]["distance"], 0
+        self.best, self.stuck = info["game_progress"]["distance"], 0
         return observation, info
 
     def step(self, action: Any) -> Any:
         """Count."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if info["progress"]["distance"] >= self.best + self.distance:
-            self.best, self.stuck = info["progress"]["distance"], 0
+        if info["game_progress"]["distance"] >= self.best + self.distance:
+            self.best, self.stuck = info["game_progress"]["distance"], 0
         else:
             self.stuck += 1
         return observation, reward, terminated, truncated or self.stuck >= self.limit, info

@@ -115,7 +115,7 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
 class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
     """Adds `info["episode"]` to an episode's last step: its length, game reward and progress.
 
-    What a game-specific wrapper below left in `info["progress"]` is copied into it.
+    What a game-specific wrapper below left in `info["game_progress"]` is copied into it.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -128,7 +128,7 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.length += 1
         self.reward += float(reward)
-        progress = info.pop("progress", {})
+        progress = info.pop("game_progress", {})
         if terminated or truncated:
             info["episode"] = {"length": self.length, "reward": self.reward, **progress}
         return observation, reward, terminated, truncated, info
