@@ -45,9 +45,9 @@ class RewardScale:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the discounted sums; 1 before the first update."""
+        """Standard deviation of the discounted sums; 1 as long as they do not vary."""
         variance = self.square - self.mean**2
-        return max(variance, 1e-16) ** 0.5 if self.weight else 1.0
+        return variance**0.5 if variance > 1e-16 else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""

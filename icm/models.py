@@ -46,7 +46,7 @@ class InputNorm(nn.Module):
             return
         x = images.to(self.mean.device, torch.float32)
         self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0).mean().clamp_min(1.0))
+        self.std.copy_(x.std(0, correction=0).mean().clamp_min(1.0))
 
     def forward(self, states: Tensor) -> Tensor:
         """Map uint8 states (..., C, H, W) to float32 of the same shape."""

@@ -140,8 +140,10 @@ class Replay:
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled slots as tensors (views of the memory), and where writing goes on."""
-        filled = {name: value[: self.size] for name, value in self._tensors().items()}
+        """The filled slots as tensors, and where writing goes on."""
+        filled = self._tensors()
+        if self.size < self.num_slots:  # a file would hold all of what a slice is part of
+            filled = {name: value[: self.size].clone() for name, value in filled.items()}
         return {**filled, "head": self.head, "num_slots": self.num_slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,11 +152,15 @@ class Replay:
         Raises:
             ValueError: the memory it was taken from has another shape; nothing has changed then.
         """
-        found = (state["num_slots"], *state["frames"].shape[1:])
-        if found != tuple(self.frames.shape):
-            raise ValueError(f"replay of shape {found} does not fit {tuple(self.frames.shape)}")
+        tensors = self._tensors()
+        for name, value in tensors.items():
+            found = (state["num_slots"], *state[name].shape[1:])
+            if found != tuple(value.shape):
+                raise ValueError(
+                    f"replay memory ({name} {found}) does not fit this one {tuple(value.shape)}"
+                )
         self.head, self.size = state["head"], len(state["frames"])
-        for name, value in self._tensors().items():
+        for name, value in tensors.items():
             value[: self.size] = state[name]
 
     def _tensors(self) -> dict[str, Tensor]:

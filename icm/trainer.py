@@ -180,18 +180,23 @@ class Trainer:
             )
         try:
             self.agent.load_state_dict(content)
-        except (UserError, ValueError, KeyError) as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from None
         self.exploration.load_state_dict(content["exploration"])
         torch.set_rng_state(content["rng"]["torch"])
+        if len(content["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         beside = path.parent / "replay.pt"
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
-        if memory.pop("step") == self.step:
-            self.agent.replay.load_state_dict(memory)
-            self.agent.replay.cut()
-        else:
+        if memory.pop("step") != self.step:
             self.learn_from = self.step + self.agent.config.warmup_steps
             self.say(f"no replay memory of step {self.step} beside {path}: filling a new one first")
+            return
+        try:
+            self.agent.replay.load_state_dict(memory)
+        except ValueError as error:
+            raise UserError(f"{beside}: {error}; move it away to start with none") from None
+        self.agent.replay.cut()
 
     def save(self) -> None:
         """Write step_<agent steps>.pt, latest.pt and the replay memory beside them."""
@@ -200,7 +205,7 @@ class Trainer:
             "config": self.config,
             "step": self.step,
             "exploration": self.exploration.state_dict(),
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),
         }
         checkpoints = self.folder / "checkpoints"

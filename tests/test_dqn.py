@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from icm.agents.dqn import DQN, n_step_targets
+from icm.agents.dqn import DQN, TEMPERATURE_LR, n_step_targets
 from icm.agents.policy import action_probabilities, entropy, scheduled
 from icm.cli import CONF
 from icm.config import Config, parse_config
@@ -40,6 +40,7 @@ SMALL = {
     "curiosity.hidden": 16,
     "curiosity.inverse_dropout": 0.0,
 }
+FIXED_POLICY = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
 
 
 @cache
@@ -633,9 +634,12 @@ def test_softmax_formula(temperature: float, epsilon: float) -> None:
     np.testing.assert_allclose(found.sum(1), 1)
 
 
-def test_softmax_of_great_values() -> None:
-    q = torch.tensor([[1e4, 0.0, -1e4]])
-    assert action_probabilities(q, 0.1, 0.0).tolist() == [[1, 0, 0]]
+@pytest.mark.parametrize("temperature", [0.1, 1e-10, 1e-50, 1e-300])
+def test_softmax_of_great_values_and_small_temperatures(temperature: float) -> None:
+    q = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.01, 0.02]])
+    assert action_probabilities(q[:1], temperature, 0.0).tolist() == [[1, 0, 0]]
+    if temperature < 1e-3:
+        assert action_probabilities(q, temperature, 0.0).tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
 def test_entropy_in_nats() -> None:
@@ -663,11 +667,11 @@ def test_policy_follows_warm_up_and_schedules() -> None:
         q = agent.qnetwork(agent.input_norm(states))
     for step in (0, 99):
         assert agent.probabilities(states, step).tolist() == [[0.25] * 4] * 6
-        assert agent.epsilon(step) == 1
+        assert agent.policy_settings(step)[1] == 1
     for step, temperature, epsilon in ((100, 0.95, 0.92), (500, 0.75, 0.6), (1_000, 0.5, 0.2)):
         expected = (1 - epsilon) * torch.softmax(q / temperature, 1) + epsilon / 4
         torch.testing.assert_close(agent.probabilities(states, step), expected)
-        assert agent.epsilon(step) == pytest.approx(epsilon)
+        assert agent.policy_settings(step) == pytest.approx((temperature, epsilon))
     best = torch.eye(4)[q.argmax(1)]
     torch.testing.assert_close(agent.probabilities(states, 5_000), 0.8 * best + 0.05)
     for step in (0, 5_000):
@@ -677,19 +681,65 @@ def test_policy_follows_warm_up_and_schedules() -> None:
 
 
 def test_actions_are_drawn_from_the_probabilities() -> None:
-    agent, twin, other = make_agent(), make_agent(), make_agent(seed=7)
-    wanted = torch.tensor([0.1, 0.6, 0.0, 0.3])
-    rows = wanted.expand(4_000, 4)
-    drawn = agent.act(rows)
-    assert drawn.shape == (4_000,)
-    assert drawn.dtype == torch.int64
-    shares = torch.bincount(drawn, minlength=4) / 4_000
-    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.03)
-    assert shares[2] == 0
-    assert torch.equal(twin.act(rows), drawn)
-    assert not torch.equal(other.act(rows), drawn)
-    sure = torch.eye(4)
-    assert agent.act(sure).tolist() == [0, 1, 2, 3]
+    changes = {"agent__policy": FIXED_POLICY}
+    agent, twin, other = (make_agent(**changes, seed=seed) for seed in (1, 1, 2))
+    other.load_networks(agent.state_dict()["models"])
+    states = random_states(1).expand(4_000, -1, -1, -1)
+    actions, probabilities = agent.act(states, 10)
+    assert actions.shape == (4_000,)
+    assert actions.dtype == torch.int64
+    torch.testing.assert_close(probabilities, agent.probabilities(states, 10))
+    assert probabilities[0].max() - probabilities[0].min() > 0.05
+    shares = torch.bincount(actions, minlength=4) / 4_000
+    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.03)
+    assert torch.equal(twin.act(states, 10)[0], actions)
+    assert not torch.equal(other.act(states, 10)[0], actions)
+    # softmax of a temperature that is next to nothing leaves no choice
+    sure = make_agent(agent__policy={"temperature": [[0, 1e-6]], "epsilon": [[0, 0.0]]})
+    states = random_states(30)
+    best = sure.probabilities(states, 0, greedy=True).argmax(1)
+    assert torch.equal(sure.act(states, 10)[0], best)
+
+
+def test_temperature_follows_the_entropy() -> None:
+    agent = make_agent(
+        agent__warmup_steps=50,
+        agent__policy={
+            "temperature": None,
+            "entropy": [[0, 0.9], [100, 0.9], [200, 0.5]],
+            "epsilon": [[0, 0.1]],
+        },
+    )
+    states = random_states(6)
+    with torch.no_grad():
+        agent.qnetwork.linear2.weight.mul_(30)
+        q = agent.qnetwork(agent.input_norm(states))
+    assert agent.act(states, 49)[1].tolist() == [[0.25] * 4] * 6
+    assert agent.temperature == 1  # as it was: that was the warm-up
+    for step, share in ((50, 0.9), (150, 0.7), (200, 0.5)):
+        before = agent.temperature
+        _, probabilities = agent.act(states, step)
+        expected = 0.9 * torch.softmax(q / before, 1) + 0.1 / 4
+        torch.testing.assert_close(probabilities, expected)
+        missing = share * math.log(4) + (expected * expected.log()).sum(1).mean().item()
+        wanted = before * math.exp(TEMPERATURE_LR * missing)
+        assert agent.temperature == pytest.approx(wanted, rel=1e-5)
+        assert agent.temperature != before
+    for share, step in ((0.9, 100), (0.5, 200)):
+        for _ in range(800):
+            agent.act(states, step)
+        found = entropy(agent.probabilities(states, step)).mean().item()
+        assert found == pytest.approx(share * math.log(4), abs=0.03)
+
+
+def test_temperature_of_a_schedule_stays() -> None:
+    agent = make_agent(agent__policy=FIXED_POLICY)
+    for _ in range(3):
+        agent.act(random_states(6), 100)
+    assert agent.temperature == 1
+    torch.testing.assert_close(
+        agent.probabilities(random_states(6), 0), agent.probabilities(random_states(6), 100)
+    )
 
 
 # --- observing ------------------------------------------------------------------------------------
@@ -803,7 +853,9 @@ def test_ready_and_input_statistics() -> None:
     agent.measure_input()
     pixels = torch.cat(images).double()
     torch.testing.assert_close(agent.input_norm.mean.double(), pixels.mean(0), rtol=1e-5, atol=0)
-    assert agent.input_norm.std.item() == pytest.approx(pixels.std(0).mean().item(), rel=1e-4)
+    assert agent.input_norm.std.item() == pytest.approx(
+        pixels.std(0, correction=0).mean().item(), rel=1e-4
+    )
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -840,13 +892,14 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
             history.append(agent.update())
             history.extend(weights(network) for network in agent.networks.values())
             step = game.step()
-            probabilities = agent.probabilities(step["states"], 15_000)
-            step |= {"probabilities": probabilities, "actions": agent.act(probabilities)}
+            actions, probabilities = agent.act(step["states"], 15_000)
+            step |= {"probabilities": probabilities, "actions": actions}
             history.append(agent.observe(**step) | {"actions": step["actions"]})
         histories.append(history)
     for place, (one, other) in enumerate(zip(*histories, strict=True)):
         assert same(one, other), place
     assert first.scale.std == second.scale.std
+    assert first.temperature == second.temperature != 1
 
 
 def test_every_part_of_the_state_matters() -> None:
@@ -1002,8 +1055,7 @@ def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
     reset = torch.zeros(n, dtype=torch.bool)
     for step in range(0, steps, n):
         states = world.states
-        probabilities = agent.probabilities(states, step)
-        actions = agent.act(probabilities)
+        actions, probabilities = agent.act(states, step)
         if step >= agent.config.warmup_steps and agent.ready():
             for _ in range(step // per_update - (step - n) // per_update):
                 agent.update()
@@ -1064,7 +1116,7 @@ def test_reward_of_the_game_is_learned() -> None:
         world, path = Chain(1, 10, tuple(moves), goal=True, limit=40), []
         while not world.ended.any():
             path.append(int(world.at))
-            world.step(agent.act(agent.probabilities(world.states, 0, greedy=True)))
+            world.step(agent.probabilities(world.states, 0, greedy=True).argmax(1))
         return [*path, int(world.at)]
 
     assert len(greedy_path()) == 41
@@ -1078,11 +1130,10 @@ def test_curiosity_alone_explores() -> None:
 
     By chance one gets through d cells in one of 4^d attempts.
     """
-    policy = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
     visits = {}
     for name, warmup in (("curious", 640), ("random", 10**6)):
         agent = make_agent(
-            num_actions=4, **LEARNING, agent__warmup_steps=warmup, agent__policy=policy
+            num_actions=4, **LEARNING, agent__warmup_steps=warmup, agent__policy=FIXED_POLICY
         )
         assert (agent.curiosity.coef, agent.curiosity.extrinsic_coef) == (1, 0)
         moves = [-24] * 3

@@ -16,8 +16,14 @@ SLOT = ("actions", "behaviour", "rewards", "terminated", "truncated", "reset")
 """What is stored with a frame."""
 
 
-def make_replay(capacity: int, num_envs: int, frame: tuple[int, int], frame_stack: int) -> Replay:
-    return Replay(capacity, num_envs, frame, frame_stack, ACTIONS)
+def make_replay(
+    capacity: int,
+    num_envs: int,
+    frame: tuple[int, int],
+    frame_stack: int,
+    num_actions: int = ACTIONS,
+) -> Replay:
+    return Replay(capacity, num_envs, frame, frame_stack, num_actions)
 
 
 class Simulation:
@@ -367,13 +373,29 @@ def test_loaded_memory_goes_on(steps: int) -> None:
     assert min(firsts) == max(0, steps + 25 - 40) + 2
 
 
-@pytest.mark.parametrize("other", [(82, 2, FRAME, 3), (80, 4, FRAME, 3), (80, 2, (5, 6), 3)])
-def test_memory_of_another_shape(other: tuple[int, int, tuple[int, int], int]) -> None:
-    simulation = Simulation(num_envs=2, frame_stack=3, seed=1)
-    replay = make_replay(80, 2, FRAME, 3)
+def test_file_of_a_memory_that_is_hardly_filled_is_small() -> None:
+    replay = make_replay(20_000, 2, FRAME, 3)
+    fill(replay, Simulation(num_envs=2, frame_stack=3, seed=0), 10)
+    file = io.BytesIO()
+    torch.save(replay.state_dict(), file)
+    assert file.tell() < Replay.nbytes(20, FRAME, ACTIONS) + 20_000
+    assert file.tell() < Replay.nbytes(20_000, FRAME, ACTIONS) / 20
+
+
+@pytest.mark.parametrize(
+    "other", [(82, 2, FRAME, 3), (80, 4, FRAME, 3), (80, 2, (5, 6), 3), (80, 2, FRAME, 3, 7)]
+)
+def test_memory_of_another_shape(other: tuple[Any, ...]) -> None:
+    """It is refused, and nothing of it has got in."""
+    simulation, source = (Simulation(num_envs=2, frame_stack=3, seed=seed) for seed in (1, 2))
+    replay, foreign = make_replay(80, 2, FRAME, 3), make_replay(*other)
     fill(replay, simulation, 20)
+    if foreign.frames.shape == replay.frames.shape:
+        for _ in range(30):
+            step = source.step()
+            foreign.add(**step | {"behaviour": step["behaviour"][:, : other[4]]})
     with pytest.raises(ValueError, match="does not fit"):
-        replay.load_state_dict(make_replay(*other).state_dict())
+        replay.load_state_dict(foreign.state_dict())
     assert len(replay) == 40
     compare(replay.sample(30, 4, generator()), simulation, 4)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.agents.policy import action_probabilities, entropy, scheduled
+from icm.agents.policy import MIN_TEMPERATURE, action_probabilities, entropy, scheduled
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
 from icm.errors import UserError
@@ -52,17 +52,27 @@ def n_step_targets(
     Returns:
         float (B, L).
     """
-    last = values[:, -1:]
+    length = rewards.shape[1]
+    slots = torch.arange(length, device=rewards.device).expand_as(reset)
+    live = torch.where(reset, length, slots).flip(1).cummin(1).values.flip(1)  # first one from here
 
     def through_resets(returns: Tensor) -> Tensor:  # (B, L) -> (B, L + 1)
-        following = torch.cat((returns[:, 1:], last), dim=1)
-        return torch.cat((torch.where(reset, following, returns), last), dim=1)
+        extended = torch.cat((returns, values[:, -1:]), dim=1)
+        return torch.cat((extended.gather(1, live), values[:, -1:]), dim=1)
 
     returns = through_resets(values[:, :-1])
     for _ in range(n):
         future = torch.where(truncated, values[:, 1:], returns[:, 1:])
         returns = through_resets(rewards + discount * future.masked_fill(terminal, 0.0))
     return returns[:, :-1]
+
+
+def bootstraps_at_end(terminal: Tensor, truncated: Tensor, reset: Tensor, n: int) -> Tensor:
+    """Which n-step returns use the value of the state after the last slot, bool (B, L)."""
+    rewards = torch.zeros(reset.shape, device=reset.device)
+    values = F.pad(rewards, (0, 1))
+    values[:, -1] = 1.0
+    return n_step_targets(rewards, values, terminal, truncated, reset, 1.0, n) > 0
 
 
 class DQN:
@@ -164,8 +174,9 @@ class DQN:
         """
         share = scheduled(self.config.policy.entropy, step)
         target = share * math.log(probabilities.shape[1])
-        self.temperature *= math.exp(
-            TEMPERATURE_LR * (target - entropy(probabilities).mean().item())
+        missing = target - entropy(probabilities).mean().item()
+        self.temperature = max(
+            MIN_TEMPERATURE, self.temperature * math.exp(TEMPERATURE_LR * missing)
         )
 
     def act(self, states: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -290,9 +301,9 @@ class DQN:
                 config.n_step,
             )
             # where the sequence breaks off at a death, the start it leads to is not in sight
-            blind = (batch.terminated & ~terminal)[:, -1:]
-            sees_ahead = torch.arange(length, device=self.device) + config.n_step < length
-            learnable = valid & (sees_ahead | ~blind)
+            blind = (batch.terminated & ~terminal & valid)[:, -1:]
+            needs_end = bootstraps_at_end(terminal, batch.truncated, batch.reset, config.n_step)
+            learnable = valid & ~(blind & needs_end)
         chosen = q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = masked_mean(td_error, learnable)

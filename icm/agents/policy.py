@@ -10,6 +10,10 @@ Schedule = Sequence[Sequence[float]]
 """Knots [agent step, value]: linear in between, constant before the first and after the last."""
 
 
+MIN_TEMPERATURE = 1e-6
+"""Below it the policy is greedy: float32 cannot tell, and may overflow."""
+
+
 def scheduled(schedule: Schedule, step: int) -> float:
     """Value of `schedule` at an agent step."""
     steps, values = zip(*schedule, strict=True)
@@ -22,7 +26,7 @@ def action_probabilities(q: Tensor, temperature: float, epsilon: float) -> Tenso
     A temperature of 0 stands for greedy, so (0, epsilon) is epsilon-greedy and (temperature, 0) is
     softmax sampling.
     """
-    if temperature > 0:
+    if temperature > MIN_TEMPERATURE:
         preferred = torch.softmax(q / temperature, dim=1)
     else:
         preferred = torch.zeros_like(q).scatter_(1, q.argmax(1, keepdim=True), 1.0)
