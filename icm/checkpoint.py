@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, loaded without executing anything."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,25 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged or something else.
     """
     content = load_file(path)
-    if not isinstance(content, dict) or "format" not in content or "models" not in content:
+    if not isinstance(content, dict) or not {"format", "config", "step", "models"} <= set(content):
         raise UserError(f"{path}: not a checkpoint of this program (scripts/train.py writes them)")
     if content["format"] != FORMAT:
         raise UserError(
             f"{path}: checkpoint format {content['format']}; this program reads {FORMAT}"
         )
     return content
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while the content of `path` is restored into a `UserError` naming it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: incomplete or of another version ({what})") from None
 
 
 def load_file(path: Path) -> Any:

@@ -15,7 +15,6 @@ from icm.agents.dqn import DQN
 from icm.config import Config, parse_config
 from icm.envs import action_count, episodes_in, make_env, make_vector_env
 from icm.envs.wrappers import Env
-from icm.errors import UserError
 from icm.factory import build_agent
 
 THRESHOLDS = (200, 400, 600, 948)
@@ -29,18 +28,16 @@ def load_agent(path: Path, device: torch.device) -> tuple[DQN, Config, int]:
         UserError: the file is no checkpoint, or its networks do not fit its settings.
     """
     content = checkpoint.load(path)
-    config = parse_config(OmegaConf.create(content["config"]))
-    env = make_env(config.env)
-    shape: Any = env.observation_space.shape
-    agent = build_agent(config, shape, action_count(env.action_space), device, remember=False)
-    env.close()
-    try:
+    with checkpoint.restoring(path):
+        config = parse_config(OmegaConf.create(content["config"]))
+        env = make_env(config.env)
+        shape: Any = env.observation_space.shape
+        agent = build_agent(config, shape, action_count(env.action_space), device, remember=False)
+        env.close()
         agent.load_networks(content["models"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    agent.scale.load_state_dict(content["curiosity"])
-    agent.temperature = content["agent"]["temperature"]
-    return agent, config, content["step"]
+        agent.scale.load_state_dict(content["curiosity"])
+        agent.temperature = content["agent"]["temperature"]
+        return agent, config, content["step"]
 
 
 def rollouts(

@@ -178,24 +178,20 @@ class Trainer:
                 f"total_steps={self.config['total_steps']}: {path} is at step {self.step} already; "
                 "give a greater total_steps to go on"
             )
-        try:
+        with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        self.exploration.load_state_dict(content["exploration"])
-        torch.set_rng_state(content["rng"]["torch"])
-        if len(content["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+            self.exploration.load_state_dict(content["exploration"])
+            torch.set_rng_state(content["rng"]["torch"])
+            if len(content["rng"]["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(content["rng"]["cuda"])
         beside = path.parent / "replay.pt"
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
-        if memory.pop("step") != self.step:
+        if memory.get("step") != self.step:
             self.learn_from = self.step + self.agent.config.warmup_steps
             self.say(f"no replay memory of step {self.step} beside {path}: filling a new one first")
             return
-        try:
+        with checkpoint.restoring(beside):
             self.agent.replay.load_state_dict(memory)
-        except ValueError as error:
-            raise UserError(f"{beside}: {error}; move it away to start with none") from None
         self.agent.replay.cut()
 
     def save(self) -> None:
