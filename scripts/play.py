@@ -23,7 +23,7 @@ def main(settings: DictConfig) -> None:
     from icm.envs.wrappers import Env
     from icm.errors import UserError
     from icm.evaluation import load_agent, play
-    from icm.viz.video import VideoWriter
+    from icm.viz.video import Pace, VideoWriter
 
     options = typed(settings, PlayConfig)
     if options.episodes < 1:
@@ -41,6 +41,7 @@ def main(settings: DictConfig) -> None:
     agent, config, step = load_agent(path, resolve_device(options.device))
     beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
     out = Path(options.out) if options.out else beside
+    pace = Pace()
     with VideoWriter(out) if render == "video" else nullcontext() as video:
 
         def on_frame(env: Env) -> None:
@@ -48,6 +49,7 @@ def main(settings: DictConfig) -> None:
                 video.add(np.asarray(env.render()))
             elif render == "human":
                 env.render()
+                pace.tick()
 
         for number, episode in enumerate(
             play(

@@ -3,6 +3,7 @@
 Nothing here imports torch, so worker processes stay small.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -82,8 +83,16 @@ def make_vector_env(config: EnvConfig) -> AsyncVectorEnv:
     """
     make_env(config).close()  # a mistake is reported from here, not from a worker
     return AsyncVectorEnv(
-        [partial(make_env, config)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+        [partial(_make_worker_env, config, os.getpid())] * config.num_envs,
+        autoreset_mode=AutoresetMode.NEXT_STEP,
     )
+
+
+def _make_worker_env(config: EnvConfig, parent: int) -> Env:
+    if os.getpid() != parent and hasattr(os, "setpgrp"):
+        # Ctrl-C reaches every process of a group; the trainer stops, saves and closes its workers
+        os.setpgrp()
+    return make_env(config)
 
 
 def _make_game(env_id: str, render_mode: str | None) -> Env:
