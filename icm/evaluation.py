@@ -93,7 +93,8 @@ def play(
 ) -> Iterator[dict[str, Any]]:
     """Play one episode after the other; yields each one's statistics as it ends.
 
-    Adds `intrinsic_reward`, the episode's scaled surprise, to what `rollouts` returns.
+    Like those of `rollouts`, with `game_reward` for its `reward`, and `intrinsic_reward`: the
+    episode's scaled surprise.
     `on_frame` is called with the game after every emulator frame.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +113,9 @@ def play(
                 errors = agent.judge(state, action, next_state, probabilities)
                 intrinsic += float(agent.icm.reward(errors)) / agent.scale.std
                 state = next_state
-            yield {**info["episode"], "intrinsic_reward": intrinsic}
+            episode = info["episode"]
+            rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": intrinsic}
+            yield {**episode, **rewards}
     finally:
         env.close()
 

@@ -40,6 +40,7 @@ def run_script(
 
 SMALL = (
     "env.num_envs=1",
+    "env.stuck_steps=20",  # short episodes
     "agent.batch_size=2",
     "agent.sequence_length=4",
     "agent.warmup_steps=32",

@@ -79,7 +79,6 @@ def test_gymnasium_and_stable_baselines_accept_the_environment(size: int) -> Non
 
 
 def test_an_environment_of_another_package_works() -> None:
-    pytest.importorskip("minigrid")
     from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 
     def rgb(**kwargs: Any) -> gym.Env[Any, Any]:

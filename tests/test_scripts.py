@@ -200,7 +200,7 @@ def test_play_prints_one_json_line_per_episode(trained: Path) -> None:
         assert line["distance"] > 40
         assert line["length"] > 0
         assert line["intrinsic_reward"] > 0
-        assert {"flag", "reward", "levels"} <= set(line)
+        assert {"flag", "game_reward", "levels"} <= set(line)
 
 
 def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: 
     reader = imageio.get_reader(out)
     assert reader.get_meta_data()["codec"] == "h264"
     assert reader.get_meta_data()["fps"] == 60
-    images = list(reader)
+    images = [image for image in reader]  # noqa: C416 (its length is said to be infinite)
     assert 6 * (length - 1) < len(images) <= 6 * length
     assert images[0].shape == (480, 512, 3)
     assert images[0].std() > 20
@@ -267,7 +267,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("agent.lr=nan", ["agent.lr=nan"]),
         ("agent.policy.epsilon=0.1", ["agent.policy.epsilon"]),
         ("agent.policy.epsilon=[[5,1],[0,1]]", ["agent.policy.epsilon", "in order"]),
-        ("agent.replay_capacity=10", ["agent.replay_capacity=10", "at least"]),
+        ("agent.replay_capacity=5", ["agent.replay_capacity=5", "at least"]),
         ("agent.replay_capacity=100000000000", ["agent.replay_capacity", "GB", "would fit"]),
         ("env.actions=all", ["env.actions=all", "complex"]),
         ("env.crop=[300,0,0,0]", ["env.crop"]),
@@ -278,7 +278,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("device=cuda", ["device=cuda", "0 CUDA devices"]),
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
         ("total_steps=", ["total_steps"]),
-        ("=", ["="]),
+        ("=", ["unknown setting"]),
     ],
 )
 def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
@@ -310,11 +310,9 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path
     assert all(Path(folder).is_dir() for folder in taken)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'run'}")
-    assert_refused(done, str(tmp_path / "run"))
+def test_an_unwritable_folder_is_refused() -> None:
+    done = run_script("train.py", *SMALL, "hydra.run.dir=/proc/run")  # not even root may
+    assert_refused(done, "/proc/run")
 
 
 def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
