@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import imageio.v2 as imageio
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_script, settings
@@ -163,9 +164,12 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "to_workers", "status"),
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143)],
+)
 def test_a_signal_saves_and_ends_with_its_status(
-    number: signal.Signals, status: int, tmp_path: Path
+    number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -180,10 +184,14 @@ def test_a_signal_saves_and_ends_with_its_status(
     log = folder / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text()):
         time.sleep(0.1)
-    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)  # as a terminal does
+    for worker in workers if to_workers else []:  # as a cluster's scheduler does
+        worker.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in stderr
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
     assert metrics_of(folder)[-1]["step"] == step
     assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()

@@ -4,6 +4,7 @@ Nothing here imports torch, so worker processes stay small.
 """
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -89,9 +90,11 @@ def make_vector_env(config: EnvConfig) -> AsyncVectorEnv:
 
 
 def _make_worker_env(config: EnvConfig, parent: int) -> Env:
-    if os.getpid() != parent and hasattr(os, "setpgrp"):
-        # Ctrl-C reaches every process of a group; the trainer stops, saves and closes its workers
-        os.setpgrp()
+    if os.getpid() != parent:
+        # a terminal and a cluster's scheduler signal every process; the trainer alone reacts: it
+        # saves and closes its workers, and should it be killed, they end with their pipe
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return make_env(config)
 
 
