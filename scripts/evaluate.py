@@ -11,13 +11,14 @@ def main(settings: DictConfig) -> None:
     from pathlib import Path
 
     from icm.config import EvaluateConfig, typed
-    from icm.device import resolve_device
+    from icm.device import resolve_device, share_cores
     from icm.errors import UserError
     from icm.evaluation import load_agent, rollouts, summary, table
 
     options = typed(settings, EvaluateConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
+    share_cores()
     agent, config, step = load_agent(Path(options.ckpt), resolve_device(options.device))
     results = {}
     for policy in ("sampled", "greedy", "random"):

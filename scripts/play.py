@@ -19,7 +19,7 @@ def main(settings: DictConfig) -> None:
     import numpy as np
 
     from icm.config import PlayConfig, typed
-    from icm.device import resolve_device
+    from icm.device import resolve_device, share_cores
     from icm.envs.wrappers import Env
     from icm.errors import UserError
     from icm.evaluation import load_agent, play
@@ -38,6 +38,7 @@ def main(settings: DictConfig) -> None:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
 
     path = Path(options.ckpt)
+    share_cores()
     agent, config, step = load_agent(path, resolve_device(options.device))
     beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
     out = Path(options.out) if options.out else beside
