@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,6 @@ class Trainer:
         envs: environments that reset themselves on the step after an episode's end (NEXT_STEP).
         folder: the run folder.
         config: all settings, plain containers, as they go into checkpoints.
-        say: prints a line for the user.
     """
 
     def __init__(
@@ -66,9 +65,8 @@ class Trainer:
         envs: AsyncVectorEnv,
         folder: Path,
         config: dict[str, Any],
-        say: Callable[[str], None] = print,
     ) -> None:
-        self.agent, self.envs, self.folder, self.config, self.say = agent, envs, folder, config, say
+        self.agent, self.envs, self.folder, self.config = agent, envs, folder, config
         self.step = 0
         self.learn_from = agent.config.warmup_steps
         self.exploration = Exploration()
@@ -97,7 +95,7 @@ class Trainer:
                 self.save()
         finally:
             self.tracker.close()
-        self.say(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
+        print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
@@ -188,7 +186,7 @@ class Trainer:
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
         if memory.get("step") != self.step:
             self.learn_from = self.step + self.agent.config.warmup_steps
-            self.say(f"no replay memory of step {self.step} beside {path}: filling a new one first")
+            print(f"no replay memory of step {self.step} beside {path}: filling a new one first")
             return
         with checkpoint.restoring(beside):
             self.agent.replay.load_state_dict(memory)
