@@ -51,7 +51,7 @@ class AgentConfig:
     steps_per_update: int
     replay_capacity: int
     warmup_steps: int
-    target_every: int
+    target_tau: float
     max_grad_norm: float
     q_weight: float
     death_is_terminal: bool
@@ -181,7 +181,6 @@ def _check(config: Config) -> None:
         ("agent.sequence_length", agent.sequence_length, 1),
         ("agent.steps_per_update", agent.steps_per_update, 1),
         ("agent.warmup_steps", agent.warmup_steps, 0),
-        ("agent.target_every", agent.target_every, 1),
         ("curiosity.hidden", curiosity.hidden, 1),
     ):
         if value < least:
@@ -191,11 +190,13 @@ def _check(config: Config) -> None:
         ("agent.max_grad_norm", agent.max_grad_norm),
         ("curiosity.lr", curiosity.lr),
         ("curiosity.reward_half_life", curiosity.reward_half_life),
+        ("agent.target_tau", agent.target_tau),
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
     for name, share in (
         ("agent.discount", agent.discount),
+        ("agent.target_tau", agent.target_tau),
         ("curiosity.beta", curiosity.beta),
         ("curiosity.inverse_dropout", curiosity.inverse_dropout),
         ("env.sticky_probability", env.sticky_probability),

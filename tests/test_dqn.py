@@ -35,7 +35,7 @@ SMALL = {
     "agent.sequence_length": 6,
     "agent.replay_capacity": 300,
     "agent.warmup_steps": 0,
-    "agent.target_every": 100,
+    "agent.target_tau": 0.01,
     "agent.max_grad_norm": 1e9,
     "curiosity.hidden": 16,
     "curiosity.inverse_dropout": 0.0,
@@ -457,7 +457,12 @@ def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> 
 def test_no_gradient_through_targets_and_rewards() -> None:
     found = {}
     for weight in (0.0, 0.1, 1.0):
-        agent = make_agent(agent__q_weight=weight, agent__n_step=1)
+        agent = make_agent(
+            agent__q_weight=weight,
+            agent__n_step=1,
+            agent__target_tau=1e-30,
+            agent__death_is_terminal=False,
+        )
         play(agent)
         disturb(agent.target, 2)
         before = weights(agent.target)
@@ -522,29 +527,40 @@ def test_reset_slots_teach_the_icm_nothing() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_target_network_is_copied_now_and_then() -> None:
-    agent = make_agent(agent__target_every=3)
+def test_target_network_is_a_moving_average() -> None:
+    agent = make_agent(agent__target_tau=0.25)
     play(agent)
-    assert same(weights(agent.target), weights(agent.qnetwork))
-    held = weights(agent.target)
+    expected = weights(agent.qnetwork)
+    assert same(weights(agent.target), expected)
     for update in range(1, 8):
         agent.update()
         assert agent.updates == update
-        if update % 3 == 0:
-            held = weights(agent.qnetwork)
-        else:
-            assert not same(weights(agent.qnetwork), held)
-        assert same(weights(agent.target), held)
+        newest = weights(agent.qnetwork)
+        expected = {k: 0.75 * w + 0.25 * newest[k] for k, w in expected.items()}
+        torch.testing.assert_close(weights(agent.target), expected)
+    assert not same(weights(agent.target), newest)
 
 
 def test_target_is_a_copy_of_its_own() -> None:
-    agent = make_agent(agent__target_every=1)
+    agent = make_agent(agent__target_tau=1.0)
     play(agent)
     for _ in range(2):
         agent.update()
+        assert same(weights(agent.target), weights(agent.qnetwork))
         held = weights(agent.target)
         disturb(agent.qnetwork)
         assert same(weights(agent.target), held)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_target_network_acts(greedy: bool) -> None:
+    agent = make_agent(agent__policy=FIXED_POLICY)
+    states = Game(3, 0).step()["states"]
+    before = agent.probabilities(states, 0, greedy)
+    disturb(agent.qnetwork, 3, scale=5.0)
+    assert torch.equal(agent.probabilities(states, 0, greedy), before)
+    agent.target.load_state_dict(agent.qnetwork.state_dict())
+    assert not torch.equal(agent.probabilities(states, 0, greedy), before)
 
 
 def total_norm(grads: list[Tensor]) -> float:
@@ -661,10 +677,10 @@ def test_policy_follows_warm_up_and_schedules() -> None:
             "epsilon": [[0, 1.0], [1_000, 0.2]],
         },
     )
-    disturb(agent.qnetwork, scale=2.0)
+    disturb(agent.target, scale=2.0)
     states = random_states(6)
     with torch.no_grad():
-        q = agent.qnetwork(agent.input_norm(states))
+        q = agent.target(agent.input_norm(states))
     for step in (0, 99):
         assert agent.probabilities(states, step).tolist() == [[0.25] * 4] * 6
         assert agent.policy_settings(step)[1] == 1
@@ -712,8 +728,8 @@ def test_temperature_follows_the_entropy() -> None:
     )
     states = random_states(6)
     with torch.no_grad():
-        agent.qnetwork.linear2.weight.mul_(30)
-        q = agent.qnetwork(agent.input_norm(states))
+        agent.target.linear2.weight.mul_(30)
+        q = agent.target(agent.input_norm(states))
     assert agent.act(states, 49)[1].tolist() == [[0.25] * 4] * 6
     assert agent.temperature == 1  # as it was: that was the warm-up
     for step, share in ((50, 0.9), (150, 0.7), (200, 0.5)):
@@ -870,7 +886,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
-    changes = {"agent__target_every": 3, "curiosity__inverse_dropout": dropout}
+    changes = {"agent__target_tau": 0.3, "curiosity__inverse_dropout": dropout}
     first, second = make_agent(**changes), make_agent(**changes, seed=9)
     play(first)
     first.measure_input()
@@ -1087,7 +1103,7 @@ LEARNING = {
     "agent__sequence_length": 8,
     "agent__steps_per_update": 16,
     "agent__replay_capacity": 4_000,
-    "agent__target_every": 25,
+    "agent__target_tau": 0.05,
     "curiosity__hidden": 64,
 }
 

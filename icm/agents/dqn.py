@@ -1,8 +1,13 @@
 """Deep Q-learning on curiosity.
 
 Double Q-learning (van Hasselt et al. 2016) with n-step targets (Hessel et al. 2018) and a target
-network (Mnih et al. 2015), on the intrinsic reward of `icm.curiosity`, which is computed with the
-current ICM whenever transitions are sampled, never stored.
+network that follows the learning one as a moving average (Lillicrap et al. 2016, section 3), on the
+intrinsic reward of `icm.curiosity`, which is computed with the current ICM whenever transitions are
+sampled, never stored.
+
+The target network also acts. Values of different actions lie close together, so a few updates of
+the learning network turn its preferences over (policy churn, Schaul et al. 2022): what it does
+while it learns is then no policy that a checkpoint could keep. Averaged values change slowly.
 """
 
 import copy
@@ -152,7 +157,7 @@ class DQN:
         They are uniform during the warm-up, then follow the schedules of temperature and epsilon.
         """
         with self._autocast():
-            q = self.qnetwork(self._input(states)).float()
+            q = self.target(self._input(states)).float()
         if greedy:
             return action_probabilities(q, temperature=0.0, epsilon=0.0).cpu()
         return action_probabilities(q, *self.policy_settings(step)).cpu()
@@ -315,8 +320,11 @@ class DQN:
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         self.optimizer.step()
         self.updates += 1
-        if self.updates % config.target_every == 0:
-            self.target.load_state_dict(self.qnetwork.state_dict())
+        with torch.no_grad():
+            for average, newest in zip(
+                self.target.parameters(), self.qnetwork.parameters(), strict=True
+            ):
+                average.lerp_(newest, config.target_tau)
 
         with torch.no_grad():
             flat = valid.flatten()
