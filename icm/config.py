@@ -71,7 +71,8 @@ class CuriosityConfig:
     reduction: str
     forward_scale: float
     inverse_scale: float
-    forward_trains_phi: bool
+    target_tau: float
+    normalize_features: bool
     policy_prior: bool
     hidden: int
     inverse_dropout: float
@@ -191,12 +192,14 @@ def _check(config: Config) -> None:
         ("curiosity.lr", curiosity.lr),
         ("curiosity.reward_half_life", curiosity.reward_half_life),
         ("agent.target_tau", agent.target_tau),
+        ("curiosity.target_tau", curiosity.target_tau),
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
     for name, share in (
         ("agent.discount", agent.discount),
         ("agent.target_tau", agent.target_tau),
+        ("curiosity.target_tau", curiosity.target_tau),
         ("curiosity.beta", curiosity.beta),
         ("curiosity.inverse_dropout", curiosity.inverse_dropout),
         ("env.sticky_probability", env.sticky_probability),

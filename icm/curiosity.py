@@ -1,8 +1,13 @@
 """Curiosity: surprise of a forward model in features learned by an inverse model.
 
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
+
+The surprise is measured on features of a *moving average* of phi, normalised, as in BYOL-Explore
+(Guo et al. 2022): phi itself changes faster than a forward model can follow, and then every state
+is as surprising as any other.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.models import Fnet, InverseNet, Phi
+from icm.models import Fnet, InverseNet, Phi, follow
 
 
 class RewardScale:
@@ -86,7 +91,10 @@ class ICM(nn.Module):
         reduction: `mean` or `sum` of the squared error over features.
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
-        forward_trains_phi: whether the forward loss sends gradients into phi too.
+        target_tau: share of phi that enters its moving average, the target phi, per update; with 1
+            the two are the same.
+        normalize_features: whether the features of the target phi are normalised to mean 0 and
+            variance 1 (layer normalisation without parameters), so that their scale cannot drift.
         policy_prior: whether the inverse model is told the policy, see `forward`.
     """
 
@@ -101,18 +109,33 @@ class ICM(nn.Module):
         reduction: str = "mean",
         forward_scale: float = 1.0,
         inverse_scale: float = 1.0,
-        forward_trains_phi: bool = False,
+        target_tau: float = 1.0,
+        normalize_features: bool = False,
         policy_prior: bool = False,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} is not one of mean, sum")
         self.phi, self.fnet, self.inverse = phi, fnet, inverse
+        self.target_phi = copy.deepcopy(phi).requires_grad_(False)
         self.beta, self.eta = beta, eta
         self.reduction = reduction
         self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
-        self.forward_trains_phi = forward_trains_phi
+        self.target_tau, self.normalize_features = target_tau, normalize_features
         self.policy_prior = policy_prior
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of normalised states (batch, C, H, W), shape (batch, 2, F).
+
+        First those of phi, which learn from the inverse loss; then those of the target phi, which
+        the forward model sees and predicts, without gradient: no loss on them reaches phi.
+        """
+        learned = self.phi(x).float()
+        with torch.no_grad():
+            target = self.target_phi(x).float()
+            if self.normalize_features:
+                target = F.layer_norm(target, target.shape[1:])
+        return torch.stack((learned, target), dim=1)
 
     def forward(
         self, features: Tensor, actions: Tensor, next_features: Tensor, behaviour: Tensor
@@ -124,24 +147,21 @@ class ICM(nn.Module):
         learn: what an action does, not which action an ever-changing policy prefers.
 
         Args:
-            features: phi(s), (batch, F).
+            features: of s, (batch, 2, F), see `encode`.
             actions: int64, (batch,).
-            next_features: phi(s'), (batch, F).
+            next_features: of s', (batch, 2, F).
             behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
 
         Returns:
             forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2);
             inverse: cross-entropy of the guessed action, in nats (eq. 3).
         """
-        logits = self.inverse(features, next_features).float()
+        (learned, target), (next_learned, next_target) = features.unbind(1), next_features.unbind(1)
+        logits = self.inverse(learned, next_learned).float()
         if self.policy_prior:
             logits = logits + behaviour.clamp_min(1e-8).log()
         inverse_error = F.cross_entropy(logits, actions, reduction="none")
-        if not self.forward_trains_phi:
-            features, next_features = features.detach(), next_features.detach()
-        squared = F.mse_loss(
-            self.fnet(features, actions).float(), next_features.float(), reduction="none"
-        )
+        squared = F.mse_loss(self.fnet(target, actions).float(), next_target, reduction="none")
         forward_error = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
         return ICMErrors(forward_error, inverse_error, logits)
 
@@ -154,6 +174,10 @@ class ICM(nn.Module):
         forward = masked_mean(errors.forward, valid) * self.forward_scale
         inverse = masked_mean(errors.inverse, valid) * self.inverse_scale
         return (1 - self.beta) * inverse + self.beta * forward
+
+    def update_target(self) -> None:
+        """Let the target phi follow phi by one update."""
+        follow(self.target_phi, self.phi, self.target_tau)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def build_agent(
         reduction=curiosity.reduction,
         forward_scale=curiosity.forward_scale,
         inverse_scale=curiosity.inverse_scale,
-        forward_trains_phi=curiosity.forward_trains_phi,
+        target_tau=curiosity.target_tau,
+        normalize_features=curiosity.normalize_features,
         policy_prior=curiosity.policy_prior,
     )
     capacity = config.agent.replay_capacity if remember else 0

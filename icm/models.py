@@ -85,7 +85,18 @@ class _ConvBody(nn.Module):
 
 
 class Phi(_ConvBody):
-    """Encoder phi of a state into a feature vector (Pathak et al. 2017, section 2.2)."""
+    """Encoder phi of a state into a feature vector (Pathak et al. 2017, section 2.2).
+
+    Its convolutions start orthogonal, so that even untrained features tell places apart: these are
+    the random features of Burda et al. 2018.
+    """
+
+    def __init__(self, state_shape: tuple[int, int, int]) -> None:
+        super().__init__(state_shape)
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            nn.init.orthogonal_(conv.weight, math.sqrt(2))
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised states (batch, C, H, W) to features (batch, num_features)."""
@@ -147,3 +158,10 @@ class Qnetwork(_ConvBody):
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised states (batch, C, H, W) to action values (batch, num_actions)."""
         return self.linear2(F.elu(self.linear1(self.features(x))))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, newest: nn.Module, tau: float) -> None:
+    """Move the weights of `average` by the share `tau` towards those of its twin `newest`."""
+    for slow, fast in zip(average.parameters(), newest.parameters(), strict=True):
+        slow.lerp_(fast, tau)

@@ -43,9 +43,14 @@ def hand_made(**settings: float | str | bool) -> ICM:
     return ICM(Phi((1, 2, 2)), fnet, inverse, **({"beta": 0.2, "eta": 1.0} | settings))
 
 
-BEFORE = torch.tensor([[1.0, 2.0], [0.0, 3.0], [-1.0, 1.0]])
+def twice(features: list[list[float]]) -> Tensor:
+    """The same features from phi and from the target phi, (batch, 2, F)."""
+    return torch.tensor(features).unsqueeze(1).expand(-1, 2, -1)
+
+
+BEFORE = twice([[1.0, 2.0], [0.0, 3.0], [-1.0, 1.0]])
 CHOSEN = torch.tensor([0, 2, 1])
-AFTER = torch.tensor([[2.0, 3.0], [1.0, 0.0], [0.5, 1.0]])
+AFTER = twice([[2.0, 3.0], [1.0, 0.0], [0.5, 1.0]])
 POLICY = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.1, 0.9], [0.2, 0.8, 0.0]])
 # by hand: predictions (2, 3), (0, 2), (0, 2); differences (0, 0), (-1, 2), (-0.5, 1)
 SQUARES = [0.0, 5.0, 1.25]
@@ -71,10 +76,11 @@ def test_errors_by_hand(reduction: str, divisor: int) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_errors_in_numpy(reduction: str) -> None:
+    """The inverse model sees phi, the forward model sees and predicts the target phi."""
     fnet, inverse = Fnet(6, 4, 8), InverseNet(6, 4, 8)
     icm = ICM(Phi((1, 2, 2)), fnet, inverse, beta=0.5, eta=1.0, reduction=reduction)
     rng = np.random.default_rng(5)
-    before, after = rng.normal(size=(2, 7, 6)).astype(np.float32)
+    before, after = rng.normal(size=(2, 7, 2, 6)).astype(np.float32)
     actions = rng.integers(0, 4, 7)
     errors = icm(*map(torch.from_numpy, (before, actions, after)), torch.full((7, 4), 0.25))
 
@@ -83,11 +89,11 @@ def test_errors_in_numpy(reduction: str) -> None:
         return w2 @ np.maximum(w1 @ x + b1, 0) + b2
 
     for row in range(7):
-        predicted = layers(fnet, np.concatenate((before[row], np.eye(4)[actions[row]])))
-        squared = (predicted - after[row]) ** 2
+        predicted = layers(fnet, np.concatenate((before[row, 1], np.eye(4)[actions[row]])))
+        squared = (predicted - after[row, 1]) ** 2
         expected = squared.sum() if reduction == "sum" else squared.sum() / 6
         assert errors.forward[row].item() == pytest.approx(expected, rel=1e-4)
-        logits = layers(inverse, np.concatenate((before[row], after[row])))
+        logits = layers(inverse, np.concatenate((before[row, 0], after[row, 0])))
         probability = np.exp(logits[actions[row]]) / np.exp(logits).sum()
         assert errors.inverse[row].item() == pytest.approx(-np.log(probability), rel=1e-4)
 
@@ -185,24 +191,9 @@ def image_icm(**settings: float | str | bool) -> tuple[ICM, Tensor, Tensor, Tens
 
 
 def gradients(loss: Tensor, network: nn.Module) -> list[Tensor]:
-    grads = torch.autograd.grad(
-        loss, list(network.parameters()), retain_graph=True, allow_unused=True
-    )
-    return [
-        torch.zeros_like(p) if g is None else g
-        for g, p in zip(grads, network.parameters(), strict=True)
-    ]
-
-
-def independent_losses(icm: ICM, states: Tensor, actions: Tensor, after: Tensor) -> list[Tensor]:
-    """Mean forward and inverse loss with gradients into everything."""
-    features, next_features = icm.phi(states), icm.phi(after)
-    one_hot = torch.eye(4)[actions]
-    hidden = torch.relu(icm.fnet.linear1(torch.cat((features, one_hot), 1)))
-    forward = (icm.fnet.linear2(hidden) - next_features).pow(2).sum(1).mean()
-    hidden = torch.relu(icm.inverse.linear1(torch.cat((features, next_features), 1)))
-    log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
-    return [forward, -log_p[torch.arange(len(actions)), actions].mean()]
+    learning = [p for p in network.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, learning, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, learning, strict=True)]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -210,39 +201,85 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("forward_trains_phi", [False, True])
-def test_who_trains_what(forward_trains_phi: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_who_trains_what(normalize: bool) -> None:
     icm, states, actions, after = image_icm(
-        reduction="sum",
-        forward_scale=2.0,
-        inverse_scale=3.0,
-        forward_trains_phi=forward_trains_phi,
+        reduction="sum", forward_scale=2.0, inverse_scale=3.0, normalize_features=normalize
     )
-    errors = icm(icm.phi(states), actions, icm.phi(after), torch.full((6, 4), 0.25))
+    with torch.no_grad():
+        for parameter in icm.target_phi.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
     loss = icm.loss(errors, torch.ones(6, dtype=torch.bool))
-    forward, inverse = independent_losses(icm, states, actions, after)
+
+    hidden = torch.relu(icm.inverse.linear1(torch.cat((icm.phi(states), icm.phi(after)), 1)))
+    log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
+    inverse = -log_p[torch.arange(6), actions].mean()
+    slow, next_slow = icm.target_phi(states), icm.target_phi(after)
+    if normalize:
+        slow, next_slow = (
+            (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            for x in (slow, next_slow)
+        )
+    hidden = torch.relu(icm.fnet.linear1(torch.cat((slow, torch.eye(4)[actions]), 1)))
+    forward = (icm.fnet.linear2(hidden) - next_slow).pow(2).sum(1).mean()
     assert loss.item() == pytest.approx((0.3 * 2 * forward + 0.7 * 3 * inverse).item(), rel=1e-5)
 
-    of_inverse = [0.7 * 3 * g for g in gradients(inverse, icm.phi)]
-    of_forward = [0.3 * 2 * g for g in gradients(forward, icm.phi)]
+    # phi learns from the inverse loss alone, each model from its own
+    of_inverse = [2.1 * g for g in gradients(inverse, icm.phi)]
     assert max(g.abs().max() for g in of_inverse) > 1e-3
-    assert max(g.abs().max() for g in of_forward) > 1e-3
-    both = [a + b for a, b in zip(of_inverse, of_forward, strict=True)]
-    assert_same(gradients(loss, icm.phi), both if forward_trains_phi else of_inverse)
-    # the models themselves learn from their own loss in both cases
-    assert_same(gradients(loss, icm.fnet), [0.6 * g for g in gradients(forward, icm.fnet)])
+    assert_same(gradients(loss, icm.phi), of_inverse)
     assert_same(gradients(loss, icm.inverse), [2.1 * g for g in gradients(inverse, icm.inverse)])
+    assert_same(gradients(loss, icm.fnet), [0.6 * g for g in gradients(forward, icm.fnet)])
+    assert not any(p.requires_grad for p in icm.target_phi.parameters())
 
 
-@pytest.mark.parametrize("forward_trains_phi", [False, True])
-def test_masked_transitions_have_no_gradient(forward_trains_phi: bool) -> None:
-    icm, states, actions, after = image_icm(forward_trains_phi=forward_trains_phi)
+def test_target_phi_is_a_moving_average() -> None:
+    icm, states, *_ = image_icm(target_tau=0.1)
+    assert torch.equal(icm.encode(states)[:, 0], icm.encode(states)[:, 1])
+    expected = [p.clone() for p in icm.target_phi.parameters()]
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in icm.phi.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        icm.update_target()
+        expected = [0.9 * e + 0.1 * p for e, p in zip(expected, icm.phi.parameters(), strict=True)]
+        assert_same(list(icm.target_phi.parameters()), expected)
+    assert not torch.allclose(icm.encode(states)[:, 0], icm.encode(states)[:, 1])
+
+
+def test_target_phi_may_be_phi() -> None:
+    icm, states, *_ = image_icm(target_tau=1.0)
+    with torch.no_grad():
+        icm.phi.conv1.weight.mul_(2)
+    icm.update_target()
+    assert torch.equal(icm.encode(states)[:, 0], icm.encode(states)[:, 1])
+
+
+def test_scale_of_normalised_features_does_not_matter() -> None:
+    icm, states, actions, after = image_icm(normalize_features=True)
+    policy = torch.full((6, 4), 0.25)
+    before = icm(icm.encode(states), actions, icm.encode(after), policy).forward
+    features = icm.encode(states)[:, 1]
+    torch.testing.assert_close(features.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.var(1, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+    icm.target_phi.features = lambda x: 5 * Phi.features(icm.target_phi, x)
+    torch.testing.assert_close(
+        icm(icm.encode(states), actions, icm.encode(after), policy).forward,
+        before,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_masked_transitions_have_no_gradient() -> None:
+    icm, states, actions, after = image_icm()
     valid = torch.tensor([True, False, True, True, False, False])
 
     def learn(*transitions: Tensor, mask: Tensor) -> tuple[float, list[Tensor]]:
         before, chosen, following = transitions
         policy = torch.full((len(chosen), 4), 0.25)
-        loss = icm.loss(icm(icm.phi(before), chosen, icm.phi(following), policy), mask)
+        loss = icm.loss(icm(icm.encode(before), chosen, icm.encode(following), policy), mask)
         return loss.item(), gradients(loss, icm)
 
     loss, grads = learn(states, actions, after, mask=valid)
@@ -264,8 +301,8 @@ def test_masked_transitions_have_no_gradient(forward_trains_phi: bool) -> None:
 
 
 def test_reward_is_scaled_and_detached() -> None:
-    icm, states, actions, after = image_icm(eta=0.25, forward_trains_phi=True)
-    errors = icm(icm.phi(states), actions, icm.phi(after), torch.full((6, 4), 0.25))
+    icm, states, actions, after = image_icm(eta=0.25)
+    errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
     reward = icm.reward(errors)
     assert errors.forward.requires_grad
     assert not reward.requires_grad

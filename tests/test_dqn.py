@@ -286,11 +286,17 @@ def test_no_reward_of_a_reset_slot_gets_into_a_target() -> None:
 def guess(agent: DQN, features: Tensor, next_features: Tensor, policy: Tensor) -> list[float]:
     """The inverse model's logits for one transition, with nothing dropped out."""
     inverse = agent.icm.inverse
-    hidden = torch.relu(inverse.linear1(torch.cat((features[0], next_features[0]))))
+    hidden = torch.relu(inverse.linear1(torch.cat((features[0, 0], next_features[0, 0]))))
     logits = inverse.linear2(hidden).tolist()
     if agent.curiosity.policy_prior:
         logits = [x + math.log(p) for x, p in zip(logits, policy.tolist(), strict=True)]
     return logits
+
+
+def surprise(agent: DQN, features: Tensor, action: Tensor, next_features: Tensor) -> float:
+    """Mean squared error of the forward model for one transition."""
+    predicted = agent.icm.fnet(features[:, 1], action)
+    return (predicted - next_features[:, 1]).square().mean().item()
 
 
 def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
@@ -306,7 +312,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         with torch.no_grad():
             online = [agent.qnetwork(s)[0].tolist() for s in x]
             judged = [agent.target(s)[0].tolist() for s in x]
-            features = [agent.icm.phi(s) for s in x]
+            features = [agent.icm.encode(s) for s in x]
         values = [
             theirs[max(range(ACTIONS), key=ours.__getitem__)]
             for ours, theirs in zip(online, judged, strict=True)
@@ -319,15 +325,16 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         for t in range(length):
             action = int(batch.actions[b, t])
             with torch.no_grad():
-                predicted = agent.icm.fnet(features[t], torch.tensor([action]))
                 logits = guess(agent, features[t], features[t + 1], batch.behaviour[b, t])
-            surprise = ((predicted - features[t + 1]) ** 2).mean().item()
+                surprising = surprise(
+                    agent, features[t], batch.actions[b, t : t + 1], features[t + 1]
+                )
             rewards.append(
-                curiosity.coef * curiosity.eta * surprise / agent.scale.std
+                curiosity.coef * curiosity.eta * surprising / agent.scale.std
                 + curiosity.extrinsic_coef * batch.rewards[b, t].item()
             )
             if not reset[t]:
-                forward.append(surprise)
+                forward.append(surprising)
                 total = sum(math.exp(x) for x in logits)
                 inverse.append(-math.log(math.exp(logits[action]) / total))
                 chosen.append(online[t][action])
@@ -496,10 +503,9 @@ def test_no_gradient_through_targets_and_rewards() -> None:
                 start = after
             with torch.no_grad():
                 action = batch.actions[b, t : t + 1]
-                predicted = agent.icm.fnet(agent.icm.phi(now), action)
-                surprise = (predicted - agent.icm.phi(after)).square().mean()
+                raw = surprise(agent, agent.icm.encode(now), action, agent.icm.encode(after))
                 best = agent.qnetwork(start).argmax()
-                goal = surprise / agent.scale.std + 0.99 * agent.target(start)[0, best]
+                goal = raw / agent.scale.std + 0.99 * agent.target(start)[0, best]
             distance = (agent.qnetwork(now)[0, action[0]] - goal).abs()
             loss = loss + torch.where(distance < 1, 0.5 * distance**2, distance - 0.5)
             count += 1
@@ -772,11 +778,11 @@ def test_observed_statistics() -> None:
         raw, losses, hits, entropies = [], [], [], []
         for env in range(3):
             now, after = (
-                agent.icm.phi(agent.input_norm(step[name][env : env + 1]))
+                agent.icm.encode(agent.input_norm(step[name][env : env + 1]))
                 for name in ("states", "next_states")
             )
             action = step["actions"][env : env + 1]
-            raw.append(2 * (agent.icm.fnet(now, action) - after).square().mean().item())
+            raw.append(2 * surprise(agent, now, action, after))
             logits = guess(agent, now, after, step["probabilities"][env])
             total = sum(math.exp(x) for x in logits)
             losses.append(-math.log(math.exp(logits[int(action)]) / total))
@@ -1103,7 +1109,7 @@ LEARNING = {
     "agent__sequence_length": 8,
     "agent__steps_per_update": 16,
     "agent__replay_capacity": 4_000,
-    "agent__target_tau": 0.05,
+    "agent__target_tau": 0.25,
     "curiosity__hidden": 64,
 }
 

@@ -71,7 +71,9 @@ def test_checkpoints_hold_plain_data_under_the_documented_keys(trained: Path) ->
     content = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
     assert content["format"] == checkpoint.FORMAT
     assert content["step"] == 96
-    assert {"phi", "fnet", "inverse", "qnetwork", "target", "input_norm"} == set(content["models"])
+    assert {"phi", "target_phi", "fnet", "inverse", "qnetwork", "target", "input_norm"} == set(
+        content["models"]
+    )
     assert content["config"]["env"]["id"] == "SuperMarioBros-1-1-v0"
     assert {"optimizers", "curiosity", "rng"} <= set(content)
 

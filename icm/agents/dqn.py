@@ -22,7 +22,7 @@ from icm.agents.policy import MIN_TEMPERATURE, action_probabilities, entropy, sc
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
 from icm.errors import UserError
-from icm.models import InputNorm, Qnetwork
+from icm.models import InputNorm, Qnetwork, follow
 from icm.replay import Replay
 
 TEMPERATURE_LR = 0.05  # per vector step: one nat of missing entropy is mended in about 20
@@ -121,7 +121,7 @@ class DQN:
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(self.qnetwork.parameters()), "lr": agent.lr},
-                {"params": list(self.icm.parameters()), "lr": curiosity.lr},
+                {"params": [p for p in icm.parameters() if p.requires_grad], "lr": curiosity.lr},
             ]
         )
         self.generator = torch.Generator().manual_seed(seed)
@@ -133,6 +133,7 @@ class DQN:
         """Every network under the name it has in a checkpoint."""
         return {
             "phi": self.icm.phi,
+            "target_phi": self.icm.target_phi,
             "fnet": self.icm.fnet,
             "inverse": self.icm.inverse,
             "qnetwork": self.qnetwork,
@@ -203,9 +204,8 @@ class DQN:
         """The ICM's errors on transitions; shapes as in `observe`."""
         self.icm.eval()
         with self._autocast():
-            features, next_features = self.icm.phi(
-                self._input(torch.cat((states, next_states)))
-            ).chunk(2)
+            both = self._input(torch.cat((states, next_states)))
+            features, next_features = self.icm.encode(both).chunk(2)
             return self.icm(
                 features, actions.to(self.device), next_features, probabilities.to(self.device)
             )
@@ -279,12 +279,12 @@ class DQN:
         self.icm.train()
         with self._autocast():
             x = self._input(batch.states.flatten(0, 1))
-            phi = self.icm.phi(x).unflatten(0, (size, length + 1))
+            features = self.icm.encode(x).unflatten(0, (size, length + 1))
             q = self.qnetwork(x).unflatten(0, (size, length + 1)).float()
             errors = self.icm(
-                phi[:, :-1].flatten(0, 1),
+                features[:, :-1].flatten(0, 1),
                 batch.actions.flatten(),
-                phi[:, 1:].flatten(0, 1),
+                features[:, 1:].flatten(0, 1),
                 batch.behaviour.flatten(0, 1),
             )
             with torch.no_grad():
@@ -320,11 +320,8 @@ class DQN:
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         self.optimizer.step()
         self.updates += 1
-        with torch.no_grad():
-            for average, newest in zip(
-                self.target.parameters(), self.qnetwork.parameters(), strict=True
-            ):
-                average.lerp_(newest, config.target_tau)
+        follow(self.target, self.qnetwork, config.target_tau)
+        self.icm.update_target()
 
         with torch.no_grad():
             flat = valid.flatten()
