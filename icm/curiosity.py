@@ -2,7 +2,7 @@
 
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
 
-The surprise is measured on features of a *moving average* of phi, normalised, as in BYOL-Explore
+The surprise is measured on features of a *moving average* of phi, normalised, much as in BYOL-Explore
 (Guo et al. 2022): phi itself changes faster than a forward model can follow, and then every state
 is as surprising as any other.
 """
@@ -153,7 +153,8 @@ class ICM(nn.Module):
             behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
 
         Returns:
-            forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2);
+            forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2),
+                phi being the target phi here;
             inverse: cross-entropy of the guessed action, in nats (eq. 3).
         """
         (learned, target), (next_learned, next_target) = features.unbind(1), next_features.unbind(1)
