@@ -2,9 +2,9 @@
 
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
 
-The surprise is measured on features of a *moving average* of phi, normalised, much as in BYOL-Explore
-(Guo et al. 2022): phi itself changes faster than a forward model can follow, and then every state
-is as surprising as any other.
+The surprise is measured on features of a *moving average* of phi, normalised, much as in
+BYOL-Explore (Guo et al. 2022): phi itself changes faster than a forward model can follow, and then
+every state is as surprising as any other.
 """
 
 import copy
