@@ -77,6 +77,7 @@ class CuriosityConfig:
     hidden: int
     inverse_dropout: float
     reward_half_life: float
+    prioritize: bool
 
 
 @dataclass
@@ -117,6 +118,7 @@ class EvaluateConfig:
     ckpt: str
     episodes: int
     seed: int
+    stuck_steps: int | None
     device: str
 
 

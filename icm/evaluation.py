@@ -111,7 +111,7 @@ def play(
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors = agent.judge(state, action, next_state, probabilities)
-                intrinsic += float(agent.icm.reward(errors)) / agent.scale.std
+                intrinsic += float(agent.scale(agent.icm.reward(errors)))
                 state = next_state
             episode = info["episode"]
             rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": intrinsic}

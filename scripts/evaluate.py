@@ -1,4 +1,4 @@
-"""Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30]`."""
+"""Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30] [stuck_steps=0]`."""
 
 from omegaconf import DictConfig
 
@@ -8,6 +8,7 @@ from icm import cli
 def main(settings: DictConfig) -> None:
     """Play with the sampled and the greedy policy and at random; the last line is JSON."""
     import json
+    from dataclasses import replace
     from pathlib import Path
 
     from icm.config import EvaluateConfig, typed
@@ -18,8 +19,12 @@ def main(settings: DictConfig) -> None:
     options = typed(settings, EvaluateConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
+    if options.stuck_steps is not None and options.stuck_steps < 0:
+        raise UserError(f"stuck_steps={options.stuck_steps}: must be at least 0")
     share_cores()
     agent, config, step = load_agent(Path(options.ckpt), resolve_device(options.device))
+    if options.stuck_steps is not None:
+        config = replace(config, env=replace(config.env, stuck_steps=options.stuck_steps))
     results = {}
     for policy in ("sampled", "greedy", "random"):
         player = None if policy == "random" else agent
@@ -27,7 +32,8 @@ def main(settings: DictConfig) -> None:
         results[policy] = summary(played, policy)
     print(table(list(results.values())))
     others = {policy: results[policy] for policy in ("greedy", "random")}
-    print(json.dumps({"ckpt": str(options.ckpt), "step": step, **results["sampled"], **others}))
+    measured = {"ckpt": str(options.ckpt), "step": step, "stuck_steps": config.env.stuck_steps}
+    print(json.dumps({**measured, **results["sampled"], **others}))
 
 
 if __name__ == "__main__":

@@ -418,9 +418,10 @@ def test_reset_leaves_the_sum_as_it_stands() -> None:
     assert scale.sums.tolist() == [3.0, 4.0]
 
 
-def test_scale_continues_from_a_file() -> None:
+@pytest.mark.parametrize("prioritize", [False, True])
+def test_scale_continues_from_a_file(prioritize: bool) -> None:
     rewards = np.random.default_rng(8).random((60, 3)).astype(np.float32)
-    whole, before, after = (RewardScale(3, 0.95, 12) for _ in range(3))
+    whole, before, after = (RewardScale(3, 0.95, 12, prioritize) for _ in range(3))
     feed(whole, rewards)
     feed(before, rewards[:25])
     file = io.BytesIO()
@@ -431,6 +432,35 @@ def test_scale_continues_from_a_file() -> None:
     feed(after, rewards[25:])
     assert after.std == whole.std
     assert torch.equal(after.sums, whole.sums)
+    assert torch.equal(after(torch.arange(3.0)), whole(torch.arange(3.0)))
+
+
+def test_all_surprise_is_rewarded_in_proportion() -> None:
+    scale = RewardScale(3, 0.9, 50)
+    feed(scale, np.random.default_rng(12).random((40, 3)))
+    raw = torch.tensor([[0.0, 0.25], [0.5, 4.0]])
+    torch.testing.assert_close(scale(raw), raw / scale.std)
+
+
+def test_only_more_than_the_usual_surprise_is_rewarded() -> None:
+    scale = RewardScale(2, 0.5, 1.0, prioritize=True)
+    scale.update(torch.tensor([6.0, 2.0]), torch.tensor([True, True]))
+    assert scale.sums.tolist() == [2.0, 0.0]
+    scale.update(torch.tensor([2.0, 1e9]), torch.tensor([True, False]))
+    assert scale.usual == pytest.approx((4 / 2 + 2) / 1.5)
+    assert scale.sums.tolist() == [1.0, 0.0]
+    scale.update(torch.tensor([2.0, 0.0]), torch.tensor([True, True]))
+    usual = 3 / 1.75  # means 4, 2 and 1 with weights 1/4, 1/2 and 1: (1 + 1 + 1) / 1.75
+    assert scale.usual == pytest.approx(usual)
+    excess = torch.tensor([0.0, 0.0, 3.0 - usual])
+    torch.testing.assert_close(scale(torch.tensor([-1.0, usual, 3.0])), excess / scale.std)
+
+
+def test_a_step_of_resets_only_leaves_the_usual_surprise() -> None:
+    scale = RewardScale(2, 0.5, 10.0, prioritize=True)
+    scale.update(torch.tensor([6.0, 2.0]), torch.tensor([True, True]))
+    scale.update(torch.tensor([1e9, 1e9]), torch.tensor([False, False]))
+    assert scale.usual == 4.0
 
 
 def test_loading_does_not_tie_two_scales_together() -> None:

@@ -299,6 +299,12 @@ def surprise(agent: DQN, features: Tensor, action: Tensor, next_features: Tensor
     return (predicted - next_features[:, 1]).square().mean().item()
 
 
+def scaled(agent: DQN, raw: float) -> float:
+    """The reward of surprise, as the default gives it: the unusual part of it, over a std."""
+    assert agent.curiosity.prioritize
+    return max(raw - agent.scale.usual, 0.0) / agent.scale.std
+
+
 def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
     """The losses of one update, transition by transition.
 
@@ -330,7 +336,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
                     agent, features[t], batch.actions[b, t : t + 1], features[t + 1]
                 )
             rewards.append(
-                curiosity.coef * curiosity.eta * surprising / agent.scale.std
+                curiosity.coef * scaled(agent, curiosity.eta * surprising)
                 + curiosity.extrinsic_coef * batch.rewards[b, t].item()
             )
             if not reset[t]:
@@ -505,7 +511,7 @@ def test_no_gradient_through_targets_and_rewards() -> None:
                 action = batch.actions[b, t : t + 1]
                 raw = surprise(agent, agent.icm.encode(now), action, agent.icm.encode(after))
                 best = agent.qnetwork(start).argmax()
-                goal = raw / agent.scale.std + 0.99 * agent.target(start)[0, best]
+                goal = scaled(agent, raw) + 0.99 * agent.target(start)[0, best]
             distance = (agent.qnetwork(now)[0, action[0]] - goal).abs()
             loss = loss + torch.where(distance < 1, 0.5 * distance**2, distance - 0.5)
             count += 1
@@ -794,7 +800,7 @@ def test_observed_statistics() -> None:
         seen[sum(valid)] = seen.get(sum(valid), 0) + 1
         assert found.pop("count").item() == sum(valid)
         expected = {
-            "reward/intrinsic": [x / agent.scale.std for x in raw],
+            "reward/intrinsic": [scaled(agent, x) for x in raw],
             "reward/extrinsic": step["rewards"].tolist(),
             "icm/inverse_accuracy": hits,
             "icm/inverse_heldout": losses,
@@ -831,17 +837,23 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
     agent = make_agent(agent__discount=0.9, curiosity__reward_half_life=30)
     assert agent.scale.decay == pytest.approx(0.5 ** (3 / 30))  # steps of all three environments
     assert agent.scale.discount == 0.9
-    played, sums = Game(3, 8, episodes=(2, 4)), [0.0] * 3
+    played, sums, usual, weight = Game(3, 8, episodes=(2, 4)), [0.0] * 3, 0.0, 0.0
     for _ in range(20):
         step = played.step()
         errors = agent.judge(
             *(step[name] for name in ("states", "actions", "next_states", "probabilities"))
         )
+        raw = [r for r, reset in zip(errors.forward.tolist(), step["reset"], strict=True) if ~reset]
+        weight = 1 + weight * 0.5**0.1
+        if raw:
+            usual += (sum(raw) / len(raw) - usual) / weight
         for env in range(3):
             if not step["reset"][env]:
-                sums[env] = 0.9 * sums[env] + errors.forward[env].item()
+                sums[env] = 0.9 * sums[env] + max(errors.forward[env].item() - usual, 0)
         agent.observe(**step)
-        assert agent.scale.sums.tolist() == pytest.approx(sums, rel=1e-4)
+        assert agent.scale.usual == pytest.approx(usual, rel=1e-4)
+        assert agent.scale.sums.tolist() == pytest.approx(sums, rel=1e-4, abs=1e-7)
+    assert max(sums) > 0
 
 
 def test_observing_stores_but_does_not_learn() -> None:

@@ -231,7 +231,11 @@ def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: 
 
 def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
     done = run_script(
-        "evaluate.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "episodes=2", timeout=300
+        "evaluate.py",
+        f"ckpt={trained / 'checkpoints' / 'latest.pt'}",
+        "episodes=2",
+        "stuck_steps=7",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
@@ -239,6 +243,8 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
     assert result["episodes"] == 2
     assert result["policy"] == "sampled"
     assert result["levels"] == ["1-1"]
+    assert result["stuck_steps"] == 7  # trained with 20
+    assert result["greedy"]["length_mean"] < 20  # a greedy beginner stands still
     for key in ("distance_mean", "distance_stderr", "flag_rate", "past_200", "past_948"):
         assert key in result
     assert result["random"]["policy"] == "random"
@@ -392,6 +398,7 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("evaluate.py", [], ["ckpt"]),
         ("play.py", ["episodes=0"], ["episodes=0"]),
         ("evaluate.py", ["episodes=-3"], ["episodes=-3"]),
+        ("evaluate.py", ["stuck_steps=-1"], ["stuck_steps=-1"]),
         ("play.py", ["episodes=some"], ["episodes"]),
         ("play.py", ["render=film"], ["render=film", "video"]),
         ("play.py", ["render=human"], ["render=human", "display"]),

@@ -116,7 +116,10 @@ class DQN:
         self.input_norm = input_norm.to(device)
         self.replay = replay
         self.scale = RewardScale(
-            replay.num_envs, agent.discount, curiosity.reward_half_life / replay.num_envs
+            replay.num_envs,
+            agent.discount,
+            curiosity.reward_half_life / replay.num_envs,
+            curiosity.prioritize,
         )
         self.optimizer = torch.optim.Adam(
             [
@@ -245,7 +248,7 @@ class DQN:
         self.scale.update(raw, valid)
         hits = errors.logits.argmax(1).cpu() == actions
         per_env = {
-            "reward/intrinsic": raw / self.scale.std,
+            "reward/intrinsic": self.scale(raw),
             "reward/extrinsic": rewards,
             "icm/inverse_accuracy": hits.float(),
             "icm/inverse_heldout": errors.inverse.cpu(),
@@ -289,7 +292,7 @@ class DQN:
             )
             with torch.no_grad():
                 target_q = self.target(x).unflatten(0, (size, length + 1)).float()
-        rewards = self.curiosity.coef * self.icm.reward(errors).view(size, length) / self.scale.std
+        rewards = self.curiosity.coef * self.scale(self.icm.reward(errors)).view(size, length)
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():
