@@ -210,10 +210,24 @@ def test_grey_image_crops_and_averages_areas() -> None:
             image = np.zeros((20, 30, 3), np.uint8)
             image[:4] = 255  # what the crop takes away
             image[4:12, 2:16] = 200  # the upper left quarter of the rest
+            image[12:20, 2:9] = (90, 20, 10)  # half of the lower left one
+            image[12:20, 9:16] = (10, 20, 150)  # the other half: (50, 20, 80) on average
             return image, {}
 
     frame, _ = GreyImage(Picture(), 2, (4, 0, 2, 0)).reset()
-    assert frame.tolist() == [[200, 0], [0, 0]]
+    assert frame.tolist() == [[200, 0], [80, 0]]
+
+
+def test_mario_stands_out_from_the_sky() -> None:
+    """Jumping on the spot: he covers 12 x 16 of 256 x 208 pixels, about 2 x 3 of 42 x 42."""
+    env = make_env(replace(ENV, noop_max=0, size=42, crop=[32, 0, 0, 0], frame_stack=1))
+    env.reset(seed=0)
+    for _ in range(3):
+        state = env.step(5)[0]  # A
+    env.close()
+    air = state[0, 18:28, 4:11].astype(int)  # above the hill he starts in front of
+    assert (air > 240).mean() > 0.5  # the sky
+    assert (air < 200).sum() >= 4, air
 
 
 def test_the_same_seed_plays_the_same_game() -> None:

@@ -79,7 +79,10 @@ class NoopStart(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
-    """Crops, turns grey and shrinks an image by area averaging to uint8 (size, size).
+    """Crops, shrinks by area averaging and turns grey an image to uint8 (size, size).
+
+    Grey is the greatest of a pixel's channels, as in the tutorial, not its luminance: Mario is as
+    luminous as the sky of level 1-1 (about 120 and 140 of 255) and all but invisible in 42 x 42.
 
     Args:
         env: with uint8 observations (H, W, 3) or (H, W).
@@ -105,11 +108,8 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
     def observation(self, observation: Any) -> Any:
         """Turn one image into one frame. The result is a copy, never a view of the emulator."""
         image = np.ascontiguousarray(observation[self.rows, self.columns])
-        if image.ndim == 3:
-            image = (
-                cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image[..., 0]
-            )
-        return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        return small.max(axis=2) if small.ndim == 3 else small
 
 
 class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
