@@ -42,6 +42,7 @@ class AgentConfig:
 
     name: str
     input_norm: str
+    previous_action: bool
     hidden: int
     lr: float
     discount: float
@@ -218,11 +219,11 @@ def _check(config: Config) -> None:
             raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
-    smallest = env.num_envs * (agent.sequence_length + env.frame_stack)
+    smallest = env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))
     if agent.replay_capacity < smallest:
         raise UserError(
             f"agent.replay_capacity={agent.replay_capacity}: must be at least {smallest}, "
-            "env.num_envs * (agent.sequence_length + env.frame_stack)"
+            "env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))"
         )
     for name, schedule in (
         ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),

@@ -160,7 +160,12 @@ class ICM(nn.Module):
         return torch.stack((learned, target), dim=1)
 
     def forward(
-        self, features: Tensor, actions: Tensor, next_features: Tensor, behaviour: Tensor
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_features: Tensor,
+        behaviour: Tensor,
+        previous: Tensor | None = None,
     ) -> ICMErrors:
         """Errors of both models on transitions.
 
@@ -173,6 +178,7 @@ class ICM(nn.Module):
             actions: int64, (batch,).
             next_features: of s', (batch, 2, F).
             behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
+            previous: the actions before, int64 (batch,); for models that are told them.
 
         Returns:
             forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2),
@@ -180,11 +186,12 @@ class ICM(nn.Module):
             inverse: cross-entropy of the guessed action, in nats (eq. 3).
         """
         (learned, target), (next_learned, next_target) = features.unbind(1), next_features.unbind(1)
-        logits = self.inverse(learned, next_learned).float()
+        logits = self.inverse(learned, next_learned, previous).float()
         if self.policy_prior:
             logits = logits + behaviour.clamp_min(1e-8).log()
         inverse_error = F.cross_entropy(logits, actions, reduction="none")
-        squared = F.mse_loss(self.fnet(target, actions).float(), next_target, reduction="none")
+        predicted = self.fnet(target, actions, previous).float()
+        squared = F.mse_loss(predicted, next_target, reduction="none")
         forward_error = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
         return ICMErrors(forward_error, inverse_error, logits)
 

@@ -16,6 +16,7 @@ from icm.config import Config, parse_config
 from icm.envs import action_count, episodes_in, make_env, make_vector_env
 from icm.envs.wrappers import Env
 from icm.factory import build_agent
+from icm.models import NO_ACTION
 
 THRESHOLDS = (200, 400, 600, 948)
 """Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
@@ -66,13 +67,18 @@ def rollouts(
         observations, _ = envs.reset(seed=seed)
         num_actions = action_count(envs.single_action_space)
         uniform = torch.full((num_envs, num_actions), 1.0 / num_actions)
+        previous = torch.full((num_envs,), NO_ACTION)
+        reset = torch.zeros(num_envs, dtype=torch.bool)
         while left.any():
             states = torch.from_numpy(observations)
-            probabilities = agent.probabilities(states, step, greedy) if agent else uniform
+            probabilities = (
+                agent.probabilities(states, previous, step, greedy) if agent else uniform
+            )
             actions = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
             observations, _, terminated, truncated, infos = envs.step(actions.numpy())
-            ended = np.flatnonzero(terminated | truncated)
-            for i, episode in zip(ended, episodes_in(infos), strict=True):
+            previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
+            reset = torch.from_numpy(terminated | truncated)
+            for i, episode in zip(np.flatnonzero(reset), episodes_in(infos), strict=True):
                 if left[i]:
                     left[i] -= 1
                     results.append(episode)
@@ -103,16 +109,17 @@ def play(
         for number in range(episodes):
             observation, _ = env.reset(seed=seed + number)
             state = torch.from_numpy(observation).unsqueeze(0)
+            previous = torch.tensor([NO_ACTION])
             intrinsic = 0.0
             info: dict[str, Any] = {}
             while "episode" not in info:
-                probabilities = agent.probabilities(state, step, greedy)
+                probabilities = agent.probabilities(state, previous, step, greedy)
                 action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
-                errors = agent.judge(state, action, next_state, probabilities)
+                errors = agent.judge(state, previous, action, next_state, probabilities)
                 intrinsic += float(agent.scale(agent.icm.reward(errors)))
-                state = next_state
+                state, previous = next_state, action
             episode = info["episode"]
             rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": intrinsic}
             yield {**episode, **rewards}

@@ -34,12 +34,14 @@ def build_agent(
     """
     torch.manual_seed(config.seed)
     channels, height, width = state_shape
-    curiosity = config.curiosity
+    curiosity, told = config.curiosity, config.agent.previous_action
     phi = Phi(state_shape)
     icm = ICM(
         phi,
-        Fnet(phi.num_features, num_actions, curiosity.hidden),
-        InverseNet(phi.num_features, num_actions, curiosity.hidden, curiosity.inverse_dropout),
+        Fnet(phi.num_features, num_actions, curiosity.hidden, told),
+        InverseNet(
+            phi.num_features, num_actions, curiosity.hidden, curiosity.inverse_dropout, told
+        ),
         beta=curiosity.beta,
         eta=curiosity.eta,
         reduction=curiosity.reduction,
@@ -58,7 +60,7 @@ def build_agent(
             f"{free / 1e9:.1f} GB are free; {fitting} would fit"
         )
     return DQN(
-        Qnetwork(state_shape, num_actions, config.agent.hidden),
+        Qnetwork(state_shape, num_actions, config.agent.hidden, told),
         icm,
         InputNorm(config.agent.input_norm, (height, width)),
         Replay(capacity, config.env.num_envs, (height, width), channels, num_actions),

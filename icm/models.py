@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 INPUT_NORMS = ("standard", "scale", "stack")
+NO_ACTION = -1
+"""Stands for the previous action where an episode has just begun."""
 
 
 class InputNorm(nn.Module):
@@ -56,6 +58,35 @@ class InputNorm(nn.Module):
         if self.mode == "scale":
             return x / 255
         return F.normalize(x, dim=-3)
+
+
+def one_hot(actions: Tensor, num_actions: int) -> Tensor:
+    """Float32 (batch, num_actions) of int64 actions (batch,); zeros for NO_ACTION."""
+    return F.one_hot(actions - NO_ACTION, num_actions + 1)[:, 1:].float()
+
+
+def with_previous(x: Tensor, previous: Tensor | None, num_previous: int) -> Tensor:
+    """Inputs (batch, n) and, for networks told it, the previous action as one-hot beside them.
+
+    A picture does not show what the controller did, and it matters: in Super Mario Bros. a jump
+    begins only where A was up before.
+
+    Args:
+        x: float (batch, n).
+        previous: int64 (batch,), NO_ACTION where an episode has just begun.
+        num_previous: number of actions; 0 for a network that is not told the previous one.
+
+    Returns:
+        float (batch, n + num_previous).
+
+    Raises:
+        ValueError: a network that is told the previous action was not given it.
+    """
+    if not num_previous:
+        return x
+    if previous is None:
+        raise ValueError("this network needs the previous actions")
+    return torch.cat((x, one_hot(previous, num_previous)), dim=1)
 
 
 def conv_features(height: int, width: int) -> int:
@@ -106,16 +137,23 @@ class Phi(_ConvBody):
 class Fnet(nn.Module):
     """Forward model: predicts phi(s') from phi(s) and the action (Pathak et al. 2017, eq. 4)."""
 
-    def __init__(self, num_features: int = 288, num_actions: int = 12, hidden: int = 256) -> None:
+    def __init__(
+        self,
+        num_features: int = 288,
+        num_actions: int = 12,
+        hidden: int = 256,
+        previous_action: bool = False,
+    ) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.linear1 = nn.Linear(num_features + num_actions, hidden)
+        self.num_previous = num_actions if previous_action else 0
+        self.linear1 = nn.Linear(num_features + num_actions + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_features)
 
-    def forward(self, features: Tensor, actions: Tensor) -> Tensor:
+    def forward(self, features: Tensor, actions: Tensor, previous: Tensor | None = None) -> Tensor:
         """Map features (batch, F) and int64 actions (batch,) to predicted features (batch, F)."""
-        one_hot = F.one_hot(actions, self.num_actions).to(features.dtype)
-        return self.linear2(F.relu(self.linear1(torch.cat((features, one_hot), dim=1))))
+        x = torch.cat((features, one_hot(actions, self.num_actions)), dim=1)
+        return self.linear2(F.relu(self.linear1(with_previous(x, previous, self.num_previous))))
 
 
 class InverseNet(nn.Module):
@@ -130,16 +168,20 @@ class InverseNet(nn.Module):
         num_actions: int = 12,
         hidden: int = 256,
         dropout: float = 0.0,
+        previous_action: bool = False,
     ) -> None:
         super().__init__()
+        self.num_previous = num_actions if previous_action else 0
         self.dropout = nn.Dropout(dropout)
-        self.linear1 = nn.Linear(2 * num_features, hidden)
+        self.linear1 = nn.Linear(2 * num_features + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
 
-    def forward(self, features: Tensor, next_features: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, next_features: Tensor, previous: Tensor | None = None
+    ) -> Tensor:
         """Map phi(s) and phi(s'), both (batch, F), to action logits (batch, num_actions)."""
         both = self.dropout(torch.cat((features, next_features), dim=1))
-        return self.linear2(F.relu(self.linear1(both)))
+        return self.linear2(F.relu(self.linear1(with_previous(both, previous, self.num_previous))))
 
 
 class Qnetwork(_ConvBody):
@@ -150,14 +192,17 @@ class Qnetwork(_ConvBody):
         state_shape: tuple[int, int, int] = (3, 42, 42),
         num_actions: int = 12,
         hidden: int = 100,
+        previous_action: bool = False,
     ) -> None:
         super().__init__(state_shape)
-        self.linear1 = nn.Linear(self.num_features, hidden)
+        self.num_previous = num_actions if previous_action else 0
+        self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """Map normalised states (batch, C, H, W) to action values (batch, num_actions)."""
-        return self.linear2(F.elu(self.linear1(self.features(x))))
+        features = with_previous(self.features(x), previous, self.num_previous)
+        return self.linear2(F.elu(self.linear1(features)))
 
 
 @torch.no_grad()

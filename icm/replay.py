@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icm.models import NO_ACTION
+
 
 @dataclass
 class Sequences:
@@ -16,6 +18,7 @@ class Sequences:
     """
 
     states: Tensor  # uint8 (B, L + 1, C, H, W)
+    previous: Tensor  # int64 (B, L + 1), the action before each state, NO_ACTION at a start
     actions: Tensor  # int64 (B, L)
     behaviour: Tensor  # float32 (B, L, actions), the policy the actions were drawn from
     rewards: Tensor  # float32 (B, L), the game's
@@ -50,6 +53,7 @@ class Replay:
         self.num_slots = capacity // num_envs
         self.num_envs = num_envs
         self.frame_stack = frame_stack
+        self.history = max(frame_stack - 1, 1)  # slots before a state that belong to it
         shape = (self.num_slots, num_envs)
         self.frames = torch.zeros((*shape, *frame_shape), dtype=torch.uint8)
         self.actions = torch.zeros(shape, dtype=torch.uint8)
@@ -58,7 +62,7 @@ class Replay:
         self.terminated = torch.zeros(shape, dtype=torch.bool)
         self.truncated = torch.zeros(shape, dtype=torch.bool)
         self.reset = torch.zeros(shape, dtype=torch.bool)
-        # frames of the current episode before this one, as far as a stack looks back
+        # slots of the current episode before this one, as far as a state looks back
         self.age = torch.zeros(shape, dtype=torch.uint8)
         self.head = 0  # slot written next
         self.size = 0  # slots filled
@@ -90,7 +94,7 @@ class Replay:
         """
         previous = self.head - 1
         started = self.reset[previous] if self.size else torch.ones(self.num_envs, dtype=torch.bool)
-        age = (self.age[previous] + 1).clamp_max(self.frame_stack - 1)
+        age = (self.age[previous] + 1).clamp_max(self.history)
         self.frames[self.head] = states[:, -1]
         self.age[self.head] = torch.where(started, 0, age)
         self.actions[self.head] = actions.to(torch.uint8)
@@ -103,8 +107,8 @@ class Replay:
         self.size = min(self.size + 1, self.num_slots)
 
     def can_sample(self, length: int) -> bool:
-        """Whether a sequence of `length` slots, its successor and its first stack are stored."""
-        return self.size >= length + self.frame_stack
+        """Whether a sequence of `length` slots, its successor and its first state are stored."""
+        return self.size > length + self.history
 
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Sequences:
         """Draw `batch` sequences of `length` slots uniformly (see `Sequences` for shapes).
@@ -114,17 +118,20 @@ class Replay:
         """
         if not self.can_sample(length):
             raise ValueError(f"{self.size} slots stored, too few for sequences of {length}")
-        first = self.frame_stack - 1  # older frames of the oldest states are already overwritten
-        starts = torch.randint(first, self.size - length, (batch, 1), generator=generator)
+        # what belongs to the oldest states is already overwritten
+        starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
         oldest = self.head - self.size
         slots = (oldest + starts + torch.arange(length + 1)) % self.num_slots  # (B, L + 1)
         look_back = torch.arange(self.frame_stack - 1, -1, -1)  # C-1 … 0
-        back = torch.minimum(look_back, self.age[slots, envs].unsqueeze(-1))  # (B, L + 1, C)
+        age = self.age[slots, envs]
+        back = torch.minimum(look_back, age.unsqueeze(-1))  # (B, L + 1, C)
         states = self.frames[(slots.unsqueeze(-1) - back) % self.num_slots, envs.unsqueeze(-1)]
+        before = self.actions[(slots - 1) % self.num_slots, envs].long()
         at = (slots[:, :-1], envs)
         return Sequences(
             states=states,
+            previous=torch.where(age > 0, before, NO_ACTION),
             actions=self.actions[at].long(),
             behaviour=self.behaviour[at],
             rewards=self.rewards[at],

@@ -14,6 +14,7 @@ from icm import checkpoint
 from icm.agents.dqn import DQN
 from icm.envs import episodes_in
 from icm.errors import UserError
+from icm.models import NO_ACTION
 from icm.tracking import Tracker
 
 
@@ -105,10 +106,11 @@ class Trainer:
         observations, infos = envs.reset(seed=self.config["seed"] + self.step)
         self.exploration.visit(infos)
         states = torch.from_numpy(observations)
+        previous = torch.full((n,), NO_ACTION)
         reset = torch.zeros(n, dtype=torch.bool)
         per_update = agent.config.steps_per_update
         while self.step < total:
-            actions, probabilities = agent.act(states, self.step)
+            actions, probabilities = agent.act(states, previous, self.step)
             envs.step_async(actions.numpy())
             if self.step >= self.learn_from and agent.ready():  # learn while the emulators run
                 with clock.updating():
@@ -119,6 +121,7 @@ class Trainer:
             ended = torch.from_numpy(terminated | truncated)
             statistics = agent.observe(
                 states,
+                previous,
                 probabilities,
                 actions,
                 next_states,
@@ -131,6 +134,7 @@ class Trainer:
             self.exploration.visit(infos)
             for episode in episodes_in(infos):
                 self._episode(episode)
+            previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             states, reset = next_states, ended
             self.step += n
             if self.step - n < agent.config.warmup_steps <= self.step:

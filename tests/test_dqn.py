@@ -20,6 +20,7 @@ from icm.cli import CONF
 from icm.config import Config, parse_config
 from icm.errors import UserError
 from icm.factory import build_agent
+from icm.models import NO_ACTION
 from icm.replay import Sequences
 
 ACTIONS = 4
@@ -83,6 +84,7 @@ class Game:
         self.rng = np.random.default_rng(seed)
         self.num_envs, self.episodes, self.frame_stack = num_envs, episodes, stack
         self.left = np.full(num_envs, -1)
+        self.previous = np.full(num_envs, NO_ACTION)
         self.states = np.zeros((num_envs, stack, SIZE, SIZE), dtype=np.uint8)
         for env in range(num_envs):
             self._advance(env)
@@ -98,17 +100,20 @@ class Game:
 
     def step(self) -> dict[str, Tensor]:
         """What `DQN.observe` wants to know."""
-        states = self.states.copy()
+        states, previous = self.states.copy(), self.previous
+        actions = self.rng.integers(0, ACTIONS, self.num_envs)
         reset, last = self.left == 0, self.left == 1
         terminated = last & (self.rng.random(self.num_envs) < 0.5)
         self.left -= 1
         for env in range(self.num_envs):
             self._advance(env)
         probabilities = self.rng.dirichlet(np.ones(ACTIONS), self.num_envs)
+        self.previous = np.where(reset, NO_ACTION, actions)
         given = {
             "states": states,
+            "previous": previous,
             "probabilities": probabilities.astype(np.float32),
-            "actions": self.rng.integers(0, ACTIONS, self.num_envs),
+            "actions": actions,
             "next_states": self.states.copy(),
             "rewards": self.rng.normal(size=self.num_envs).astype(np.float32),
             "terminated": terminated,
@@ -116,6 +121,11 @@ class Game:
             "reset": reset,
         }
         return {name: torch.from_numpy(value) for name, value in given.items()}
+
+
+def start(states: Tensor) -> Tensor:
+    """The previous actions of states that open episodes."""
+    return torch.full((len(states),), NO_ACTION)
 
 
 def play(agent: DQN, steps: int = 60, seed: int = 3, **game: Any) -> None:
@@ -283,19 +293,31 @@ def test_no_reward_of_a_reset_slot_gets_into_a_target() -> None:
 # --- one update, computed twice -------------------------------------------------------------------
 
 
-def guess(agent: DQN, features: Tensor, next_features: Tensor, policy: Tensor) -> list[float]:
+def told(previous: Tensor) -> Tensor:
+    """One-hot of one previous action; zeros at the start of an episode."""
+    return torch.tensor([float(action == previous) for action in range(ACTIONS)])
+
+
+def guess(
+    agent: DQN, features: Tensor, next_features: Tensor, policy: Tensor, previous: Tensor
+) -> list[float]:
     """The inverse model's logits for one transition, with nothing dropped out."""
     inverse = agent.icm.inverse
-    hidden = torch.relu(inverse.linear1(torch.cat((features[0, 0], next_features[0, 0]))))
+    both = torch.cat((features[0, 0], next_features[0, 0]))
+    if agent.config.previous_action:
+        both = torch.cat((both, told(previous)))
+    hidden = torch.relu(inverse.linear1(both))
     logits = inverse.linear2(hidden).tolist()
     if agent.curiosity.policy_prior:
         logits = [x + math.log(p) for x, p in zip(logits, policy.tolist(), strict=True)]
     return logits
 
 
-def surprise(agent: DQN, features: Tensor, action: Tensor, next_features: Tensor) -> float:
+def surprise(
+    agent: DQN, features: Tensor, action: Tensor, next_features: Tensor, previous: Tensor
+) -> float:
     """Mean squared error of the forward model for one transition."""
-    predicted = agent.icm.fnet(features[:, 1], action)
+    predicted = agent.icm.fnet(features[:, 1], action, previous)
     return (predicted - next_features[:, 1]).square().mean().item()
 
 
@@ -316,8 +338,9 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
     for b in range(size):
         x = [agent.input_norm(state[None]) for state in batch.states[b]]
         with torch.no_grad():
-            online = [agent.qnetwork(s)[0].tolist() for s in x]
-            judged = [agent.target(s)[0].tolist() for s in x]
+            before = batch.previous[b].unsqueeze(1)
+            online = [agent.qnetwork(s, p)[0].tolist() for s, p in zip(x, before, strict=True)]
+            judged = [agent.target(s, p)[0].tolist() for s, p in zip(x, before, strict=True)]
             features = [agent.icm.encode(s) for s in x]
         values = [
             theirs[max(range(ACTIONS), key=ours.__getitem__)]
@@ -331,9 +354,19 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         for t in range(length):
             action = int(batch.actions[b, t])
             with torch.no_grad():
-                logits = guess(agent, features[t], features[t + 1], batch.behaviour[b, t])
+                logits = guess(
+                    agent,
+                    features[t],
+                    features[t + 1],
+                    batch.behaviour[b, t],
+                    batch.previous[b, t],
+                )
                 surprising = surprise(
-                    agent, features[t], batch.actions[b, t : t + 1], features[t + 1]
+                    agent,
+                    features[t],
+                    batch.actions[b, t : t + 1],
+                    features[t + 1],
+                    batch.previous[b, t : t + 1],
                 )
             rewards.append(
                 curiosity.coef * scaled(agent, curiosity.eta * surprising)
@@ -370,6 +403,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         {"agent__n_step": 10, "curiosity__eta": 3.0, "curiosity__coef": 0.5},
         {"agent__death_is_terminal": True, "curiosity__extrinsic_coef": 1.0},
         {"agent__input_norm": "stack", "agent__discount": 0.2, "curiosity__coef": 0.0},
+        {"agent__previous_action": False},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -410,8 +444,9 @@ def test_online_network_chooses_and_target_network_judges() -> None:
     assert found != pytest.approx(only_online, rel=1e-2)
 
     # a target network whose best action is another one than the online network's
-    best = agent.qnetwork(agent.input_norm(batch.states[:, 0])).argmax(1)
-    judged = agent.target(agent.input_norm(batch.states[:, 0]))
+    states = agent.input_norm(batch.states[:, 0])
+    best = agent.qnetwork(states, batch.previous[:, 0]).argmax(1)
+    judged = agent.target(states, batch.previous[:, 0])
     assert (judged.argmax(1) != best).any()
 
 
@@ -440,16 +475,16 @@ def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> 
             env__num_envs=1,
             env__frame_stack=1,
             agent__n_step=3,
-            agent__replay_capacity=7,
+            agent__replay_capacity=8,
             agent__batch_size=1,
             curiosity__coef=0.0,
             curiosity__extrinsic_coef=1.0,
         )
         disturb(agent.qnetwork, 4, scale=2.0)
         disturb(agent.target, 5, scale=2.0)
-        images = np.random.default_rng(0).integers(0, 256, (7, 1, 1, SIZE, SIZE)).astype(np.uint8)
-        images[6] = brightness
-        for slot in range(7):
+        images = np.random.default_rng(0).integers(0, 256, (8, 1, 1, SIZE, SIZE)).astype(np.uint8)
+        images[7] = brightness
+        for slot in range(8):
             agent.replay.add(
                 torch.from_numpy(images[slot]),
                 torch.tensor([slot % ACTIONS]),
@@ -459,7 +494,8 @@ def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> 
                 torch.tensor([False]),
                 torch.tensor([slot - 1 in ends]),
             )
-        values = agent.target(agent.input_norm(torch.from_numpy(images[6])))
+        last = torch.from_numpy(images[7])
+        values = agent.target(agent.input_norm(last), start(last))
         losses.append((agent.update()["loss/q"].item(), values))
     (dark, dark_values), (bright, bright_values) = losses
     assert (dark_values - bright_values).abs().min() > 1e-3
@@ -503,16 +539,25 @@ def test_no_gradient_through_targets_and_rewards() -> None:
             if batch.reset[b, t] or (at_the_end and batch.terminated[b, t]):
                 continue
             now, after = (agent.input_norm(batch.states[b, i][None]) for i in (t, t + 1))
-            if batch.terminated[b, t]:  # leads on to the start of the next episode
-                start = agent.input_norm(batch.states[b, t + 2][None])
-            else:
-                start = after
+            # a death leads on to the start of the next episode
+            on = t + 2 if batch.terminated[b, t] else t + 1
+            following, action_before = (
+                agent.input_norm(batch.states[b, on][None]),
+                batch.previous[b],
+            )
             with torch.no_grad():
                 action = batch.actions[b, t : t + 1]
-                raw = surprise(agent, agent.icm.encode(now), action, agent.icm.encode(after))
-                best = agent.qnetwork(start).argmax()
-                goal = scaled(agent, raw) + 0.99 * agent.target(start)[0, best]
-            distance = (agent.qnetwork(now)[0, action[0]] - goal).abs()
+                raw = surprise(
+                    agent,
+                    agent.icm.encode(now),
+                    action,
+                    agent.icm.encode(after),
+                    action_before[t : t + 1],
+                )
+                best = agent.qnetwork(following, action_before[on : on + 1]).argmax()
+                judged = agent.target(following, action_before[on : on + 1])
+                goal = scaled(agent, raw) + 0.99 * judged[0, best]
+            distance = (agent.qnetwork(now, action_before[t : t + 1])[0, action[0]] - goal).abs()
             loss = loss + torch.where(distance < 1, 0.5 * distance**2, distance - 0.5)
             count += 1
     (loss / count).backward()
@@ -567,12 +612,24 @@ def test_target_is_a_copy_of_its_own() -> None:
 @pytest.mark.parametrize("greedy", [False, True])
 def test_target_network_acts(greedy: bool) -> None:
     agent = make_agent(agent__policy=FIXED_POLICY)
-    states = Game(3, 0).step()["states"]
-    before = agent.probabilities(states, 0, greedy)
+    states = random_states(30)
+    before = agent.probabilities(states, start(states), 0, greedy)
     disturb(agent.qnetwork, 3, scale=5.0)
-    assert torch.equal(agent.probabilities(states, 0, greedy), before)
+    assert torch.equal(agent.probabilities(states, start(states), 0, greedy), before)
     agent.target.load_state_dict(agent.qnetwork.state_dict())
-    assert not torch.equal(agent.probabilities(states, 0, greedy), before)
+    assert not torch.equal(agent.probabilities(states, start(states), 0, greedy), before)
+
+
+def test_previous_action_counts_where_the_networks_are_told_it() -> None:
+    states = random_states(1).expand(ACTIONS + 1, -1, -1, -1)
+    previous = torch.arange(NO_ACTION, ACTIONS)
+    given = (previous, torch.zeros_like(previous), states, torch.full((ACTIONS + 1, ACTIONS), 0.25))
+    for told_it, different in ((True, ACTIONS + 1), (False, 1)):
+        agent = make_agent(agent__policy=FIXED_POLICY, agent__previous_action=told_it)
+        errors = agent.judge(states, *given)
+        found = (agent.probabilities(states, previous, 0), errors.logits, errors.forward[:, None])
+        for rows in found:
+            assert len(rows.unique(dim=0)) == different
 
 
 def total_norm(grads: list[Tensor]) -> float:
@@ -692,18 +749,18 @@ def test_policy_follows_warm_up_and_schedules() -> None:
     disturb(agent.target, scale=2.0)
     states = random_states(6)
     with torch.no_grad():
-        q = agent.target(agent.input_norm(states))
+        q = agent.target(agent.input_norm(states), start(states))
     for step in (0, 99):
-        assert agent.probabilities(states, step).tolist() == [[0.25] * 4] * 6
+        assert agent.probabilities(states, start(states), step).tolist() == [[0.25] * 4] * 6
         assert agent.policy_settings(step)[1] == 1
     for step, temperature, epsilon in ((100, 0.95, 0.92), (500, 0.75, 0.6), (1_000, 0.5, 0.2)):
         expected = (1 - epsilon) * torch.softmax(q / temperature, 1) + epsilon / 4
-        torch.testing.assert_close(agent.probabilities(states, step), expected)
+        torch.testing.assert_close(agent.probabilities(states, start(states), step), expected)
         assert agent.policy_settings(step) == pytest.approx((temperature, epsilon))
     best = torch.eye(4)[q.argmax(1)]
-    torch.testing.assert_close(agent.probabilities(states, 5_000), 0.8 * best + 0.05)
+    torch.testing.assert_close(agent.probabilities(states, start(states), 5_000), 0.8 * best + 0.05)
     for step in (0, 5_000):
-        greedy = agent.probabilities(states, step, greedy=True)
+        greedy = agent.probabilities(states, start(states), step, greedy=True)
         assert torch.equal(greedy, best)
         torch.testing.assert_close(greedy.sum(1), torch.ones(6))
 
@@ -713,20 +770,20 @@ def test_actions_are_drawn_from_the_probabilities() -> None:
     agent, twin, other = (make_agent(**changes, seed=seed) for seed in (1, 1, 2))
     other.load_networks(agent.state_dict()["models"])
     states = random_states(1).expand(4_000, -1, -1, -1)
-    actions, probabilities = agent.act(states, 10)
+    actions, probabilities = agent.act(states, start(states), 10)
     assert actions.shape == (4_000,)
     assert actions.dtype == torch.int64
-    torch.testing.assert_close(probabilities, agent.probabilities(states, 10))
+    torch.testing.assert_close(probabilities, agent.probabilities(states, start(states), 10))
     assert probabilities[0].max() - probabilities[0].min() > 0.05
     shares = torch.bincount(actions, minlength=4) / 4_000
     torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.03)
-    assert torch.equal(twin.act(states, 10)[0], actions)
-    assert not torch.equal(other.act(states, 10)[0], actions)
+    assert torch.equal(twin.act(states, start(states), 10)[0], actions)
+    assert not torch.equal(other.act(states, start(states), 10)[0], actions)
     # softmax of a temperature that is next to nothing leaves no choice
     sure = make_agent(agent__policy={"temperature": [[0, 1e-6]], "epsilon": [[0, 0.0]]})
     states = random_states(30)
-    best = sure.probabilities(states, 0, greedy=True).argmax(1)
-    assert torch.equal(sure.act(states, 10)[0], best)
+    best = sure.probabilities(states, start(states), 0, greedy=True).argmax(1)
+    assert torch.equal(sure.act(states, start(states), 10)[0], best)
 
 
 def test_temperature_follows_the_entropy() -> None:
@@ -741,12 +798,12 @@ def test_temperature_follows_the_entropy() -> None:
     states = random_states(6)
     with torch.no_grad():
         agent.target.linear2.weight.mul_(30)
-        q = agent.target(agent.input_norm(states))
-    assert agent.act(states, 49)[1].tolist() == [[0.25] * 4] * 6
+        q = agent.target(agent.input_norm(states), start(states))
+    assert agent.act(states, start(states), 49)[1].tolist() == [[0.25] * 4] * 6
     assert agent.temperature == 1  # as it was: that was the warm-up
     for step, share in ((50, 0.9), (150, 0.7), (200, 0.5)):
         before = agent.temperature
-        _, probabilities = agent.act(states, step)
+        _, probabilities = agent.act(states, start(states), step)
         expected = 0.9 * torch.softmax(q / before, 1) + 0.1 / 4
         torch.testing.assert_close(probabilities, expected)
         missing = share * math.log(4) + (expected * expected.log()).sum(1).mean().item()
@@ -755,18 +812,20 @@ def test_temperature_follows_the_entropy() -> None:
         assert agent.temperature != before
     for share, step in ((0.9, 100), (0.5, 200)):
         for _ in range(800):
-            agent.act(states, step)
-        found = entropy(agent.probabilities(states, step)).mean().item()
+            agent.act(states, start(states), step)
+        found = entropy(agent.probabilities(states, start(states), step)).mean().item()
         assert found == pytest.approx(share * math.log(4), abs=0.03)
 
 
 def test_temperature_of_a_schedule_stays() -> None:
     agent = make_agent(agent__policy=FIXED_POLICY)
     for _ in range(3):
-        agent.act(random_states(6), 100)
+        agent.act(random_states(6), start(random_states(6)), 100)
     assert agent.temperature == 1
+    states = random_states(6)
     torch.testing.assert_close(
-        agent.probabilities(random_states(6), 0), agent.probabilities(random_states(6), 100)
+        agent.probabilities(states, start(states), 0),
+        agent.probabilities(states, start(states), 100),
     )
 
 
@@ -788,8 +847,9 @@ def test_observed_statistics() -> None:
                 for name in ("states", "next_states")
             )
             action = step["actions"][env : env + 1]
-            raw.append(2 * surprise(agent, now, action, after))
-            logits = guess(agent, now, after, step["probabilities"][env])
+            previous = step["previous"][env : env + 1]
+            raw.append(2 * surprise(agent, now, action, after, previous))
+            logits = guess(agent, now, after, step["probabilities"][env], previous)
             total = sum(math.exp(x) for x in logits)
             losses.append(-math.log(math.exp(logits[int(action)]) / total))
             hits.append(float(logits.index(max(logits)) == int(action)))
@@ -841,7 +901,10 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
     for _ in range(20):
         step = played.step()
         errors = agent.judge(
-            *(step[name] for name in ("states", "actions", "next_states", "probabilities"))
+            *(
+                step[name]
+                for name in ("states", "previous", "actions", "next_states", "probabilities")
+            )
         )
         raw = [r for r, reset in zip(errors.forward.tolist(), step["reset"], strict=True) if ~reset]
         weight = 1 + weight * 0.5**0.1
@@ -926,7 +989,7 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
             history.append(agent.update())
             history.extend(weights(network) for network in agent.networks.values())
             step = game.step()
-            actions, probabilities = agent.act(step["states"], 15_000)
+            actions, probabilities = agent.act(step["states"], step["previous"], 15_000)
             step |= {"probabilities": probabilities, "actions": actions}
             history.append(agent.observe(**step) | {"actions": step["actions"]})
         histories.append(history)
@@ -958,12 +1021,12 @@ def test_every_part_of_the_state_matters() -> None:
         (
             {"agent__hidden": 17},
             (2, 16),
-            r"qnetwork\.linear1\.weight has size \(17, 32\) .* needs \(16, 32\)",
+            r"qnetwork\.linear1\.weight has size \(17, 36\) .* needs \(16, 36\)",
         ),
         (
             {"curiosity__hidden": 24},
             (2, 16),
-            r"fnet\.linear1\.weight has size \(24, 36\) .* needs \(16, 36\)",
+            r"fnet\.linear1\.weight has size \(24, 40\) .* needs \(16, 40\)",
         ),
         (
             {"env__frame_stack": 3},
@@ -989,7 +1052,7 @@ def test_networks_of_another_size(
 def test_networks_of_another_number_of_actions() -> None:
     models = make_agent(num_actions=7, seed=5).state_dict()["models"]
     check_refused(
-        make_agent(), models, r"fnet\.linear1\.weight has size \(16, 39\) .* needs \(16, 36\)"
+        make_agent(), models, r"fnet\.linear1\.weight has size \(16, 46\) .* needs \(16, 40\)"
     )
 
 
@@ -1031,7 +1094,8 @@ def test_agent_that_only_plays_has_no_memory() -> None:
     agent = build_agent(config, (2, SIZE, SIZE), ACTIONS, torch.device("cpu"), remember=False)
     assert len(agent.replay) == agent.replay.frames.numel() == 0
     assert not agent.ready()
-    assert agent.probabilities(random_states(2), 0).shape == (2, ACTIONS)
+    states = random_states(2)
+    assert agent.probabilities(states, start(states), 0).shape == (2, ACTIONS)
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -1086,16 +1150,18 @@ def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
     """Act, observe and learn as the trainer does; how often each cell was entered."""
     visits = dict.fromkeys(range(world.cells), 0)
     n, per_update = world.num_envs, agent.config.steps_per_update
+    previous = torch.full((n,), NO_ACTION)
     reset = torch.zeros(n, dtype=torch.bool)
     for step in range(0, steps, n):
         states = world.states
-        actions, probabilities = agent.act(states, step)
+        actions, probabilities = agent.act(states, previous, step)
         if step >= agent.config.warmup_steps and agent.ready():
             for _ in range(step // per_update - (step - n) // per_update):
                 agent.update()
         rewards, terminated, truncated = world.step(actions)
         agent.observe(
             states,
+            previous,
             probabilities,
             actions,
             world.states,
@@ -1104,6 +1170,7 @@ def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
             truncated,
             reset,
         )
+        previous = actions.masked_fill(reset, NO_ACTION)
         reset = world.ended
         for cell in world.at.tolist():
             visits[cell] += 1
@@ -1128,8 +1195,8 @@ LEARNING = {
 
 def least_liked(agent: DQN) -> int:
     """The action that an untrained agent values least at the start, so that luck cannot help."""
-    start = agent.input_norm(Chain(1, 2, (0,), goal=False, limit=1).states)
-    return int(agent.qnetwork(start).argmin())
+    states = Chain(1, 2, (0,), goal=False, limit=1).states
+    return int(agent.qnetwork(agent.input_norm(states), start(states)).argmin())
 
 
 def test_reward_of_the_game_is_learned() -> None:
@@ -1148,9 +1215,11 @@ def test_reward_of_the_game_is_learned() -> None:
 
     def greedy_path() -> list[int]:
         world, path = Chain(1, 10, tuple(moves), goal=True, limit=40), []
+        previous = start(world.states)
         while not world.ended.any():
             path.append(int(world.at))
-            world.step(agent.probabilities(world.states, 0, greedy=True).argmax(1))
+            previous = agent.probabilities(world.states, previous, 0, greedy=True).argmax(1)
+            world.step(previous)
         return [*path, int(world.at)]
 
     assert len(greedy_path()) == 41

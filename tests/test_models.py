@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.models import INPUT_NORMS, Fnet, InputNorm, InverseNet, Phi, Qnetwork, conv_features
+from icm.models import (
+    INPUT_NORMS,
+    NO_ACTION,
+    Fnet,
+    InputNorm,
+    InverseNet,
+    Phi,
+    Qnetwork,
+    conv_features,
+)
 
 # --- the tutorial's classes, written independently ------------------------------------------------
 
@@ -192,6 +201,31 @@ def test_sizes_follow_from_the_states(shape: tuple[int, int, int]) -> None:
     assert fnet(features, torch.tensor([0, 4])).shape == features.shape
     inverse = InverseNet(phi.num_features, 5, 9)
     assert inverse(features, features).shape == (2, 5)
+
+
+def test_previous_action_is_one_more_input() -> None:
+    """The same as without, where the weights of the new input are zero; else that column's sum."""
+    told = {"previous_action": True}
+    features, x = torch.rand(3, 288), torch.rand(3, 3, 42, 42)
+    previous = torch.tensor([2, NO_ACTION, 11])
+    pairs: list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]] = [
+        (Fnet(), Fnet(**told), (features, torch.tensor([0, 1, 2]))),
+        (InverseNet(), InverseNet(**told), (features, features.flip(0))),
+        (Qnetwork(), Qnetwork(**told), (x,)),
+    ]
+    for plain, network, inputs in pairs:
+        state = {name: value.clone() for name, value in plain.state_dict().items()}
+        extra = torch.rand(len(state["linear1.bias"]), 12)
+        state["linear1.weight"] = torch.cat((state["linear1.weight"], extra), 1)
+        network.load_state_dict(state)
+        with pytest.raises(ValueError, match="needs the previous actions"):
+            network(*inputs)
+        found = network(*inputs, previous)
+        for row, action in enumerate(previous.tolist()):
+            with torch.no_grad():
+                bias = state["linear1.bias"] + (extra[:, action] if action >= 0 else 0)
+                plain.get_parameter("linear1.bias").copy_(bias)
+            torch.testing.assert_close(found[row], plain(*inputs)[row])
 
 
 def test_batch_of_one_is_a_row_of_a_larger_batch() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from icm.models import NO_ACTION
 from icm.replay import Replay, Sequences
 
 FRAME = (6, 5)
@@ -43,6 +44,7 @@ class Simulation:
         self.stack: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
         self.ended = [True] * num_envs
         self.states: list[np.ndarray] = []
+        self.previous: list[list[int]] = []
         self.actions: list[np.ndarray] = []
         self.behaviour: list[np.ndarray] = []
         self.rewards: list[np.ndarray] = []
@@ -66,6 +68,9 @@ class Simulation:
     def step(self) -> dict[str, Tensor]:
         """The next step of all environments, as `Replay.add` wants it."""
         n = self.num_envs
+        self.previous.append(
+            [NO_ACTION if over else int(self.actions[-1][e]) for e, over in enumerate(self.ended)]
+        )
         reset, terminated, truncated = (np.zeros(n, dtype=bool) for _ in range(3))
         for e in range(n):
             if self.ended[e]:  # the state at hand opens an episode
@@ -123,6 +128,8 @@ def compare(found: Sequences, simulation: Simulation, length: int) -> tuple[set[
         ahead = range(start, start + length)
         expected = [simulation.states[t][env] for t in range(start, start + length + 1)]
         assert np.array_equal(found.states[b].numpy(), np.stack(expected))
+        before = [simulation.previous[t][env] for t in range(start, start + length + 1)]
+        assert found.previous[b].tolist() == before
         for name in SLOT:
             values = getattr(found, name)
             assert values.shape[:2] == (batch, length)
@@ -140,8 +147,8 @@ def compare(found: Sequences, simulation: Simulation, length: int) -> tuple[set[
 @pytest.mark.parametrize(("frame_stack", "length"), [(4, 5), (3, 1), (1, 4), (2, 8)])
 def test_sequences_are_what_happened(steps: int, frame_stack: int, length: int) -> None:
     """Before, at and after the ring of 40 slots is full; episodes of 1 to 9 steps."""
-    if steps < frame_stack + length:
-        steps = frame_stack + length
+    first = max(frame_stack - 1, 1)  # a state has its stack and the action before it
+    steps = max(steps, first + 1 + length)
     simulation = Simulation(num_envs=3, frame_stack=frame_stack, seed=steps)
     replay = make_replay(120, 3, FRAME, frame_stack)
     fill(replay, simulation, steps)
@@ -149,7 +156,7 @@ def test_sequences_are_what_happened(steps: int, frame_stack: int, length: int) 
     assert max(lasts) == steps - 1  # the newest state is a successor, never more
     oldest = max(0, steps - 40)
     # all that is complete is drawn: from the first state whose whole stack is certainly there
-    assert firsts == set(range(oldest + frame_stack - 1, steps - length))
+    assert firsts == set(range(oldest + first, steps - length))
 
 
 def test_sequences_are_right_while_the_memory_is_being_filled() -> None:
@@ -257,7 +264,7 @@ def test_too_little_to_sample(frame_stack: int, length: int) -> None:
     replay = make_replay(100, 2, FRAME, frame_stack)
     with pytest.raises(ValueError, match="too few"):
         replay.sample(1, length, generator())
-    for _ in range(length + frame_stack - 1):
+    for _ in range(length + max(frame_stack - 1, 1)):
         assert not replay.can_sample(length)
         replay.add(**simulation.step())
     with pytest.raises(ValueError, match="too few"):
@@ -268,7 +275,7 @@ def test_too_little_to_sample(frame_stack: int, length: int) -> None:
 
 
 def test_smallest_ring_that_can_be_sampled() -> None:
-    """`length + frame_stack` slots, as the settings demand at least."""
+    """`length + frame_stack` slots, as the settings demand at least for stacks of 2 or more."""
     simulation = Simulation(num_envs=2, frame_stack=3, seed=2)
     replay = make_replay(2 * (4 + 3), 2, FRAME, 3)
     for step in range(40):

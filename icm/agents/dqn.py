@@ -155,13 +155,21 @@ class DQN:
     # --- acting ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def probabilities(self, states: Tensor, step: int, greedy: bool = False) -> Tensor:
-        """Action probabilities (batch, actions) at an agent step for uint8 states (batch, C, H, W).
+    def probabilities(
+        self, states: Tensor, previous: Tensor, step: int, greedy: bool = False
+    ) -> Tensor:
+        """Action probabilities (batch, actions) at an agent step.
 
         They are uniform during the warm-up, then follow the schedules of temperature and epsilon.
+
+        Args:
+            states: uint8 (batch, C, H, W).
+            previous: the actions before, int64 (batch,), NO_ACTION at the start of an episode.
+            step: agent step.
+            greedy: all probability on the best action instead.
         """
         with self._autocast():
-            q = self.target(self._input(states)).float()
+            q = self.target(self._input(states), previous.to(self.device)).float()
         if greedy:
             return action_probabilities(q, temperature=0.0, epsilon=0.0).cpu()
         return action_probabilities(q, *self.policy_settings(step)).cpu()
@@ -188,13 +196,13 @@ class DQN:
             MIN_TEMPERATURE, self.temperature * math.exp(TEMPERATURE_LR * missing)
         )
 
-    def act(self, states: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Draw one action per uint8 state (batch, C, H, W) at an agent step.
+    def act(self, states: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Draw one action per state at an agent step; see `probabilities` for the shapes.
 
         Returns:
             the actions, int64 (batch,), and the policy they were drawn from, (batch, actions).
         """
-        probabilities = self.probabilities(states, step)
+        probabilities = self.probabilities(states, previous, step)
         if self.config.policy.temperature is None and step >= self.config.warmup_steps:
             self._adapt_temperature(probabilities, step)
         actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
@@ -202,7 +210,12 @@ class DQN:
 
     @torch.no_grad()
     def judge(
-        self, states: Tensor, actions: Tensor, next_states: Tensor, probabilities: Tensor
+        self,
+        states: Tensor,
+        previous: Tensor,
+        actions: Tensor,
+        next_states: Tensor,
+        probabilities: Tensor,
     ) -> ICMErrors:
         """The ICM's errors on transitions; shapes as in `observe`."""
         self.icm.eval()
@@ -210,7 +223,11 @@ class DQN:
             both = self._input(torch.cat((states, next_states)))
             features, next_features = self.icm.encode(both).chunk(2)
             return self.icm(
-                features, actions.to(self.device), next_features, probabilities.to(self.device)
+                features,
+                actions.to(self.device),
+                next_features,
+                probabilities.to(self.device),
+                previous.to(self.device),
             )
 
     # --- remembering ----------------------------------------------------------------------------
@@ -219,6 +236,7 @@ class DQN:
     def observe(
         self,
         states: Tensor,
+        previous: Tensor,
         probabilities: Tensor,
         actions: Tensor,
         next_states: Tensor,
@@ -233,6 +251,7 @@ class DQN:
 
         Args:
             states, next_states: uint8 (num_envs, C, H, W).
+            previous: the actions before, int64 (num_envs,), NO_ACTION at the start of an episode.
             probabilities: the policy the actions were drawn from, (num_envs, actions).
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
 
@@ -243,7 +262,7 @@ class DQN:
             states, actions, probabilities, rewards, terminated, truncated & ~terminated, reset
         )
         valid = ~reset
-        errors = self.judge(states, actions, next_states, probabilities)
+        errors = self.judge(states, previous, actions, next_states, probabilities)
         raw = self.icm.reward(errors).cpu()
         self.scale.update(raw, valid)
         hits = errors.logits.argmax(1).cpu() == actions
@@ -283,15 +302,17 @@ class DQN:
         with self._autocast():
             x = self._input(batch.states.flatten(0, 1))
             features = self.icm.encode(x).unflatten(0, (size, length + 1))
-            q = self.qnetwork(x).unflatten(0, (size, length + 1)).float()
+            previous = batch.previous.flatten()
+            q = self.qnetwork(x, previous).unflatten(0, (size, length + 1)).float()
             errors = self.icm(
                 features[:, :-1].flatten(0, 1),
                 batch.actions.flatten(),
                 features[:, 1:].flatten(0, 1),
                 batch.behaviour.flatten(0, 1),
+                batch.previous[:, :-1].flatten(),
             )
             with torch.no_grad():
-                target_q = self.target(x).unflatten(0, (size, length + 1)).float()
+                target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         rewards = self.curiosity.coef * self.scale(self.icm.reward(errors)).view(size, length)
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 

@@ -81,8 +81,8 @@ class NoopStart(gym.Wrapper[Any, Any, Any, Any]):
 class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
     """Crops an image, shrinks it by area averaging and turns it grey: uint8 (size, size).
 
-    Grey is the greatest of a pixel's channels, as in the tutorial, not its luminance: in that, Mario
-    differs from the sky of level 1-1 by at most 20 of 255 in 42 x 42, in this by up to 88.
+    Grey is the greatest of a pixel's channels, as in the tutorial, not its luminance: in that,
+    Mario differs from the sky of level 1-1 by at most 20 of 255 in 42 x 42, in this by up to 88.
 
     Args:
         env: with uint8 observations (H, W, 3) or (H, W).
