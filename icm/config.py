@@ -47,6 +47,7 @@ class AgentConfig:
     lr: float
     discount: float
     n_step: int
+    advantage_learning: float
     batch_size: int
     sequence_length: int
     steps_per_update: int
@@ -209,6 +210,10 @@ def _check(config: Config) -> None:
     ):
         if not 0 <= share <= 1:
             raise UserError(f"{name}={share}: must be between 0 and 1")
+    if not 0 <= agent.advantage_learning < 1:
+        raise UserError(
+            f"agent.advantage_learning={agent.advantage_learning}: must be at least 0 and below 1"
+        )
     for name, choice, choices in (
         ("env.actions", env.actions, ("right_only", "simple", "complex")),
         ("agent.input_norm", agent.input_norm, ("standard", "scale", "stack")),

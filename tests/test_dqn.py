@@ -384,7 +384,9 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
             target = slow_return(
                 t, config.n_step, rewards, values, terminal, truncated, reset, config.discount
             )
-            distance = abs(online[t][int(batch.actions[b, t])] - target)
+            action = int(batch.actions[b, t])
+            target += config.advantage_learning * (judged[t][action] - values[t])
+            distance = abs(online[t][action] - target)
             td_errors.append(0.5 * distance**2 if distance < 1 else distance - 0.5)
     lists = {
         "loss/q": td_errors,
@@ -403,7 +405,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         {"agent__n_step": 10, "curiosity__eta": 3.0, "curiosity__coef": 0.5},
         {"agent__death_is_terminal": True, "curiosity__extrinsic_coef": 1.0},
         {"agent__input_norm": "stack", "agent__discount": 0.2, "curiosity__coef": 0.0},
-        {"agent__previous_action": False},
+        {"agent__previous_action": False, "agent__advantage_learning": 0.0},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -427,14 +429,20 @@ def test_update_computes_the_losses_it_should(changes: dict[str, Any]) -> None:
 
 def test_online_network_chooses_and_target_network_judges() -> None:
     """Either network alone gives another loss."""
-    agent = make_agent(curiosity__coef=0.0, curiosity__extrinsic_coef=1.0, agent__n_step=1)
+    changes = {
+        "curiosity__coef": 0.0,
+        "curiosity__extrinsic_coef": 1.0,
+        "agent__n_step": 1,
+        "agent__advantage_learning": 0.0,
+    }
+    agent = make_agent(**changes)
     play(agent)
     disturb(agent.qnetwork, 1, scale=1.0)
     disturb(agent.target, 2, scale=1.0)
     batch = next_batch(agent)
     double = slow_losses(agent, batch)["loss/q"]
 
-    alone = make_agent(curiosity__coef=0.0, curiosity__extrinsic_coef=1.0, agent__n_step=1)
+    alone = make_agent(**changes)
     alone.scale = agent.scale
     alone.qnetwork.load_state_dict(agent.qnetwork.state_dict())
     alone.target.load_state_dict(agent.qnetwork.state_dict())
@@ -557,6 +565,9 @@ def test_no_gradient_through_targets_and_rewards() -> None:
                 best = agent.qnetwork(following, action_before[on : on + 1]).argmax()
                 judged = agent.target(following, action_before[on : on + 1])
                 goal = scaled(agent, raw) + 0.99 * judged[0, best]
+                best = agent.qnetwork(now, action_before[t : t + 1]).argmax()
+                judged = agent.target(now, action_before[t : t + 1])
+                goal = goal + 0.9 * (judged[0, action[0]] - judged[0, best])
             distance = (agent.qnetwork(now, action_before[t : t + 1])[0, action[0]] - goal).abs()
             loss = loss + torch.where(distance < 1, 0.5 * distance**2, distance - 0.5)
             count += 1

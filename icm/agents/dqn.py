@@ -5,9 +5,13 @@ network that follows the learning one as a moving average (Lillicrap et al. 2016
 intrinsic reward of `icm.curiosity`, which is computed with the current ICM whenever transitions are
 sampled, never stored.
 
-The target network also acts. Values of different actions lie close together, so a few updates of
-the learning network turn its preferences over (policy churn, Schaul et al. 2022): what it does
-while it learns is then no policy that a checkpoint could keep. Averaged values change slowly.
+One action of a tenth of a second hardly changes what the future is worth: the values of different
+actions lie closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare
+et al. 2016, operator T_AL) widens the gaps between them and leaves the value of the best alone.
+
+The target network also acts. A few updates of the learning network turn its preferences over
+(policy churn, Schaul et al. 2022): what it does while it learns is then no policy that a checkpoint
+could keep. Averaged values change slowly.
 """
 
 import copy
@@ -329,6 +333,9 @@ class DQN:
                 config.discount,
                 config.n_step,
             )
+            advantages = target_q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
+            advantages = advantages - values[:, :-1]
+            returns = returns + config.advantage_learning * advantages
             # where the sequence breaks off at a death, the start it leads to is not in sight
             blind = (batch.terminated & ~terminal & valid)[:, -1:]
             needs_end = bootstraps_at_end(terminal, batch.truncated, batch.reset, config.n_step)
