@@ -280,6 +280,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("env.num_envs=0", ["env.num_envs=0", "at least 1"]),
         ("total_steps=0", ["total_steps=0", "at least 1"]),
         ("agent.discount=1.5", ["agent.discount=1.5", "between 0 and 1"]),
+        ("agent.advantage_learning=1", ["agent.advantage_learning=1.0", "below 1"]),
         ("agent.lr=nan", ["agent.lr=nan"]),
         ("agent.policy.epsilon=0.1", ["agent.policy.epsilon"]),
         ("agent.policy.epsilon=[[5,1],[0,1]]", ["agent.policy.epsilon", "in order"]),
