@@ -25,6 +25,9 @@ class EnvConfig:
     sticky_probability: float
     stuck_steps: int
     stuck_distance: int
+    # checkpoints from before these settings were made with these values
+    emulator: str = "nes_py"
+    core: str = "auto"
 
 
 @dataclass
@@ -216,6 +219,7 @@ def _check(config: Config) -> None:
         )
     for name, choice, choices in (
         ("env.actions", env.actions, ("right_only", "simple", "complex")),
+        ("env.emulator", env.emulator, ("nes_py", "libretro")),
         ("agent.input_norm", agent.input_norm, ("standard", "scale", "stack")),
         ("curiosity.reduction", curiosity.reduction, ("mean", "sum")),
         ("precision", config.precision, ("auto", "float32", "bf16")),

@@ -17,7 +17,7 @@ def main(settings: DictConfig) -> None:
 
     from icm.config import parse_config
     from icm.device import describe_device, resolve_device, share_cores
-    from icm.envs import action_count, make_vector_env
+    from icm.envs import action_count, describe_emulator, make_vector_env
     from icm.factory import build_agent
     from icm.trainer import Trainer
 
@@ -27,6 +27,8 @@ def main(settings: DictConfig) -> None:
     print(describe_device(device))
     envs = make_vector_env(config.env)
     try:
+        if emulator := describe_emulator(config.env):
+            print(emulator)
         state_shape: Any = envs.single_observation_space.shape
         agent = build_agent(config, state_shape, action_count(envs.single_action_space), device)
         folder = Path(HydraConfig.get().runtime.output_dir)

@@ -3,6 +3,7 @@
 Nothing here imports torch, so worker processes stay small.
 """
 
+import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from nes_py import NESEnv
 from nes_py.wrappers import JoypadSpace
 
 from icm.config import EnvConfig
+from icm.envs.cores import find_core
+from icm.envs.libretro import nes_game, on_libretro
 from icm.envs.mario import ACTION_SETS, MarioProgress, StuckLimit
 from icm.envs.wrappers import (
     ActionRepeat,
@@ -49,10 +52,10 @@ def make_env(
         on_frame: called after every emulator frame, see `ActionRepeat`.
 
     Raises:
-        UserError: the id is unknown, or the environment has no image observations or no discrete
-            actions.
+        UserError: the id is unknown, the environment has no image observations or no discrete
+            actions, or the emulator cannot run it.
     """
-    env = _make_game(config.id, render_mode)
+    env = _make_game(config, render_mode)
     is_mario = isinstance(env.unwrapped, NESEnv)
     if is_mario:
         env = MarioProgress(JoypadSpace(env, ACTION_SETS[config.actions]))
@@ -98,16 +101,43 @@ def _make_worker_env(config: EnvConfig, parent: int) -> Env:
     return make_env(config)
 
 
-def _make_game(env_id: str, render_mode: str | None) -> Env:
+def describe_emulator(config: EnvConfig) -> str | None:
+    """One line on what runs an NES game, and on what would be faster; None for another environment.
+
+    Raises:
+        UserError: no core was found.
+    """
+    if config.emulator == "libretro":
+        return f"emulator: libretro core {find_core(config.core)}"
+    spec = gym.registry.get(config.id.rpartition(":")[2])
+    if spec is None or nes_game(spec) is None:
+        return None
+    return (
+        "emulator: nes_py; several times as fast: "
+        "uv run --extra fast scripts/train.py env.emulator=libretro (README.md says more)"
+    )
+
+
+def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
     try:
-        return gym.make(env_id, render_mode=render_mode)
+        if config.emulator == "libretro":
+            spec = on_libretro(_find_spec(config.id), find_core(config.core))
+            return gym.make(spec, render_mode=render_mode)
+        return gym.make(config.id, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise UserError(
-            f"env.id={env_id}: {str(error).splitlines()[0]} "
+            f"env.id={config.id}: {str(error).splitlines()[0]} "
             "Registered are for instance SuperMarioBros-1-1-v0 (world 1-8, stage 1-4), "
             "SuperMarioBros-v0, SuperMarioBros2-v0, SuperMarioBros2USA-v0, SuperMarioBros3-v0; "
             "another package's environment is named package:id."
         ) from None
+
+
+def _find_spec(env_id: str) -> EnvSpec:
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gym.spec(name)
 
 
 def _check_spaces(env_id: str, env: Env) -> None:

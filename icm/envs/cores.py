@@ -1,0 +1,59 @@
+"""Which libretro core is taken. None is shipped: cores have licences of their own."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from icm.errors import UserError
+
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+SYSTEM_FOLDERS = [
+    *(Path(folder, "libretro") for folder in ("/usr/lib", "/usr/lib64", "/usr/local/lib")),
+    *sorted(Path("/usr/lib").glob("*/libretro")),  # one folder per architecture
+]
+
+
+def find_core(core: str) -> Path:
+    """The file of `env.core`: a path, or for `auto` QuickNES if there is one, else FCEUmm.
+
+    Raises:
+        UserError: there is no such file, or no core was found.
+    """
+    if core != "auto":
+        if not Path(core).is_file():
+            raise UserError(f"env.core={core}: no such file; auto finds installed cores")
+        return Path(core)
+    for name in ("quicknes", "fceumm"):
+        for folder in core_folders():
+            path = folder / f"{name}_libretro{SUFFIX}"
+            if path.is_file():
+                return path
+    raise UserError(
+        "env.core=auto: found no core; `uv run --extra fast` or "
+        "`pip install --no-deps stable-retro==1.0.1` installs FCEUmm, RetroArch has QuickNES; "
+        "env.core=PATH names a core elsewhere, env.emulator=nes_py needs none"
+    )
+
+
+def core_folders() -> list[Path]:
+    """Where to look, in this order: LIBRETRO_DIRECTORY, stable-retro, RetroArch's usual folders."""
+    folders = []
+    if "LIBRETRO_DIRECTORY" in os.environ:  # RetroArch's own variable
+        folders.append(Path(os.environ["LIBRETRO_DIRECTORY"]))
+    package = importlib.util.find_spec("stable_retro")  # finds it without importing it
+    if package is not None and package.submodule_search_locations:
+        folders.append(Path(package.submodule_search_locations[0], "cores"))
+    home = Path.home()
+    if sys.platform == "win32":
+        folders += [home / "AppData/Roaming/RetroArch/cores", Path("C:/RetroArch-Win64/cores")]
+    elif sys.platform == "darwin":
+        folders.append(home / "Library/Application Support/RetroArch/cores")
+    else:
+        settings = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+        flatpak = home / ".var/app/org.libretro.RetroArch/config"
+        snap = home / "snap/retroarch/current/.config"
+        folders += [base / "retroarch/cores" for base in (settings, flatpak, snap)]
+        folders += SYSTEM_FOLDERS
+    return folders
