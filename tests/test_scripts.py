@@ -87,6 +87,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
             "train.py", *SMALL, "total_steps=96", f"seed={seed}", f"hydra.run.dir={folder}"
         )
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("env.emulator=libretro") == 1  # a hint, once
         is_same = without_speed(metrics_of(folder)) == without_speed(metrics_of(trained))
         assert is_same == (seed == 42)
 
