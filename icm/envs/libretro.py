@@ -284,6 +284,21 @@ class Core:
         memory.core = self
         return np.frombuffer(memory, np.uint8)
 
+    def save(self, buffer: ctypes.Array[ctypes.c_char]) -> None:
+        """Write the state into a buffer of `state_size` bytes."""
+        if not self.library.retro_serialize(buffer, self.state_size):
+            raise RuntimeError(f"{self.path}: could not save its state")
+
+    def restore(self, state: bytes) -> None:
+        """Go back to a state of the same game on the same core.
+
+        Raises:
+            ValueError: it is of another.
+        """
+        size = len(state)
+        if size != self.state_size or not self.library.retro_unserialize(state, size):
+            raise ValueError(f"{self.path}: does not take this state")
+
 
 def _check_length(path: Path) -> None:
     """Loading the beginning of an ELF file ends the process; its section headers come last."""
@@ -349,14 +364,17 @@ class LibretroEmulator:
         self._run = self._core.library.retro_run
         self._ram = self._core.ram()
         self._ram[:] = 0  # cores power on with all kinds of patterns, nes-py with zeros
+        self._before = ctypes.create_string_buffer(self._core.state_size)
+        self._is_current = True
         self._power_on = self._backup = self.dump_state()
 
     @property
     def draw(self) -> bool:
         """Whether frames are drawn; if not, the screen keeps the latest one that was.
 
-        The game does not depend on it. A core that asks GET_AUDIO_VIDEO_ENABLE, as QuickNES does,
-        leaves out the drawing; with another one only the conversion of the picture is saved.
+        The game does not depend on it, nor do copies of the screen: they draw a frame that was not.
+        A core that asks GET_AUDIO_VIDEO_ENABLE, as QuickNES does, leaves out the drawing; with
+        another one only the conversion of the picture is saved.
         """
         return self._frontend.draw
 
@@ -367,10 +385,25 @@ class LibretroEmulator:
     def frame_advance(self, action: int) -> None:
         """Run one frame with the buttons `action` of the first controller held."""
         self._frontend.buttons[0] = action
+        self._is_current = self._frontend.draw
+        if not self._is_current:  # two microseconds, should the picture be wanted after all
+            self._core.save(self._before)
         self._run()
         if interrupted and threading.get_ident() in interrupted:
             interrupted.remove(threading.get_ident())
             raise KeyboardInterrupt
+
+    def _draw_now(self) -> None:
+        """If the latest frame was not drawn, go back and run it once more, drawn."""
+        if self._is_current:
+            return
+        memory = self._ram.copy()  # somebody may have written to it since
+        self._core.restore(self._before.raw)
+        draw, self.draw = self.draw, True
+        self._run()
+        self.draw = draw
+        self._ram[:] = memory
+        self._is_current = True
 
     def screen_buffer(self) -> np.ndarray:
         """A live view of the picture, RGB, uint8 (240, 256, 3)."""
@@ -380,6 +413,7 @@ class LibretroEmulator:
         """A copy of the picture, RGB, uint8 (240, 256, 3), in `output` if given."""
         if output is None:
             output = np.empty((HEIGHT, WIDTH, 3), np.uint8)
+        self._draw_now()
         np.copyto(output, self._frontend.screen)
         return output
 
@@ -387,6 +421,7 @@ class LibretroEmulator:
         """The luminance of the picture, uint8 (240, 256), in `output` if given."""
         if output is None:
             output = np.empty((HEIGHT, WIDTH), np.uint8)
+        self._draw_now()
         weighted = self._frontend.screen @ np.array([77, 150, 29], np.uint16)  # as in nes-py
         np.copyto(output, weighted >> 8, casting="unsafe")
         return output
@@ -437,9 +472,9 @@ class LibretroEmulator:
 
     def dump_state(self) -> Snapshot:
         """The state and the picture."""
+        self._draw_now()
         buffer = ctypes.create_string_buffer(self._core.state_size)
-        if not self._core.library.retro_serialize(buffer, len(buffer)):
-            raise RuntimeError(f"{self._core.path}: could not save its state")
+        self._core.save(buffer)
         return Snapshot(buffer.raw, self._frontend.screen.copy())
 
     def load_state(self, snapshot: Snapshot) -> None:
@@ -448,11 +483,9 @@ class LibretroEmulator:
         Raises:
             ValueError: it is of another.
         """
-        size = len(snapshot.state)
-        is_ours = size == self._core.state_size
-        if not (is_ours and self._core.library.retro_unserialize(snapshot.state, size)):
-            raise ValueError(f"{self._core.path}: does not take this state")
+        self._core.restore(snapshot.state)
         self._frontend.screen[...] = snapshot.screen
+        self._is_current = True
 
     def close(self) -> None:
         """Let go of the core: it is unloaded once no view of its memory is left."""
@@ -470,6 +503,10 @@ class OnLibretro(NESEnv):
             self._env.close()
             self._env = LibretroEmulator(self.core, Path(self._rom_path))
         return super()._controller_buffer(port)
+
+    def draw(self, wanted: bool) -> None:
+        """Whether the coming frames are drawn, see `LibretroEmulator.draw`."""
+        self._env.draw = wanted
 
 
 def nes_game(spec: EnvSpec) -> type[NESEnv] | None:
