@@ -14,21 +14,25 @@ import gym_super_mario_bros  # noqa: F401 (registers the Mario environments)
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import (
+    EnvSpec,
+    find_highest_version,
+    get_env_id,
+    parse_env_id,
+)
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.wrappers import FrameStackObservation
-from nes_py import NESEnv
 from nes_py.wrappers import JoypadSpace
 
 from icm.config import EnvConfig
 from icm.envs.cores import find_core
-from icm.envs.libretro import nes_game, on_libretro
-from icm.envs.mario import ACTION_SETS, MarioProgress, StuckLimit
+from icm.envs.libretro import OnLibretro, nes_game, on_libretro
+from icm.envs.mario import ACTION_SETS, LeanGame, MarioProgress, Screen, StuckLimit, lean
 from icm.envs.wrappers import (
     ActionRepeat,
     AgentView,
     Env,
     EpisodeStatistics,
+    FrameStack,
     GreyImage,
     NoopStart,
     StickyActions,
@@ -56,20 +60,25 @@ def make_env(
             actions, or the emulator cannot run it.
     """
     env = _make_game(config, render_mode)
-    is_mario = isinstance(env.unwrapped, NESEnv)
+    game: Any = env.unwrapped
+    is_mario = isinstance(game, LeanGame)
     if is_mario:
-        env = MarioProgress(JoypadSpace(env, ACTION_SETS[config.actions]))
+        env = JoypadSpace(env, ACTION_SETS[config.actions])
     _check_spaces(config.id, env)
     if config.sticky_probability:
         env = StickyActions(env, config.sticky_probability)
     if config.noop_max:
         env = NoopStart(env, config.noop_max)
-    env = ActionRepeat(env, config.action_repeat, on_frame)
-    if is_mario and config.stuck_steps:
-        env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
+    # someone who watches looks at every frame
+    draw = game.draw if isinstance(game, OnLibretro) and render_mode is None else None
+    env = ActionRepeat(env, config.action_repeat, on_frame, draw)
+    if is_mario:
+        env = MarioProgress(Screen(env))
+        if config.stuck_steps:
+            env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
     top, bottom, left, right = config.crop
     env = GreyImage(env, config.size, (top, bottom, left, right))
-    env = FrameStackObservation(env, config.frame_stack)
+    env = FrameStack(env, config.frame_stack)
     spec = EnvSpec(
         f"icm/{config.id.replace(':', '/').replace('/', '-')}",
         entry_point="icm.envs:make_env",
@@ -120,10 +129,12 @@ def describe_emulator(config: EnvConfig) -> str | None:
 
 def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
     try:
+        spec = _find_spec(config.id)
         if config.emulator == "libretro":
-            spec = on_libretro(_find_spec(config.id), find_core(config.core))
-            return gym.make(spec, render_mode=render_mode)
-        return gym.make(config.id, render_mode=render_mode)
+            spec = on_libretro(spec, find_core(config.core))
+        if (game := nes_game(spec)) is not None:
+            spec = lean(spec, game)
+        return gym.make(spec, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise UserError(
             f"env.id={config.id}: {str(error).splitlines()[0]} "
@@ -134,10 +145,14 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
 
 
 def _find_spec(env_id: str) -> EnvSpec:
-    module, _, name = env_id.rpartition(":")
+    """As `gym.make` finds it: of another package, too, and the latest version if none is named."""
+    module, _, full_name = env_id.rpartition(":")
     if module:
         importlib.import_module(module)
-    return gym.spec(name)
+    namespace, name, version = parse_env_id(full_name)
+    if version is None:
+        version = find_highest_version(namespace, name)
+    return gym.spec(get_env_id(namespace, name, version))
 
 
 def _check_spaces(env_id: str, env: Env) -> None:

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector.utils import batch_space
 
 from icm.errors import UserError
 
@@ -40,18 +41,31 @@ class StickyActions(gym.Wrapper[Any, Any, Any, Any]):
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
     """Holds an action for `repeat` frames, or until the episode ends; rewards add up.
 
-    `on_frame` is called with the wrapped environment after every frame: a video needs them all.
+    Args:
+        env: to step frame by frame.
+        repeat: frames.
+        on_frame: called with `env` after every frame: a video needs them all.
+        draw: told before every frame whether to draw it: only the last one is looked at.
     """
 
-    def __init__(self, env: Env, repeat: int, on_frame: Callable[[Env], None] | None) -> None:
+    def __init__(
+        self,
+        env: Env,
+        repeat: int,
+        on_frame: Callable[[Env], None] | None = None,
+        draw: Callable[[bool], None] | None = None,
+    ) -> None:
         super().__init__(env)
         self.repeat = repeat
         self.on_frame = on_frame
+        self.draw = draw
 
     def step(self, action: Any) -> Any:
         """Step `repeat` frames."""
         total = 0.0
-        for _ in range(self.repeat):
+        for frame in range(1, self.repeat + 1):
+            if self.draw is not None:
+                self.draw(frame == self.repeat)
             observation, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
             if self.on_frame is not None:
@@ -109,7 +123,38 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
         """Turn one image into one frame. The result is a copy, never a view of the emulator."""
         image = np.ascontiguousarray(observation[self.rows, self.columns])
         small = cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        return small.max(axis=2) if small.ndim == 3 else small
+        if small.ndim == 2:
+            return small
+        red, green, blue = np.moveaxis(small, 2, 0)
+        return np.maximum(np.maximum(red, green), blue)  # in a tenth of small.max(2)'s time
+
+
+class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
+    """Observes the latest `depth` images, oldest first; a new episode repeats its first image.
+
+    Args:
+        env: with observations of one shape and type, here uint8 (H, W).
+        depth: how many make one observation, here uint8 (depth, H, W), a copy.
+    """
+
+    def __init__(self, env: Env, depth: int) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Box)
+        self.observation_space = batch_space(env.observation_space, depth)
+        self.images = np.zeros((depth, *env.observation_space.shape), env.observation_space.dtype)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Reset and repeat the first image."""
+        image, info = self.env.reset(seed=seed, options=options)
+        self.images[:] = image
+        return self.images.copy(), info
+
+    def step(self, action: Any) -> Any:
+        """Step and move up."""
+        image, reward, terminated, truncated, info = self.env.step(action)
+        self.images[:-1] = self.images[1:]
+        self.images[-1] = image
+        return self.images.copy(), reward, terminated, truncated, info
 
 
 class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):

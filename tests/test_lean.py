@@ -1,0 +1,140 @@
+"""Cheap frames change nothing: states, rewards, ends, cells and statistics of the plain games."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import settings
+from gym_super_mario_bros.actions import COMPLEX_MOVEMENT
+from gymnasium.wrappers import FrameStackObservation
+from nes_py.wrappers import JoypadSpace
+
+from icm.config import EnvConfig
+from icm.envs import make_env
+from icm.envs.cores import find_core
+from icm.envs.libretro import on_libretro
+from icm.envs.mario import StuckLimit
+from icm.envs.wrappers import ActionRepeat, Env, EpisodeStatistics, NoopStart, StickyActions
+from icm.errors import UserError
+
+ENV = settings().env
+RUNNING = np.array([2, 2, 4, 4, 6, 2, 1, 1, 1, 1, 1, 1]) / 26  # mostly right, B, A and all of them
+
+
+class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
+    """Progress and cell from the whole info of every frame."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self.best: dict[str, int] = {}
+        self.cleared: set[str] = set()
+        return observation, self.note(info)
+
+    def step(self, action: Any) -> Any:
+        *step, info = self.env.step(action)
+        return *step, self.note(info)
+
+    def note(self, info: dict[str, Any]) -> dict[str, Any]:
+        level = f"{info['world']}-{info['stage']}"
+        self.best[level] = max(int(info["x_pos"]), self.best.get(level, 0))
+        if info["clear"]:
+            self.cleared.add(level)
+        progress = {
+            "distance": sum(self.best.values()),
+            "flag": len(self.cleared) > 0,
+            "levels_passed": len(self.cleared),
+            "levels": " ".join(self.best),
+        }
+        cell = [info["world"], info["stage"], info["x_pos"] // 16, info["y_pos"] // 16]
+        return {"game_progress": progress, "cell": np.array(cell, np.int32)}
+
+
+class Small(gym.ObservationWrapper[Any, Any, Any]):
+    observation_space = gym.spaces.Box(0, 255, (42, 42), np.uint8)
+
+    def observation(self, observation: Any) -> Any:
+        image = np.ascontiguousarray(observation[32:])
+        return cv2.resize(image, (42, 42), interpolation=cv2.INTER_AREA).max(axis=2)
+
+
+def plain_env(config: EnvConfig) -> Env:
+    """What `make_env` makes, of unchanged games, with all their infos and pictures."""
+    spec = gym.spec(config.id)
+    if config.emulator == "libretro":
+        spec = on_libretro(spec, find_core(config.core))
+    env: Env = FrameByFrame(JoypadSpace(gym.make(spec), COMPLEX_MOVEMENT))
+    if config.sticky_probability:
+        env = StickyActions(env, config.sticky_probability)
+    if config.noop_max:
+        env = NoopStart(env, config.noop_max)
+    env = ActionRepeat(env, config.action_repeat)
+    env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
+    return EpisodeStatistics(FrameStackObservation(Small(env), config.frame_stack))
+
+
+def compare(config: EnvConfig, seed: int, episodes: int) -> int:
+    """Play episodes in both; returns how many agent steps they had."""
+    rng = np.random.default_rng(seed)
+    env, plain = make_env(config), plain_env(config)
+    steps = 0
+    for episode in range(episodes):
+        start = seed if episode == 0 else None
+        (state, info), (plain_state, plain_info) = env.reset(seed=start), plain.reset(seed=start)
+        outcome: list[Any] = []  # reward, terminated, truncated
+        while True:
+            assert (state == plain_state).all()
+            assert (info["cell"] == plain_info["cell"]).all()
+            assert info["cell"].dtype == plain_info["cell"].dtype
+            assert info.get("episode") == plain_info.get("episode")
+            if any(outcome[1:]):
+                break
+            if steps % 3 == 0:
+                action = int(rng.choice(12, p=RUNNING))
+            state, *outcome, info = env.step(action)
+            plain_state, *plain_outcome, plain_info = plain.step(action)
+            assert outcome == plain_outcome
+            steps += 1
+    env.close()
+    plain.close()
+    return steps
+
+
+def has_core() -> bool:
+    try:
+        return find_core("auto") != Path()
+    except UserError:
+        return False
+
+
+EMULATORS = ["nes_py"] + ["libretro"] * has_core()
+
+
+@pytest.mark.parametrize("emulator", EMULATORS)
+@pytest.mark.parametrize(
+    ("env_id", "action_repeat", "sticky_probability", "noop_max"),
+    [
+        ("SuperMarioBros-1-1-v0", 6, 0.0, 30),
+        ("SuperMarioBros-4-2-v0", 4, 0.25, 30),
+        ("SuperMarioBros-v0", 6, 0.25, 0),
+        ("SuperMarioBros2-v0", 1, 0.0, 30),
+        ("SuperMarioBros2USA-1-1-v0", 4, 0.0, 30),
+        ("SuperMarioBros3-1-1-v0", 6, 0.25, 30),
+    ],
+)
+def test_an_agent_step_is_the_sum_of_plain_frames(
+    env_id: str, action_repeat: int, sticky_probability: float, noop_max: int, emulator: str
+) -> None:
+    config = replace(
+        ENV,
+        id=env_id,
+        emulator=emulator,
+        action_repeat=action_repeat,
+        stuck_steps=180 // action_repeat,
+        sticky_probability=sticky_probability,
+        noop_max=noop_max,
+    )
+    assert compare(config, seed=3, episodes=3) > 60
