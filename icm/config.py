@@ -28,6 +28,7 @@ class EnvConfig:
     # checkpoints from before these settings were made with these values
     emulator: str = "nes_py"
     core: str = "auto"
+    num_workers: int | None = None
 
 
 @dataclass
@@ -177,6 +178,7 @@ def _check(config: Config) -> None:
         ("checkpoint.every", config.checkpoint.every, 1),
         ("log.every", config.log.every, 1),
         ("env.num_envs", env.num_envs, 1),
+        ("env.num_workers", 1 if env.num_workers is None else env.num_workers, 1),
         ("env.action_repeat", env.action_repeat, 1),
         ("env.frame_stack", env.frame_stack, 1),
         ("env.size", env.size, 16),

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gymnasium.vector import AsyncVectorEnv
 
 from icm import checkpoint
 from icm.agents.dqn import DQN
 from icm.envs import episodes_in
+from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
 from icm.models import NO_ACTION
 from icm.tracking import Tracker
@@ -63,7 +63,7 @@ class Trainer:
     def __init__(
         self,
         agent: DQN,
-        envs: AsyncVectorEnv,
+        envs: WorkerVectorEnv,
         folder: Path,
         config: dict[str, Any],
     ) -> None:

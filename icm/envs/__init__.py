@@ -5,7 +5,6 @@ Nothing here imports torch, so worker processes stay small.
 
 import importlib
 import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,13 +19,13 @@ from gymnasium.envs.registration import (
     get_env_id,
     parse_env_id,
 )
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from nes_py.wrappers import JoypadSpace
 
 from icm.config import EnvConfig
 from icm.envs.cores import find_core
 from icm.envs.libretro import OnLibretro, nes_game, on_libretro
 from icm.envs.mario import ACTION_SETS, LeanGame, MarioProgress, Screen, StuckLimit, lean
+from icm.envs.vector import WorkerVectorEnv
 from icm.envs.wrappers import (
     ActionRepeat,
     AgentView,
@@ -89,25 +88,12 @@ def make_env(
     return AgentView(EpisodeStatistics(env), ("cell", "episode"), spec)
 
 
-def make_vector_env(config: EnvConfig) -> AsyncVectorEnv:
-    """Build `num_envs` environments, one process each, with shared-memory observations.
-
-    An ended episode is reset by the following step, whose action is ignored (NEXT_STEP).
-    """
-    make_env(config).close()  # a mistake is reported from here, not from a worker
-    return AsyncVectorEnv(
-        [partial(_make_worker_env, config, os.getpid())] * config.num_envs,
-        autoreset_mode=AutoresetMode.NEXT_STEP,
+def make_vector_env(config: EnvConfig) -> WorkerVectorEnv:
+    """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`."""
+    workers = config.num_workers or os.process_cpu_count() or 1
+    return WorkerVectorEnv(
+        partial(make_env, config), config.num_envs, min(workers, config.num_envs)
     )
-
-
-def _make_worker_env(config: EnvConfig, parent: int) -> Env:
-    if os.getpid() != parent:
-        # a terminal and a cluster's scheduler signal every process; the trainer alone reacts: it
-        # saves and closes its workers, and should it be killed, they end with their pipe
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return make_env(config)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

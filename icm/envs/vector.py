@@ -1,0 +1,215 @@
+"""Environments in worker processes, several in each, that step at the same time."""
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from math import prod
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.util import Finalize
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from icm.envs.wrappers import Env
+
+CLOSING_TIME = 10.0  # seconds in which a worker has to end
+
+type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
+"""Shared arrays by name: their bytes, shape and type."""
+
+
+class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """Environments in worker processes, a fixed share of them in each.
+
+    States, actions, rewards, ends and cells lie in memory shared with the workers; what else goes
+    to and fro in a step is one short message per worker, with the statistics of ended episodes. An
+    environment depends on its own seed and actions only, not on the number of workers.
+
+    An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
+    environment's infos, `cell` and `episode` are passed on, arranged as Gymnasium does.
+
+    Workers are new Python processes, because a fork of a process with the threads of torch may
+    hang. They import the main module, which has to do its work under `if __name__ == "__main__"`.
+    They end with their pipe to this process, however this process ends, and the memory has no name
+    under which it could be left behind.
+
+    Args:
+        make: builds one environment; must be picklable. It is called here once, too.
+        num_envs: how many, at least 1.
+        num_workers: processes, from 1 to `num_envs`.
+
+    Raises:
+        RuntimeError: a worker failed, with its traceback. All methods raise it, and close first.
+    """
+
+    def __init__(self, make: Callable[[], Env], num_envs: int, num_workers: int) -> None:
+        env = make()  # a mistake is reported from here, not from a worker
+        env.close()
+        self.num_envs = num_envs
+        self.single_observation_space = env.observation_space
+        self.single_action_space = env.action_space
+        self.observation_space = batch_space(env.observation_space, num_envs)
+        self.action_space = batch_space(env.action_space, num_envs)
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
+
+        context = multiprocessing.get_context("spawn")
+        memory: Memory = {}
+        for name, shape, dtype in (
+            ("observations", env.observation_space.shape, env.observation_space.dtype),
+            ("actions", (), np.int64),
+            ("rewards", (), np.float64),
+            ("terminated", (), np.bool),
+            ("truncated", (), np.bool),
+            ("cells", (4,), np.int32),
+            ("has_cell", (), np.bool),
+        ):
+            whole = (num_envs, *(shape or ()))
+            size = prod(whole) * np.dtype(dtype).itemsize
+            memory[name] = context.RawArray("b", size), whole, dtype
+        self._arrays = arrays_in(memory)
+
+        self._pipes: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+        # runs at the latest when Python ends, before it waits for processes
+        self._end = Finalize(self, _end, (self._pipes, self._processes), exitpriority=0)
+        for rows in np.array_split(np.arange(num_envs), num_workers):
+            ours, theirs = context.Pipe()
+            self._pipes.append(ours)
+            process = context.Process(
+                target=_work, args=(theirs, make, rows.tolist(), memory), daemon=True
+            )
+            process.start()
+            self._processes.append(process)
+            theirs.close()
+        self._receive()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin new episodes; environment i gets the seed `seed` + i."""
+        super().reset(seed=seed)
+        self._send((seed, options))
+        observations, _, _, _, infos = self.step_wait()
+        return observations, infos
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all environments with their actions, int (num_envs,); see `step_wait`."""
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Let the workers step while this process does something else."""
+        self._arrays["actions"][:] = actions
+        self._send(None)
+
+    def step_wait(
+        self,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Wait for the workers.
+
+        Returns:
+            copies of the observations (num_envs, ...), rewards float64 (num_envs,), terminated and
+            truncated bool (num_envs,), and the infos.
+        """
+        episodes = self._receive()
+        infos: dict[str, Any] = {}
+        if self._arrays["has_cell"].any():
+            infos = {"cell": self._arrays["cells"].copy(), "_cell": self._arrays["has_cell"].copy()}
+        for row, episode in episodes:
+            infos = self._add_info(infos, {"episode": episode}, row)
+        names = ("observations", "rewards", "terminated", "truncated")
+        observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
+        return observations, rewards, terminated, truncated, infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the workers, after the step that is under way."""
+        self._end()
+
+    def _send(self, message: Any) -> None:
+        for pipe in self._pipes:
+            with suppress(BrokenPipeError):  # of a dead worker: `_receive` says why
+                pipe.send(message)
+
+    def _receive(self) -> list[tuple[int, dict[str, Any]]]:
+        """The ended episodes: number of the environment, and statistics."""
+        episodes = []
+        for number, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
+            try:
+                answer = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                process.join(CLOSING_TIME)
+                answer = f"it ended with exit code {process.exitcode}"
+            if isinstance(answer, str):
+                self.close()
+                raise RuntimeError(f"worker {number} of the environments failed:\n{answer}")
+            episodes += answer
+        return episodes
+
+
+def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
+    """Views of shared memory."""
+    return {
+        name: np.frombuffer(content, dtype).reshape(shape)
+        for name, (content, shape, dtype) in memory.items()
+    }
+
+
+def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(CLOSING_TIME)
+        process.kill()  # nothing happens to one that has ended
+        process.join()
+
+
+def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Memory) -> None:
+    """What a worker does: step its environments, which are `rows` of the arrays, when told to."""
+    # a terminal and a cluster's scheduler signal every process; the trainer alone reacts: it
+    # saves and closes its workers, and should it be killed, they end with their pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError):  # the other end is closed
+        try:
+            _serve(pipe, [make() for _ in rows], rows, arrays_in(memory))
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception:
+            pipe.send(traceback.format_exc())
+
+
+def _serve(
+    pipe: Connection, envs: list[Env], rows: list[int], arrays: dict[str, np.ndarray]
+) -> None:
+    episodes: list[tuple[int, dict[str, Any]]] = []
+    while True:
+        pipe.send(episodes)
+        resets = pipe.recv()  # None: a step
+        episodes = []
+        for row, env in zip(rows, envs, strict=True):
+            reward: Any = 0.0
+            terminated = truncated = False
+            if resets is not None:
+                seed, options = resets
+                state, info = env.reset(seed=None if seed is None else seed + row, options=options)
+            elif arrays["terminated"][row] or arrays["truncated"][row]:
+                state, info = env.reset()
+            else:
+                action = int(arrays["actions"][row])
+                state, reward, terminated, truncated, info = env.step(action)
+            arrays["observations"][row] = state
+            arrays["rewards"][row] = reward
+            arrays["terminated"][row] = terminated
+            arrays["truncated"][row] = truncated
+            arrays["has_cell"][row] = "cell" in info
+            if "cell" in info:
+                arrays["cells"][row] = info["cell"]
+            if "episode" in info:
+                episodes.append((row, info["episode"]))

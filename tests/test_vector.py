@@ -1,0 +1,209 @@
+"""Environments in worker processes, on the real game."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, settings
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from icm.config import EnvConfig
+from icm.envs import make_env, make_vector_env
+from icm.envs.vector import WorkerVectorEnv
+from icm.errors import UserError
+
+# three environments whose episodes end in the third step at the latest
+ENV = replace(settings().env, num_envs=3, num_workers=2, stuck_steps=3)
+
+
+@contextmanager
+def vector_env(config: EnvConfig = ENV) -> Iterator[WorkerVectorEnv]:
+    envs = make_vector_env(config)
+    try:
+        yield envs
+    finally:
+        envs.close()
+
+
+def workers_of(envs: WorkerVectorEnv) -> list[psutil.Process]:
+    return [psutil.Process(process.pid) for process in envs._processes]
+
+
+def play(envs: Any) -> list[Any]:
+    """All that 12 steps give."""
+    results = [envs.reset(seed=5)]
+    rng = np.random.default_rng(0)
+    results += [envs.step(rng.integers(0, 12, 3)) for _ in range(12)]
+    envs.close()
+    return results
+
+
+def assert_equal(results: Any, expected: Any) -> None:
+    """Of arrays in containers: the same content, types and keys."""
+    assert type(results) is type(expected)
+    if isinstance(expected, dict):
+        assert results.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_equal(results[key], value)
+    elif isinstance(expected, list | tuple):
+        for result, value in zip(results, expected, strict=True):
+            assert_equal(result, value)
+    else:
+        assert results.dtype == expected.dtype
+        assert (results == expected).all()
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Any]:
+    """What Gymnasium's own vector environment gives, in this process."""
+    return play(SyncVectorEnv([partial(make_env, ENV)] * 3, autoreset_mode=AutoresetMode.NEXT_STEP))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, None])
+def test_steps_are_those_of_gymnasium_whatever_the_number_of_workers(
+    num_workers: int | None, expected: list[Any]
+) -> None:
+    assert sum("episode" in infos for *_, infos in expected) > 2
+    assert_equal(play(make_vector_env(replace(ENV, num_workers=num_workers))), expected)
+
+
+@pytest.mark.parametrize(("num_workers", "processes"), [(1, 1), (2, 2), (9, 3)])
+def test_there_are_at_most_as_many_workers_as_environments(
+    num_workers: int, processes: int
+) -> None:
+    with vector_env(replace(ENV, num_workers=num_workers)) as envs:
+        assert len(workers_of(envs)) == processes
+
+
+def test_results_are_copies() -> None:
+    with vector_env() as envs:
+        first, infos = envs.reset(seed=0)
+        kept = first.copy(), infos["cell"].copy()
+        step = envs.step(np.array([3, 3, 3]))
+        kept_step = [array.copy() for array in step[:4]]
+        for _ in range(4):
+            envs.step(np.array([4, 3, 3]))
+        assert (first == kept[0]).all()
+        assert (infos["cell"] == kept[1]).all()
+        assert all((a == b).all() for a, b in zip(step[:4], kept_step, strict=True))
+
+
+def test_a_mistake_in_a_worker_is_reported_with_its_traceback() -> None:
+    with vector_env() as envs:
+        workers = workers_of(envs)
+        envs.reset(seed=0)
+        with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*Traceback.*KeyError: 99"):
+            envs.step(np.array([0, 0, 99]))  # there is no such action
+        assert envs.closed
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("is_stepping", [False, True])
+def test_a_worker_that_dies_is_reported(is_stepping: bool) -> None:
+    with vector_env() as envs:
+        workers = workers_of(envs)
+        envs.reset(seed=0)
+        if is_stepping:
+            workers[0].suspend()
+            envs.step_async(np.array([0, 0, 0]))
+        workers[0].kill()
+        with pytest.raises(RuntimeError, match=r"worker 0 .*\n.*exit code -9"):
+            envs.step_wait() if is_stepping else envs.step(np.array([0, 0, 0]))
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+def test_closing_ends_the_workers_in_the_middle_of_a_step_and_twice() -> None:
+    with vector_env() as envs:
+        workers = workers_of(envs)
+        envs.reset(seed=0)
+        envs.step_async(np.array([0, 0, 0]))
+        envs.close()
+        assert not any(worker.is_running() for worker in workers)
+        envs.close()
+
+
+def test_forgetting_ends_the_workers() -> None:
+    envs = make_vector_env(ENV)
+    workers = workers_of(envs)
+    del envs
+    assert not any(worker.is_running() for worker in workers)
+
+
+PARENT = """
+import sys
+from icm.config import EnvConfig
+from icm.envs import make_vector_env
+
+if __name__ == "__main__":
+    envs = make_vector_env(EnvConfig(**eval(sys.argv[1])))
+    envs.reset(seed=0)
+    print(*(process.pid for process in envs._processes), flush=True)
+    if sys.argv[2] == "stay":
+        input()
+"""
+
+
+def start(tmp_path: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A process with environments in workers, which it never closes itself."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    process = subprocess.Popen(
+        [sys.executable, script, repr(vars(ENV)), how],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    pids = process.stdout.readline().split()
+    assert len(pids) == 2
+    return process, [psutil.Process(int(pid)) for pid in pids]
+
+
+def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
+    process, workers = start(tmp_path, "stay")
+    if sys.platform == "linux":  # the memory is that of a file which is gone already
+        maps = Path(f"/proc/{workers[0].pid}/maps").read_text().splitlines()
+        shared = [line for line in maps if "/pym-" in line]
+        assert shared
+        assert all(line.endswith("(deleted)") for line in shared)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert set(workers) <= set(children)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_a_program_that_does_not_close_them_ends_all_the_same(tmp_path: Path) -> None:
+    process, workers = start(tmp_path, "end")
+    assert process.wait(timeout=60) == 0
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_do_not_load_torch() -> None:
+    with vector_env() as envs:
+        for worker in workers_of(envs):
+            maps = Path(f"/proc/{worker.pid}/maps").read_text()
+            assert "numpy" in maps
+            assert "libtorch" not in maps
+
+
+def test_a_mistake_is_found_before_there_are_workers() -> None:
+    before = psutil.Process().children()
+    with pytest.raises(UserError, match="SuperMarioBros-9-9-v0"):
+        make_vector_env(replace(ENV, id="SuperMarioBros-9-9-v0"))
+    assert psutil.Process().children() == before
+    with pytest.raises(UserError, match=r"env\.num_workers=0"):
+        settings("env.num_workers=0")
