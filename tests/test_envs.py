@@ -99,6 +99,12 @@ def test_an_environment_of_another_package_works() -> None:
     env.close()
 
 
+def test_an_id_without_a_version_is_the_latest_one() -> None:
+    env = make_env(replace(ENV, id="SuperMarioBros-1-1"))
+    assert "cell" in env.reset(seed=0)[1]
+    env.close()
+
+
 def test_states_are_copies_and_a_new_episode_starts_with_its_first_frame_repeated() -> None:
     env = make_env(replace(ENV, noop_max=0))
     first, _ = env.reset(seed=0)

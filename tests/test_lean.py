@@ -16,7 +16,7 @@ from nes_py.wrappers import JoypadSpace
 from icm.config import EnvConfig
 from icm.envs import make_env
 from icm.envs.cores import find_core
-from icm.envs.libretro import on_libretro
+from icm.envs.libretro import LibretroEmulator, on_libretro
 from icm.envs.mario import StuckLimit
 from icm.envs.wrappers import ActionRepeat, Env, EpisodeStatistics, NoopStart, StickyActions
 from icm.errors import UserError
@@ -138,3 +138,46 @@ def test_an_agent_step_is_the_sum_of_plain_frames(
         noop_max=noop_max,
     )
     assert compare(config, seed=3, episodes=3) > 60
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every frame of a core: whether it is drawn."""
+    frames: list[bool] = []
+    advance = LibretroEmulator.frame_advance
+
+    def watch(emulator: LibretroEmulator, action: int) -> None:
+        frames.append(emulator.draw)
+        advance(emulator, action)
+
+    monkeypatch.setattr(LibretroEmulator, "frame_advance", watch)
+    return frames
+
+
+@pytest.mark.skipif(not has_core(), reason="there is no core for this platform")
+def test_of_an_agent_step_the_last_frame_is_drawn_and_all_if_somebody_watches(
+    drawn: list[bool],
+) -> None:
+    config = replace(ENV, emulator="libretro", noop_max=0)
+    env = make_env(config)
+    env.reset()
+    drawn.clear()
+    env.step(3)
+    assert drawn == [False] * 5 + [True]
+    env.close()
+
+    pictures: list[np.ndarray] = []
+    env = make_env(config, "rgb_array", lambda game: pictures.append(np.array(game.render())))
+    plain = JoypadSpace(
+        gym.make(on_libretro(gym.spec(ENV.id), find_core("auto"))), COMPLEX_MOVEMENT
+    )
+    env.reset()
+    plain.reset()
+    drawn.clear()
+    for action in (3, 4, 5):
+        env.step(action)
+        expected = [plain.step(action)[0].copy() for _ in range(6)]
+        assert all((a == b).all() for a, b in zip(pictures[-6:], expected, strict=True))
+    assert all(drawn)
+    env.close()
+    plain.close()
