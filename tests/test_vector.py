@@ -1,6 +1,7 @@
 """Environments in worker processes, on the real game."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import make_env, make_vector_env
-from icm.envs.vector import WorkerVectorEnv
+from icm.envs.vector import SIGNALS, WorkerVectorEnv
 from icm.errors import UserError
 
 # three environments whose episodes end in the third step at the latest
@@ -189,6 +190,22 @@ def test_a_program_that_does_not_close_them_ends_all_the_same(tmp_path: Path) ->
     process, workers = start(tmp_path, "end")
     assert process.wait(timeout=60) == 0
     assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has other signals")
+def test_workers_are_deaf_to_signals_for_everybody_and_this_process_is_not() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with vector_env() as envs:
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        for worker in workers_of(envs):
+            worker.send_signal(signal.SIGINT)
+            worker.send_signal(signal.SIGTERM)
+            if sys.platform == "linux":  # from the first moment: inherited
+                status = Path(f"/proc/{worker.pid}/status").read_text()
+                blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+                assert all(blocked >> (number - 1) & 1 for number in SIGNALS)
+        envs.reset(seed=0)
+        assert all(worker.is_running() for worker in workers_of(envs))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

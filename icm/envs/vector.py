@@ -3,9 +3,10 @@
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import prod
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
@@ -77,15 +78,17 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._processes: list[SpawnProcess] = []
         # runs at the latest when Python ends, before it waits for processes
         self._end = Finalize(self, _end, (self._pipes, self._processes), exitpriority=0)
-        for rows in np.array_split(np.arange(num_envs), num_workers):
-            ours, theirs = context.Pipe()
-            self._pipes.append(ours)
-            process = context.Process(
-                target=_work, args=(theirs, make, rows.tolist(), memory), daemon=True
-            )
-            process.start()
-            self._processes.append(process)
-            theirs.close()
+        resource_tracker.ensure_running()  # starting it with the first process clears the mask
+        with _signals_blocked():
+            for rows in np.array_split(np.arange(num_envs), num_workers):
+                ours, theirs = context.Pipe()
+                self._pipes.append(ours)
+                process = context.Process(
+                    target=_work, args=(theirs, make, rows.tolist(), memory), daemon=True
+                )
+                process.start()
+                self._processes.append(process)
+                theirs.close()
         self._receive()
 
     def reset(
@@ -161,6 +164,24 @@ def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
     }
 
 
+# A terminal and a cluster's scheduler send these to every process; the trainer alone reacts: it
+# saves and closes its workers, and should it be killed, they end with their pipe.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started here are deaf to `SIGNALS` from their first moment; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
     for pipe in pipes:
         pipe.close()
@@ -172,10 +193,8 @@ def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
 
 def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Memory) -> None:
     """What a worker does: step its environments, which are `rows` of the arrays, when told to."""
-    # a terminal and a cluster's scheduler signal every process; the trainer alone reacts: it
-    # saves and closes its workers, and should it be killed, they end with their pipe
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError):  # the other end is closed
         try:
             _serve(pipe, [make() for _ in rows], rows, arrays_in(memory))
