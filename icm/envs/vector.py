@@ -20,6 +20,10 @@ from icm.envs.wrappers import Env
 
 CLOSING_TIME = 10.0  # seconds in which a worker has to end
 
+# A terminal and a cluster's scheduler send these to every process; the trainer alone reacts: it
+# saves and closes its workers, and should it be killed, they end with their pipe.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
 """Shared arrays by name: their bytes, shape and type."""
 
@@ -137,7 +141,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _send(self, message: Any) -> None:
         for pipe in self._pipes:
-            with suppress(BrokenPipeError):  # of a dead worker: `_receive` says why
+            with suppress(ConnectionError):  # of a dead worker: `_receive` says why
                 pipe.send(message)
 
     def _receive(self) -> list[tuple[int, dict[str, Any]]]:
@@ -146,7 +150,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for number, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
             try:
                 answer = pipe.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, ConnectionError):
                 process.join(CLOSING_TIME)
                 answer = f"it ended with exit code {process.exitcode}"
             if isinstance(answer, str):
@@ -162,11 +166,6 @@ def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
         name: np.frombuffer(content, dtype).reshape(shape)
         for name, (content, shape, dtype) in memory.items()
     }
-
-
-# A terminal and a cluster's scheduler send these to every process; the trainer alone reacts: it
-# saves and closes its workers, and should it be killed, they end with their pipe.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -195,12 +194,12 @@ def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Me
     """What a worker does: step its environments, which are `rows` of the arrays, when told to."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    with suppress(EOFError, BrokenPipeError):  # the other end is closed
-        try:
-            _serve(pipe, [make() for _ in rows], rows, arrays_in(memory))
-        except (EOFError, BrokenPipeError):
-            raise
-        except Exception:
+    try:
+        _serve(pipe, [make() for _ in rows], rows, arrays_in(memory))
+    except (EOFError, ConnectionError):
+        pass  # the other end is closed
+    except Exception:
+        with suppress(ConnectionError):
             pipe.send(traceback.format_exc())
 
 
