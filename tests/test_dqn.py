@@ -1010,6 +1010,16 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
     assert first.temperature == second.temperature != 1
 
 
+def test_loaded_agent_learns_at_its_own_rates() -> None:
+    """Settings given to a resumed run count, not those its optimizer was saved with."""
+    first = make_agent()
+    second = make_agent(agent__lr=3e-5, curiosity__lr=7e-5)
+    play(first)
+    first.update()
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert [group["lr"] for group in second.optimizer.param_groups] == [3e-5, 7e-5]
+
+
 def test_every_part_of_the_state_matters() -> None:
     """Loading the networks alone, as playing does, does not continue the training."""
     first, second = make_agent(), make_agent()

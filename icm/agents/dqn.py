@@ -382,6 +382,10 @@ class DQN:
         """Continue where `state_dict` was taken."""
         self.load_networks(state["models"])
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
+        for group, lr in zip(
+            self.optimizer.param_groups, (self.config.lr, self.curiosity.lr), strict=True
+        ):
+            group["lr"] = lr  # a resumed run may have another one
         self.scale.load_state_dict(state["curiosity"])
         self.updates = state["agent"]["updates"]
         self.temperature = state["agent"]["temperature"]
