@@ -50,6 +50,7 @@ class AgentConfig:
     advantage_learning: float
     batch_size: int
     sequence_length: int
+    terminal_share: float
     steps_per_update: int
     replay_capacity: int
     warmup_steps: int
@@ -204,6 +205,7 @@ def _check(config: Config) -> None:
         ("agent.discount", agent.discount),
         ("agent.target_tau", agent.target_tau),
         ("curiosity.target_tau", curiosity.target_tau),
+        ("agent.terminal_share", agent.terminal_share),
         ("curiosity.beta", curiosity.beta),
         ("curiosity.inverse_dropout", curiosity.inverse_dropout),
         ("env.sticky_probability", env.sticky_probability),

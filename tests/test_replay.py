@@ -234,6 +234,29 @@ def test_starts_are_uniform() -> None:
     assert counts.max() < 600
 
 
+@pytest.mark.parametrize("steps", [55, 130])  # a memory being filled, one that wraps around
+def test_share_around_terminal_transitions(steps: int) -> None:
+    simulation = Simulation(3, 4, seed=5, longest=20)
+    replay = make_replay(60 * 3, 3, FRAME, 4)
+    fill(replay, simulation, steps)
+    found = replay.sample(4_000, 5, generator(), terminal_share=0.25)
+    compare(found, simulation, 5)  # whole sequences, as any others
+    drawn, rest = found.terminated[:1_000], found.terminated[1_000:]
+    assert drawn.any(1).float().mean() > 0.9  # not where one lies too near to the memory's edge
+    assert rest.any(1).float().mean() < 0.6
+    assert all(drawn[:, place].sum() > 100 for place in range(5))
+
+
+def test_no_terminal_transition_to_draw_around() -> None:
+    simulation = Simulation(2, 4, seed=5, longest=100)
+    replay = make_replay(100, 2, FRAME, 4)
+    while not any(ended.any() for ended in simulation.terminated) and simulation.time < 12:
+        replay.add(**simulation.step())
+    assert not any(ended.any() for ended in simulation.terminated)
+    one, other = (replay.sample(50, 3, generator(), share) for share in (0.0, 1.0))
+    assert torch.equal(one.states, other.states)
+
+
 def test_same_seed_same_samples() -> None:
     simulation = Simulation(num_envs=2, frame_stack=3, seed=6)
     replay = make_replay(80, 2, FRAME, 3)

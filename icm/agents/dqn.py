@@ -9,6 +9,10 @@ One action of a tenth of a second hardly changes what the future is worth: the v
 actions lie closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare
 et al. 2016, operator T_AL) widens the gaps between them and leaves the value of the best alone.
 
+Deaths are rare, and what they cost drowns in the differences of all other values: drawn uniformly,
+they are hardly learned. So a share of the sequences is drawn around deaths (as UNREAL draws
+rewards, Jaderberg et al. 2016, section 3.2).
+
 The target network also acts. A few updates of the learning network turn its preferences over
 (policy churn, Schaul et al. 2022): what it does while it learns is then no policy that a checkpoint
 could keep. Averaged values change slowly.
@@ -297,9 +301,9 @@ class DQN:
             scalar tensors on the device, so that nothing waits for them.
         """
         config = self.config
-        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator).to(
-            self.device
-        )
+        batch = self.replay.sample(
+            config.batch_size, config.sequence_length, self.generator, config.terminal_share
+        ).to(self.device)
         size, length = batch.actions.shape
         valid = ~batch.reset
         self.icm.train()
