@@ -49,21 +49,24 @@ class RewardScale:
         self.mean = 0.0  # of the sums, and of their squares
         self.square = 0.0
 
-    def update(self, surprise: Tensor, valid: Tensor) -> None:
-        """Add one step of raw surprise (num_envs,); where not `valid` (a reset) the sum stands."""
-        surprise, valid = surprise.double().cpu(), valid.cpu()
+    def update(self, surprise: Tensor, novelty: Tensor, valid: Tensor) -> None:
+        """Add one step of raw surprise and novelty, both (num_envs,), see `__call__`.
+
+        Where not `valid` (a reset) the sum stands.
+        """
+        surprise, novelty, valid = surprise.double().cpu(), novelty.double().cpu(), valid.cpu()
         self.weight = self.decay * self.weight + 1.0
         step = 1.0 / self.weight
         if valid.any():
             self.usual += step * (masked_mean(surprise, valid).item() - self.usual)
-        advanced = self.sums * self.discount + self._rewarded(surprise)
+        advanced = self.sums * self.discount + self._rewarded(surprise) * novelty
         self.sums = torch.where(valid, advanced, self.sums)
         self.mean += step * (self.sums.mean().item() - self.mean)
         self.square += step * (self.sums.square().mean().item() - self.square)
 
-    def __call__(self, surprise: Tensor) -> Tensor:
-        """Reward of raw surprise, of the same shape."""
-        return self._rewarded(surprise) / self.std
+    def __call__(self, surprise: Tensor, novelty: Tensor) -> Tensor:
+        """Reward of raw surprise, times the state's novelty in its episode, of the same shape."""
+        return self._rewarded(surprise) * novelty / self.std
 
     def _rewarded(self, surprise: Tensor) -> Tensor:
         return (surprise - self.usual).clamp_min(0.0) if self.prioritize else surprise
@@ -90,6 +93,47 @@ class RewardScale:
             self.sums = state["sums"].clone()
         self.weight, self.usual = state["weight"], state["usual"]
         self.mean, self.square = state["mean"], state["square"]
+
+
+class EpisodicNovelty:
+    """How new a state is within its episode, between 0 and 1.
+
+    The elliptical bonus of E3B (Henaff et al. 2022, section 3.1), b = f^T C^-1 f with the features f
+    of the state and C = ridge * I + the sum of f f^T over the states seen before in the episode, as
+    the leverage b / (1 + b): 1 for a direction never seen, about 1 / (n + 1) after n times.
+
+    Surprise alone does not tell a new place from one where something keeps moving: an agent that
+    waits among enemies is surprised for ever. Multiplied with this (as Badia et al. 2020, eq. 1,
+    multiply lifelong and episodic novelty), surprise pays where the episode has not been yet.
+
+    Args:
+        num_envs: environments whose episodes run side by side.
+        num_features: length F of the features.
+        ridge: how much of a feature counts as unseen at first.
+    """
+
+    def __init__(self, num_envs: int, num_features: int, ridge: float) -> None:
+        self.fresh = torch.eye(num_features) / ridge
+        self.inverse = self.fresh.repeat(num_envs, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, opens: Tensor) -> Tensor:
+        """Novelty of the states that a step has led to; they are seen from then on.
+
+        Args:
+            features: of these states, (num_envs, F).
+            opens: whether they open an episode, bool (num_envs,).
+
+        Returns:
+            float32 (num_envs,), on the CPU.
+        """
+        f = features.float().cpu().unsqueeze(2)
+        self.inverse[opens] = self.fresh
+        direction = self.inverse @ f  # C^-1 f
+        bonus = (f.mT @ direction).clamp_min(0.0)
+        # Sherman and Morrison: the inverse of C + f f^T
+        self.inverse.baddbmm_(direction, direction.mT / (1 + bonus), alpha=-1.0)
+        return (bonus / (1 + bonus)).flatten()
 
 
 @dataclass
