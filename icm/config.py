@@ -50,7 +50,6 @@ class AgentConfig:
     advantage_learning: float
     batch_size: int
     sequence_length: int
-    terminal_share: float
     steps_per_update: int
     replay_capacity: int
     warmup_steps: int
@@ -80,7 +79,6 @@ class CuriosityConfig:
     hidden: int
     inverse_dropout: float
     reward_half_life: float
-    prioritize: bool
     episodic_ridge: float | None
 
 
@@ -204,13 +202,12 @@ def _check(config: Config) -> None:
             raise UserError(f"{name}={number}: must be a positive number")
     if curiosity.episodic_ridge is not None and not 0 < curiosity.episodic_ridge < math.inf:
         raise UserError(
-            f"curiosity.episodic_ridge={curiosity.episodic_ridge}: must be a positive number, or null"
+            f"curiosity.episodic_ridge={curiosity.episodic_ridge}: must be positive, or null"
         )
     for name, share in (
         ("agent.discount", agent.discount),
         ("agent.target_tau", agent.target_tau),
         ("curiosity.target_tau", curiosity.target_tau),
-        ("agent.terminal_share", agent.terminal_share),
         ("curiosity.beta", curiosity.beta),
         ("curiosity.inverse_dropout", curiosity.inverse_dropout),
         ("env.sticky_probability", env.sticky_probability),

@@ -120,7 +120,7 @@ def play(
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors, seen = agent.judge(state, previous, action, next_state, probabilities)
                 new = novelty(seen, opens) if novelty else torch.ones(1)
-                intrinsic += float(agent.scale(agent.icm.reward(errors).cpu(), new))
+                intrinsic += float(agent.scale(agent.icm.reward(errors).cpu() * new))
                 opens = torch.tensor([False])
                 state, previous = next_state, action
             episode = info["episode"]

@@ -114,18 +114,8 @@ class Replay:
         """Whether a sequence of `length` slots, its successor and its first state are stored."""
         return self.size > length + self.history
 
-    def sample(
-        self,
-        batch: int,
-        length: int,
-        generator: torch.Generator,
-        terminal_share: float = 0.0,
-    ) -> Sequences:
-        """Draw `batch` sequences of `length` slots (see `Sequences` for shapes).
-
-        They are drawn uniformly but for the first `terminal_share` of them (rounded), which are
-        laid around uniformly drawn terminal transitions, as far as any are stored: each of the
-        sequences that contain the transition is as likely.
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Sequences:
+        """Draw `batch` sequences of `length` slots uniformly (see `Sequences` for shapes).
 
         Raises:
             ValueError: too little is stored (see `can_sample`).
@@ -133,18 +123,9 @@ class Replay:
         if not self.can_sample(length):
             raise ValueError(f"{self.size} slots stored, too few for sequences of {length}")
         # what belongs to the oldest states is already overwritten
-        first, last = self.history, self.size - length - 1
-        starts = torch.randint(first, last + 1, (batch, 1), generator=generator)
+        starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
         oldest = self.head - self.size
-        if around := round(batch * terminal_share):
-            ends = self.terminated.nonzero()  # (slot, environment)
-            if len(ends):
-                ends = ends[torch.randint(len(ends), (around,), generator=generator)]
-                before = torch.randint(length, (around,), generator=generator)
-                places = (ends[:, 0] - oldest) % self.num_slots - before
-                starts[:around, 0] = places.clamp(first, last)
-                envs[:around, 0] = ends[:, 1]
         slots = (oldest + starts + torch.arange(length + 1)) % self.num_slots  # (B, L + 1)
         look_back = torch.arange(self.frame_stack - 1, -1, -1)  # C-1 … 0
         age = self.age[slots, envs]

@@ -9,10 +9,6 @@ One action of a tenth of a second hardly changes what the future is worth: the v
 actions lie closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare
 et al. 2016, operator T_AL) widens the gaps between them and leaves the value of the best alone.
 
-Deaths are rare, and what they cost drowns in the differences of all other values: drawn uniformly,
-they are hardly learned. So a share of the sequences is drawn around deaths (as UNREAL draws
-rewards, Jaderberg et al. 2016, section 3.2).
-
 The target network also acts. A few updates of the learning network turn its preferences over
 (policy churn, Schaul et al. 2022): what it does while it learns is then no policy that a checkpoint
 could keep. Averaged values change slowly.
@@ -127,7 +123,6 @@ class DQN:
             replay.num_envs,
             agent.discount,
             curiosity.reward_half_life / replay.num_envs,
-            curiosity.prioritize,
         )
         self.novelty = self.new_novelty(replay.num_envs)
         self.optimizer = torch.optim.Adam(
@@ -286,11 +281,11 @@ class DQN:
             states, actions, probabilities, rewards, terminated, truncated, reset, novelty
         )
         valid = ~reset
-        raw = self.icm.reward(errors).cpu()
-        self.scale.update(raw, novelty, valid)
+        raw = self.icm.reward(errors).cpu() * novelty
+        self.scale.update(raw, valid)
         hits = errors.logits.argmax(1).cpu() == actions
         per_env = {
-            "reward/intrinsic": self.scale(raw, novelty),
+            "reward/intrinsic": self.scale(raw),
             "reward/extrinsic": rewards,
             "icm/inverse_accuracy": hits.float(),
             "icm/inverse_heldout": errors.inverse.cpu(),
@@ -316,9 +311,9 @@ class DQN:
             scalar tensors on the device, so that nothing waits for them.
         """
         config = self.config
-        batch = self.replay.sample(
-            config.batch_size, config.sequence_length, self.generator, config.terminal_share
-        ).to(self.device)
+        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator).to(
+            self.device
+        )
         size, length = batch.actions.shape
         valid = ~batch.reset
         self.icm.train()
@@ -337,7 +332,7 @@ class DQN:
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = self.icm.reward(errors).view(size, length)
-        rewards = self.curiosity.coef * self.scale(surprise, batch.novelty)
+        rewards = self.curiosity.coef * self.scale(surprise * batch.novelty)
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():
@@ -399,7 +394,8 @@ class DQN:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, in new episodes."""
+        self.novelty = self.new_novelty(self.replay.num_envs)
         self.load_networks(state["models"])
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
         for group, lr in zip(
