@@ -83,7 +83,7 @@ class CuriosityConfig:
     hidden: int
     inverse_dropout: float
     reward_half_life: float
-    prioritize: bool
+    episodic_ridge: float | None
 
 
 @dataclass
@@ -205,6 +205,10 @@ def _check(config: Config) -> None:
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
+    if curiosity.episodic_ridge is not None and not 0 < curiosity.episodic_ridge < math.inf:
+        raise UserError(
+            f"curiosity.episodic_ridge={curiosity.episodic_ridge}: must be positive, or null"
+        )
     for name, share in (
         ("agent.discount", agent.discount),
         ("agent.target_tau", agent.target_tau),

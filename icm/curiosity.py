@@ -4,7 +4,7 @@ Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised
 
 The surprise is measured on features of a *moving average* of phi, normalised, much as in
 BYOL-Explore (Guo et al. 2022): phi itself changes faster than a forward model can follow, and then
-every state is as surprising as any other. As there, only more than the usual surprise is rewarded.
+every state is as surprising as any other. It counts by how new the state is in its episode.
 """
 
 import copy
@@ -19,54 +19,39 @@ from icm.models import Fnet, InverseNet, Phi, follow
 
 
 class RewardScale:
-    """Turns raw surprise into a reward of steady size, by statistics over a *decaying* window.
+    """Turns raw intrinsic rewards into ones of steady size, by statistics over a *decaying* window.
 
     Burda et al. 2018 (section 2.4) divide the intrinsic reward by the running standard deviation of
     its discounted sum so that the scale of features does not matter. Averaging over all history
     keeps the huge first errors in the scale for hundreds of thousands of steps and stalls learning,
     so older values fade with a half-life.
 
-    With `prioritize`, surprise up to its running mean earns nothing and only what exceeds it is
-    rewarded (reward prioritisation of BYOL-Explore, Guo et al. 2022). Otherwise what no forward
-    model can predict is worth about the same everywhere, and staying alive is worth more than
-    seeing something new.
-
     Args:
         num_envs: environments whose discounted sums run side by side, each over its own time.
         discount: of the running sum.
         half_life: steps per environment after which a value counts half.
-        prioritize: see above.
     """
 
-    def __init__(
-        self, num_envs: int, discount: float, half_life: float, prioritize: bool = False
-    ) -> None:
-        self.discount, self.prioritize = discount, prioritize
+    def __init__(self, num_envs: int, discount: float, half_life: float) -> None:
+        self.discount = discount
         self.decay = 0.5 ** (1.0 / half_life)
         self.sums = torch.zeros(num_envs, dtype=torch.float64)
         self.weight = 0.0
-        self.usual = 0.0  # mean surprise
         self.mean = 0.0  # of the sums, and of their squares
         self.square = 0.0
 
-    def update(self, surprise: Tensor, valid: Tensor) -> None:
-        """Add one step of raw surprise (num_envs,); where not `valid` (a reset) the sum stands."""
-        surprise, valid = surprise.double().cpu(), valid.cpu()
+    def update(self, rewards: Tensor, valid: Tensor) -> None:
+        """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands."""
+        rewards, valid = rewards.double().cpu(), valid.cpu()
         self.weight = self.decay * self.weight + 1.0
         step = 1.0 / self.weight
-        if valid.any():
-            self.usual += step * (masked_mean(surprise, valid).item() - self.usual)
-        advanced = self.sums * self.discount + self._rewarded(surprise)
-        self.sums = torch.where(valid, advanced, self.sums)
+        self.sums = torch.where(valid, self.sums * self.discount + rewards, self.sums)
         self.mean += step * (self.sums.mean().item() - self.mean)
         self.square += step * (self.sums.square().mean().item() - self.square)
 
-    def __call__(self, surprise: Tensor) -> Tensor:
-        """Reward of raw surprise, of the same shape."""
-        return self._rewarded(surprise) / self.std
-
-    def _rewarded(self, surprise: Tensor) -> Tensor:
-        return (surprise - self.usual).clamp_min(0.0) if self.prioritize else surprise
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Scaled rewards of raw ones, of the same shape."""
+        return rewards / self.std
 
     @property
     def std(self) -> float:
@@ -79,7 +64,6 @@ class RewardScale:
         return {
             "sums": self.sums,
             "weight": self.weight,
-            "usual": self.usual,
             "mean": self.mean,
             "square": self.square,
         }
@@ -88,8 +72,49 @@ class RewardScale:
         """Continue where `state_dict` was taken; with another number of envs the sums restart."""
         if state["sums"].shape == self.sums.shape:
             self.sums = state["sums"].clone()
-        self.weight, self.usual = state["weight"], state["usual"]
-        self.mean, self.square = state["mean"], state["square"]
+        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+
+
+class EpisodicNovelty:
+    """How new a state is within its episode, between 0 and 1.
+
+    The elliptical bonus of E3B (Henaff et al. 2022, section 3), b = f^T C^-1 f with the features f
+    of the state and C = ridge * I + the sum of f f^T over the states seen before in the episode, as
+    the leverage b / (1 + b): 1 for a direction never seen, about 1 / (n + 1) after n times.
+
+    Surprise alone does not tell a new place from one where something keeps moving: an agent that
+    waits among enemies is surprised for ever. Multiplied with this (as Badia et al. 2020, eq. 1,
+    multiply lifelong and episodic novelty), surprise pays where the episode has not been yet.
+
+    Args:
+        num_envs: environments whose episodes run side by side.
+        num_features: length F of the features.
+        ridge: how much of a feature counts as unseen at first.
+    """
+
+    def __init__(self, num_envs: int, num_features: int, ridge: float) -> None:
+        # in float32, rounding makes the inverse indefinite within a few thousand steps
+        self.fresh = torch.eye(num_features, dtype=torch.float64) / ridge
+        self.inverse = self.fresh.repeat(num_envs, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, opens: Tensor) -> Tensor:
+        """Novelty of the states that a step has led to; they are seen from then on.
+
+        Args:
+            features: of these states, (num_envs, F).
+            opens: whether they open an episode, bool (num_envs,).
+
+        Returns:
+            float32 (num_envs,), on the CPU.
+        """
+        f = features.double().cpu().unsqueeze(2)
+        self.inverse[opens] = self.fresh
+        direction = self.inverse @ f  # C^-1 f
+        bonus = f.mT @ direction
+        # Sherman and Morrison: the inverse of C + f f^T
+        self.inverse.baddbmm_(direction, direction.mT / (1 + bonus), alpha=-1.0)
+        return (bonus / (1 + bonus)).flatten().float()
 
 
 @dataclass

@@ -104,21 +104,24 @@ def play(
     `on_frame` is called with the game after every emulator frame.
     """
     generator = torch.Generator().manual_seed(seed)
+    novelty = agent.new_novelty(1)
     env = make_env(config.env, render_mode, on_frame)
     try:
         for number in range(episodes):
             observation, _ = env.reset(seed=seed + number)
             state = torch.from_numpy(observation).unsqueeze(0)
             previous = torch.tensor([NO_ACTION])
-            intrinsic = 0.0
+            intrinsic, opens = 0.0, torch.tensor([True])
             info: dict[str, Any] = {}
             while "episode" not in info:
                 probabilities = agent.probabilities(state, previous, step, greedy)
                 action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
-                errors = agent.judge(state, previous, action, next_state, probabilities)
-                intrinsic += float(agent.scale(agent.icm.reward(errors)))
+                errors, seen = agent.judge(state, previous, action, next_state, probabilities)
+                new = novelty(seen, opens) if novelty else torch.ones(1)
+                intrinsic += float(agent.scale(agent.icm.reward(errors).cpu() * new))
+                opens = torch.tensor([False])
                 state, previous = next_state, action
             episode = info["episode"]
             rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": intrinsic}

@@ -25,6 +25,7 @@ class Sequences:
     terminated: Tensor  # bool (B, L): the transition ended in a terminal state
     truncated: Tensor  # bool (B, L): the transition was the last one before a cut
     reset: Tensor  # bool (B, L)
+    novelty: Tensor  # float32 (B, L), of the state that followed, in its episode
 
     def to(self, device: torch.device) -> "Sequences":
         """The same sequences with every tensor on `device`."""
@@ -62,6 +63,7 @@ class Replay:
         self.terminated = torch.zeros(shape, dtype=torch.bool)
         self.truncated = torch.zeros(shape, dtype=torch.bool)
         self.reset = torch.zeros(shape, dtype=torch.bool)
+        self.novelty = torch.zeros(shape, dtype=torch.float32)
         # slots of the current episode before this one, as far as a state looks back
         self.age = torch.zeros(shape, dtype=torch.uint8)
         self.head = 0  # slot written next
@@ -70,7 +72,7 @@ class Replay:
     @staticmethod
     def nbytes(capacity: int, frame_shape: tuple[int, int], num_actions: int) -> int:
         """Bytes that a memory of `capacity` agent steps takes."""
-        return capacity * (frame_shape[0] * frame_shape[1] + 4 * num_actions + 9)
+        return capacity * (frame_shape[0] * frame_shape[1] + 4 * num_actions + 13)
 
     def __len__(self) -> int:
         """Agent steps stored."""
@@ -85,6 +87,7 @@ class Replay:
         terminated: Tensor,
         truncated: Tensor,
         reset: Tensor,
+        novelty: Tensor,
     ) -> None:
         """Store one step of every environment.
 
@@ -103,6 +106,7 @@ class Replay:
         self.terminated[self.head] = terminated
         self.truncated[self.head] = truncated
         self.reset[self.head] = reset
+        self.novelty[self.head] = novelty
         self.head = (self.head + 1) % self.num_slots
         self.size = min(self.size + 1, self.num_slots)
 
@@ -138,6 +142,7 @@ class Replay:
             terminated=self.terminated[at],
             truncated=self.truncated[at],
             reset=self.reset[at],
+            novelty=self.novelty[at],
         )
 
     def recent_frames(self, count: int) -> Tensor:

@@ -46,7 +46,6 @@ SMALL = (
     "agent.warmup_steps=32",
     "agent.replay_capacity=200",
     "agent.steps_per_update=8",
-    "curiosity.prioritize=false",  # after so little learning no surprise may be above the usual
     "log.every=32",
     "precision=float32",
     "device=cpu",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
+from icm.curiosity import ICM, EpisodicNovelty, ICMErrors, RewardScale, masked_mean
 from icm.models import Fnet, InverseNet, Phi
 
 FEATURES, ACTIONS, HIDDEN = 2, 3, 4
@@ -418,10 +418,9 @@ def test_reset_leaves_the_sum_as_it_stands() -> None:
     assert scale.sums.tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize("prioritize", [False, True])
-def test_scale_continues_from_a_file(prioritize: bool) -> None:
+def test_scale_continues_from_a_file() -> None:
     rewards = np.random.default_rng(8).random((60, 3)).astype(np.float32)
-    whole, before, after = (RewardScale(3, 0.95, 12, prioritize) for _ in range(3))
+    whole, before, after = (RewardScale(3, 0.95, 12) for _ in range(3))
     feed(whole, rewards)
     feed(before, rewards[:25])
     file = io.BytesIO()
@@ -435,32 +434,11 @@ def test_scale_continues_from_a_file(prioritize: bool) -> None:
     assert torch.equal(after(torch.arange(3.0)), whole(torch.arange(3.0)))
 
 
-def test_all_surprise_is_rewarded_in_proportion() -> None:
+def test_reward_is_divided_by_the_std() -> None:
     scale = RewardScale(3, 0.9, 50)
     feed(scale, np.random.default_rng(12).random((40, 3)))
     raw = torch.tensor([[0.0, 0.25], [0.5, 4.0]])
     torch.testing.assert_close(scale(raw), raw / scale.std)
-
-
-def test_only_more_than_the_usual_surprise_is_rewarded() -> None:
-    scale = RewardScale(2, 0.5, 1.0, prioritize=True)
-    scale.update(torch.tensor([6.0, 2.0]), torch.tensor([True, True]))
-    assert scale.sums.tolist() == [2.0, 0.0]
-    scale.update(torch.tensor([2.0, 1e9]), torch.tensor([True, False]))
-    assert scale.usual == pytest.approx((4 / 2 + 2) / 1.5)
-    assert scale.sums.tolist() == [1.0, 0.0]
-    scale.update(torch.tensor([2.0, 0.0]), torch.tensor([True, True]))
-    usual = 3 / 1.75  # means 4, 2 and 1 with weights 1/4, 1/2 and 1: (1 + 1 + 1) / 1.75
-    assert scale.usual == pytest.approx(usual)
-    excess = torch.tensor([0.0, 0.0, 3.0 - usual])
-    torch.testing.assert_close(scale(torch.tensor([-1.0, usual, 3.0])), excess / scale.std)
-
-
-def test_a_step_of_resets_only_leaves_the_usual_surprise() -> None:
-    scale = RewardScale(2, 0.5, 10.0, prioritize=True)
-    scale.update(torch.tensor([6.0, 2.0]), torch.tensor([True, True]))
-    scale.update(torch.tensor([1e9, 1e9]), torch.tensor([False, False]))
-    assert scale.usual == 4.0
 
 
 def test_loading_does_not_tie_two_scales_together() -> None:
@@ -481,3 +459,48 @@ def test_scale_of_another_number_of_environments() -> None:
     assert new.sums.tolist() == [0.0] * 5
     feed(new, np.random.default_rng(10).random((1, 5)))
     assert new.std == pytest.approx(old.std, rel=0.5)
+
+
+# --- novelty in an episode ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.1, 10.0])
+def test_novelty_is_the_leverage_over_the_episode(ridge: float) -> None:
+    rng = np.random.default_rng(3)
+    novelty, seen = EpisodicNovelty(3, 6, ridge), [np.zeros((0, 6))] * 3
+    found, expected = [], []
+    for step in range(60):
+        features = rng.normal(size=(3, 6)) * (1, 1, 1, 1, 0.1, 0)
+        opens = rng.random(3) < 0.1 if step else np.zeros(3, dtype=bool)
+        for env in range(3):
+            before = np.zeros((0, 6)) if opens[env] else seen[env]
+            c = ridge * np.eye(6) + before.T @ before
+            bonus = features[env] @ np.linalg.solve(c, features[env])
+            expected.append(bonus / (1 + bonus))
+            seen[env] = np.vstack((before, features[env]))
+        found += novelty(torch.from_numpy(features).float(), torch.from_numpy(opens)).tolist()
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_novelty_of_what_is_seen_again_and_again() -> None:
+    """A direction seen n times is worth 1 / (n + 1), a new one as much as ever."""
+    novelty, no = EpisodicNovelty(1, 3, 1e-3), torch.tensor([False])
+    one, other = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
+    found = [novelty(one, no).item() for _ in range(5)]
+    assert found == pytest.approx([1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5], abs=1e-3)
+    assert novelty(other, no).item() == pytest.approx(1.0, abs=1e-3)
+    assert novelty(one, torch.tensor([True])).item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_novelty_stays_sound_over_a_long_episode() -> None:
+    """Rounding must not turn it negative or great."""
+    generator = torch.Generator().manual_seed(5)
+    novelty, no = EpisodicNovelty(2, 16, 0.01), torch.zeros(2, dtype=torch.bool)
+    directions = torch.randn(16, 16, generator=generator) * torch.logspace(-2, 1, 16)
+    for _ in range(5_000):
+        features = torch.randn(2, 16, generator=generator) @ directions
+        assert ((found := novelty(features, no)) >= 0).all()
+        assert (found <= 1).all()
+    matrix = torch.linalg.eigvalsh(novelty.inverse.double())
+    assert (matrix > 0).all()
+    assert found.max() < 0.05

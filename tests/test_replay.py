@@ -13,7 +13,7 @@ from icm.replay import Replay, Sequences
 
 FRAME = (6, 5)
 ACTIONS = 12
-SLOT = ("actions", "behaviour", "rewards", "terminated", "truncated", "reset")
+SLOT = ("actions", "behaviour", "rewards", "terminated", "truncated", "reset", "novelty")
 """What is stored with a frame."""
 
 
@@ -51,6 +51,7 @@ class Simulation:
         self.terminated: list[np.ndarray] = []
         self.truncated: list[np.ndarray] = []
         self.reset: list[np.ndarray] = []
+        self.novelty: list[np.ndarray] = []
 
     @property
     def time(self) -> int:
@@ -92,6 +93,7 @@ class Simulation:
         self.terminated.append(terminated)
         self.truncated.append(truncated)
         self.reset.append(reset)
+        self.novelty.append(self.rng.random(n).astype(np.float32))
         names = ("states", *SLOT)
         return {name: torch.from_numpy(getattr(self, name)[-1].copy()) for name in names}
 
@@ -428,7 +430,7 @@ def test_cut_closes_running_episodes(steps: int) -> None:
 
 
 def test_cut_changes_what_is_already_sampled_from() -> None:
-    simulation = Simulation(num_envs=4, frame_stack=2, seed=12, longest=5)
+    simulation = Simulation(num_envs=4, frame_stack=2, seed=13, longest=5)
     replay = make_replay(80, 4, FRAME, 2)
     fill(replay, simulation, 17)
     open_before = [

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.agents.policy import MIN_TEMPERATURE, action_probabilities, entropy, scheduled
 from icm.config import AgentConfig, CuriosityConfig
-from icm.curiosity import ICM, ICMErrors, RewardScale, masked_mean
+from icm.curiosity import ICM, EpisodicNovelty, ICMErrors, RewardScale, masked_mean
 from icm.errors import UserError
 from icm.models import InputNorm, Qnetwork, follow
 from icm.replay import Replay
@@ -123,8 +123,8 @@ class DQN:
             replay.num_envs,
             agent.discount,
             curiosity.reward_half_life / replay.num_envs,
-            curiosity.prioritize,
         )
+        self.novelty = self.new_novelty(replay.num_envs)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(self.qnetwork.parameters()), "lr": agent.lr},
@@ -220,19 +220,30 @@ class DQN:
         actions: Tensor,
         next_states: Tensor,
         probabilities: Tensor,
-    ) -> ICMErrors:
-        """The ICM's errors on transitions; shapes as in `observe`."""
+    ) -> tuple[ICMErrors, Tensor]:
+        """The ICM's errors on transitions, and the features (batch, F) that it sees their ends by.
+
+        Shapes as in `observe`.
+        """
         self.icm.eval()
         with self._autocast():
             both = self._input(torch.cat((states, next_states)))
             features, next_features = self.icm.encode(both).chunk(2)
-            return self.icm(
+            errors = self.icm(
                 features,
                 actions.to(self.device),
                 next_features,
                 probabilities.to(self.device),
                 previous.to(self.device),
             )
+            return errors, next_features[:, 1]
+
+    def new_novelty(self, num_envs: int) -> EpisodicNovelty | None:
+        """The episodic memory of `num_envs` environments; None if the settings want none."""
+        if self.curiosity.episodic_ridge is None:
+            return None
+        features = self.icm.phi.num_features
+        return EpisodicNovelty(num_envs, features, self.curiosity.episodic_ridge)
 
     # --- remembering ----------------------------------------------------------------------------
 
@@ -262,12 +273,15 @@ class DQN:
         Returns:
             sums over the valid transitions of each statistic, and their number `count`.
         """
+        errors, seen = self.judge(states, previous, actions, next_states, probabilities)
+        # what follows the last state of an episode opens the next one
+        novelty = self.novelty(seen, reset) if self.novelty else torch.ones(len(reset))
+        truncated = truncated & ~terminated
         self.replay.add(
-            states, actions, probabilities, rewards, terminated, truncated & ~terminated, reset
+            states, actions, probabilities, rewards, terminated, truncated, reset, novelty
         )
         valid = ~reset
-        errors = self.judge(states, previous, actions, next_states, probabilities)
-        raw = self.icm.reward(errors).cpu()
+        raw = self.icm.reward(errors).cpu() * novelty
         self.scale.update(raw, valid)
         hits = errors.logits.argmax(1).cpu() == actions
         per_env = {
@@ -317,7 +331,8 @@ class DQN:
             )
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
-        rewards = self.curiosity.coef * self.scale(self.icm.reward(errors)).view(size, length)
+        surprise = self.icm.reward(errors).view(size, length)
+        rewards = self.curiosity.coef * self.scale(surprise * batch.novelty)
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():
@@ -379,9 +394,14 @@ class DQN:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, in new episodes."""
+        self.novelty = self.new_novelty(self.replay.num_envs)
         self.load_networks(state["models"])
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
+        for group, lr in zip(
+            self.optimizer.param_groups, (self.config.lr, self.curiosity.lr), strict=True
+        ):
+            group["lr"] = lr  # a resumed run may have another one
         self.scale.load_state_dict(state["curiosity"])
         self.updates = state["agent"]["updates"]
         self.temperature = state["agent"]["temperature"]
