@@ -89,10 +89,13 @@ class EpisodicNovelty:
     Args:
         num_envs: environments whose episodes run side by side.
         num_features: length F of the features.
-        ridge: how much of a feature counts as unseen at first.
+        ridge: how much of a feature counts as unseen at first; None: every state is new.
     """
 
-    def __init__(self, num_envs: int, num_features: int, ridge: float) -> None:
+    def __init__(self, num_envs: int, num_features: int, ridge: float | None) -> None:
+        self.remembers = ridge is not None
+        if ridge is None:
+            return
         # in float32, rounding makes the inverse indefinite within a few thousand steps
         self.fresh = torch.eye(num_features, dtype=torch.float64) / ridge
         self.inverse = self.fresh.repeat(num_envs, 1, 1)
@@ -108,6 +111,8 @@ class EpisodicNovelty:
         Returns:
             float32 (num_envs,), on the CPU.
         """
+        if not self.remembers:
+            return torch.ones(len(opens))
         f = features.double().cpu().unsqueeze(2)
         self.inverse[opens] = self.fresh
         direction = self.inverse @ f  # C^-1 f

@@ -119,8 +119,8 @@ def play(
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors, seen = agent.judge(state, previous, action, next_state, probabilities)
-                new = novelty(seen, opens) if novelty else torch.ones(1)
-                intrinsic += float(agent.scale(agent.icm.reward(errors).cpu() * new))
+                raw = agent.icm.reward(errors).cpu() * novelty(seen, opens)
+                intrinsic += float(agent.scale(raw))
                 opens = torch.tensor([False])
                 state, previous = next_state, action
             episode = info["episode"]

@@ -492,6 +492,12 @@ def test_novelty_of_what_is_seen_again_and_again() -> None:
     assert novelty(one, torch.tensor([True])).item() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_without_a_ridge_every_state_is_new() -> None:
+    novelty, no = EpisodicNovelty(2, 3, None), torch.zeros(2, dtype=torch.bool)
+    for _ in range(3):
+        assert novelty(torch.ones(2, 3), no).tolist() == [1.0, 1.0]
+
+
 def test_novelty_stays_sound_over_a_long_episode() -> None:
     """Rounding must not turn it negative or great."""
     generator = torch.Generator().manual_seed(5)

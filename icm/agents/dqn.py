@@ -238,10 +238,8 @@ class DQN:
             )
             return errors, next_features[:, 1]
 
-    def new_novelty(self, num_envs: int) -> EpisodicNovelty | None:
-        """The episodic memory of `num_envs` environments; None if the settings want none."""
-        if self.curiosity.episodic_ridge is None:
-            return None
+    def new_novelty(self, num_envs: int) -> EpisodicNovelty:
+        """The novelty of states in episodes of `num_envs` environments that begin now."""
         features = self.icm.phi.num_features
         return EpisodicNovelty(num_envs, features, self.curiosity.episodic_ridge)
 
@@ -275,7 +273,7 @@ class DQN:
         """
         errors, seen = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(seen, reset) if self.novelty else torch.ones(len(reset))
+        novelty = self.novelty(seen, reset)
         truncated = truncated & ~terminated
         self.replay.add(
             states, actions, probabilities, rewards, terminated, truncated, reset, novelty

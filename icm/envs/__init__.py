@@ -99,13 +99,14 @@ def make_vector_env(config: EnvConfig) -> WorkerVectorEnv:
 def describe_emulator(config: EnvConfig) -> str | None:
     """One line on what runs an NES game, and on what would be faster; None for another environment.
 
+    The environment must be known to exist, see `make_env`.
+
     Raises:
         UserError: no core was found.
     """
     if config.emulator == "libretro":
         return f"emulator: libretro core {find_core(config.core)}"
-    spec = gym.registry.get(config.id.rpartition(":")[2])
-    if spec is None or nes_game(spec) is None:
+    if nes_game(_find_spec(config.id)) is None:
         return None
     return (
         "emulator: nes_py; several times as fast: "
