@@ -18,6 +18,7 @@ from icm.models import (
     Phi,
     Qnetwork,
     conv_features,
+    elu,
 )
 
 # --- the tutorial's classes, written independently ------------------------------------------------
@@ -449,3 +450,29 @@ def test_norm_takes_leading_dimensions_and_leaves_states_alone(mode: str) -> Non
 def test_unknown_norm(mode: str) -> None:
     with pytest.raises(ValueError, match=r"not one of standard, scale, stack"):
         InputNorm(mode, (5, 4))
+
+
+# --- activation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_elu_and_its_gradient_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    x = torch.cat((torch.randn(4000), torch.tensor([0.0, 1e-9, -1e-9, -1e-3, 80.0, -200.0, 1e30])))
+    weight = torch.randn(len(x)).to(dtype)
+    ours, theirs = (x.to(dtype).requires_grad_() for _ in range(2))
+    y, expected = elu(ours), F.elu(theirs)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    exact = {"rtol": 0.0, "atol": 2e-7 if dtype != torch.float64 else 1e-15}
+    if dtype == torch.bfloat16:
+        exact = {"rtol": 2**-7, "atol": 2e-7}  # neighbours, where the two round differently
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, **exact)
+    step = 2**-7 if dtype == torch.bfloat16 else 2e-6  # of y + 1, where y is near -1
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=step)
+
+
+def test_elu_lets_what_is_not_finite_through() -> None:
+    y = elu(torch.tensor([math.nan, math.inf, -math.inf]))
+    assert y[0].isnan()
+    assert y[1:].tolist() == [math.inf, -1.0]

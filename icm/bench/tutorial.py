@@ -98,6 +98,18 @@ class ListReplay:
         )
 
 
+class TutorialPhi(Phi):
+    """Encoder with PyTorch's own ELU."""
+
+    activation = staticmethod(lambda x: F.elu(x))
+
+
+class TutorialQnetwork(Qnetwork):
+    """Action values with PyTorch's own ELU."""
+
+    activation = staticmethod(lambda x: F.elu(x))
+
+
 @dataclass
 class Losses:
     """Scaled losses of one update, detached scalars."""
@@ -127,8 +139,8 @@ class TutorialLoop:
         self.env, self.batch_size = env, batch_size
         shape = (FRAME_STACK, SIZE, SIZE)
         # the tutorial normalises within Phi and Qnetwork, so each pass pays for it anew
-        self.encoder = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), Phi(shape))
-        self.qnetwork = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), Qnetwork(shape))
+        self.encoder = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), TutorialPhi(shape))
+        self.qnetwork = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), TutorialQnetwork(shape))
         self.forward_model, self.inverse_model = Fnet(), InverseNet()
         networks = (self.qnetwork, self.encoder, self.forward_model, self.inverse_model)
         self.optimizer = torch.optim.Adam(
