@@ -115,6 +115,7 @@ class Config:
     curiosity: CuriosityConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    compile: str = "auto"  # checkpoints from before this setting do not have it
 
 
 @dataclass
@@ -229,6 +230,7 @@ def _check(config: Config) -> None:
         ("agent.input_norm", agent.input_norm, ("standard", "scale", "stack")),
         ("curiosity.reduction", curiosity.reduction, ("mean", "sum")),
         ("precision", config.precision, ("auto", "float32", "bf16")),
+        ("compile", config.compile, ("auto", "on", "off")),
     ):
         if choice not in choices:
             raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")

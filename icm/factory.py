@@ -3,6 +3,7 @@
 import torch
 
 from icm.agents.dqn import DQN
+from icm.compilation import resolve_compile
 from icm.config import Config
 from icm.curiosity import ICM
 from icm.device import resolve_precision
@@ -68,5 +69,6 @@ def build_agent(
         curiosity,
         device,
         resolve_precision(config.precision, device),
+        resolve_compile(config.compile, config.total_steps // config.agent.steps_per_update),
         config.seed,
     )

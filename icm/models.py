@@ -239,5 +239,4 @@ class Qnetwork(_ConvBody):
 @torch.no_grad()
 def follow(average: nn.Module, newest: nn.Module, tau: float) -> None:
     """Move the weights of `average` by the share `tau` towards those of its twin `newest`."""
-    for slow, fast in zip(average.parameters(), newest.parameters(), strict=True):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(average.parameters()), list(newest.parameters()), tau)

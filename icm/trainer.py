@@ -2,12 +2,14 @@
 
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.dqn import DQN
@@ -72,6 +74,7 @@ class Trainer:
         self.learn_from = agent.config.warmup_steps
         self.exploration = Exploration()
         self.stopped_by: int | None = None
+        self.unobserved: tuple[Tensor, ...] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
         """Train from the current step to `total_steps`, or until a signal asks to stop.
@@ -100,7 +103,7 @@ class Trainer:
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
-        """Vector steps; every one yields after its transitions were observed."""
+        """Vector steps. While the emulators run one, the agent observes the one before and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
         observations, infos = envs.reset(seed=self.config["seed"] + self.step)
@@ -110,16 +113,20 @@ class Trainer:
         reset = torch.zeros(n, dtype=torch.bool)
         per_update = agent.config.steps_per_update
         while self.step < total:
-            actions, probabilities = agent.act(states, previous, self.step)
+            with clock.phase("act"):
+                actions, probabilities = agent.act(states, previous, self.step)
             envs.step_async(actions.numpy())
-            if self.step >= self.learn_from and agent.ready():  # learn while the emulators run
-                with clock.updating():
+            # while the emulators run
+            with clock.phase("observe"):
+                self._observe()
+            if self.step >= self.learn_from and agent.ready():
+                with clock.phase("update"):
                     for _ in range(self.step // per_update - (self.step - n) // per_update):
                         self.tracker.add(agent.update())
-            observations, rewards, terminated, truncated, infos = envs.step_wait()
+            with clock.phase("wait"):
+                observations, rewards, terminated, truncated, infos = envs.step_wait()
             next_states = torch.from_numpy(observations)
-            ended = torch.from_numpy(terminated | truncated)
-            statistics = agent.observe(
+            self.unobserved = (
                 states,
                 previous,
                 probabilities,
@@ -130,16 +137,23 @@ class Trainer:
                 torch.from_numpy(truncated),
                 reset,
             )
-            self.tracker.add(statistics, statistics.pop("count"))
             self.exploration.visit(infos)
             for episode in episodes_in(infos):
                 self._episode(episode)
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
-            states, reset = next_states, ended
+            states, reset = next_states, torch.from_numpy(terminated | truncated)
             self.step += n
             if self.step - n < agent.config.warmup_steps <= self.step:
+                self._observe()
                 agent.measure_input()
             yield
+
+    def _observe(self) -> None:
+        """Let the agent observe the last vector step, if it has not yet."""
+        if self.unobserved is not None:
+            statistics = self.agent.observe(*self.unobserved)
+            self.tracker.add(statistics, statistics.pop("count"))
+            self.unobserved = None
 
     def _episode(self, episode: dict[str, Any]) -> None:
         named = {f"episode/{k}": float(v) for k, v in episode.items() if k != "levels"}
@@ -149,6 +163,7 @@ class Trainer:
         )
 
     def _log(self, clock: "Clock") -> None:
+        self._observe()
         metrics = self.tracker.averages()
         if not metrics:
             return
@@ -198,6 +213,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write step_<agent steps>.pt, latest.pt and the replay memory beside them."""
+        self._observe()
         content = {
             "format": checkpoint.FORMAT,
             "config": self.config,
@@ -235,27 +251,26 @@ def crossed(step: int, num_envs: int, every: int) -> bool:
 
 
 class Clock:
-    """Wall-clock speeds between two log lines."""
+    """Wall-clock speeds between two log lines, and the shares of the time that phases take."""
 
     def __init__(self, step: int) -> None:
-        self.since, self.step, self.update_time = time.perf_counter(), step, 0.0
+        self.since, self.step = time.perf_counter(), step
+        self.phases: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Time spent inside counts as update time."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Time spent inside counts for the phase `name`."""
         start = time.perf_counter()
         yield
-        self.update_time += time.perf_counter() - start
+        self.phases[name] += time.perf_counter() - start
 
     def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
         """The `speed/` metrics since the last call."""
         now = time.perf_counter()
         seconds = now - self.since
         rate = (step - self.step) / seconds
-        speeds = {
-            "speed/agent_steps_per_s": rate,
-            "speed/frames_per_s": rate * action_repeat,
-            "speed/update_share": self.update_time / seconds,
-        }
-        self.since, self.step, self.update_time = now, step, 0.0
+        speeds = {"speed/agent_steps_per_s": rate, "speed/frames_per_s": rate * action_repeat}
+        speeds |= {f"speed/{name}_share": spent / seconds for name, spent in self.phases.items()}
+        self.since, self.step = now, step
+        self.phases.clear()
         return speeds

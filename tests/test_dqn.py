@@ -27,6 +27,7 @@ ACTIONS = 4
 SIZE = 16
 SMALL = {
     "precision": "float32",
+    "compile": "off",
     "env.num_envs": 3,
     "env.frame_stack": 2,
     "env.size": SIZE,

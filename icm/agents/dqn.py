@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.agents.policy import MIN_TEMPERATURE, action_probabilities, entropy, scheduled
+from icm.compilation import compiled
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import ICM, EpisodicNovelty, ICMErrors, RewardScale, masked_mean
 from icm.errors import UserError
 from icm.models import InputNorm, Qnetwork, follow
-from icm.replay import Replay
+from icm.replay import Replay, Sequences
 
 TEMPERATURE_LR = 0.05  # per vector step: one nat of missing entropy is mended in about 20
 
@@ -96,6 +97,7 @@ class DQN:
         curiosity: settings of the reward.
         device: where networks and updates live.
         bf16: run the networks under bfloat16 autocast.
+        compiling: whether updates are compiled, see `icm.compilation.compiled`.
         seed: of action sampling and replay sampling.
     """
 
@@ -109,6 +111,7 @@ class DQN:
         curiosity: CuriosityConfig,
         device: torch.device,
         bf16: bool,
+        compiling: str,
         seed: int,
     ) -> None:
         self.config, self.curiosity = agent, curiosity
@@ -125,11 +128,13 @@ class DQN:
             curiosity.reward_half_life / replay.num_envs,
         )
         self.novelty = self.new_novelty(replay.num_envs)
+        self._losses = compiled(self.losses, compiling, device)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(self.qnetwork.parameters()), "lr": agent.lr},
                 {"params": [p for p in icm.parameters() if p.requires_grad], "lr": curiosity.lr},
-            ]
+            ],
+            fused=True,
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.temperature = 1.0
@@ -303,18 +308,37 @@ class DQN:
         return self.replay.can_sample(self.config.sequence_length)
 
     def update(self) -> dict[str, Tensor]:
-        """One gradient step on lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7).
+        """One gradient step.
 
         Returns:
-            scalar tensors on the device, so that nothing waits for them.
+            the parts of the loss, scalar tensors on the device, so that nothing waits for them.
         """
         config = self.config
-        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator).to(
-            self.device
-        )
+        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator)
+        reward_std = torch.tensor(self.scale.std, device=self.device)
+        self.icm.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, parts = self._losses(batch.to(self.device), reward_std)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        follow(self.target, self.qnetwork, config.target_tau)
+        self.icm.update_target()
+        # copies, because the next pass of a CUDA graph writes to the same memory
+        return {name: value.clone() for name, value in parts.items()}
+
+    def losses(self, batch: Sequences, reward_std: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7), and its parts.
+
+        Args:
+            batch: on the device.
+            reward_std: what intrinsic rewards are divided by, float32 ().
+        """
+        config = self.config
         size, length = batch.actions.shape
         valid = ~batch.reset
-        self.icm.train()
         with self._autocast():
             x = self._input(batch.states.flatten(0, 1))
             features = self.icm.encode(x).unflatten(0, (size, length + 1))
@@ -330,7 +354,7 @@ class DQN:
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = self.icm.reward(errors).view(size, length)
-        rewards = self.curiosity.coef * self.scale(surprise * batch.novelty)
+        rewards = self.curiosity.coef * (surprise * batch.novelty / reward_std)
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():
@@ -357,24 +381,12 @@ class DQN:
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = masked_mean(td_error, learnable)
         loss = config.q_weight * q_loss + self.icm.loss(errors, valid.flatten())
-
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-        self.optimizer.step()
-        self.updates += 1
-        follow(self.target, self.qnetwork, config.target_tau)
-        self.icm.update_target()
-
-        with torch.no_grad():
-            flat = valid.flatten()
-            return {
-                "loss/q": q_loss.detach(),
-                "loss/forward": masked_mean(errors.forward, flat),
-                "loss/inverse": masked_mean(errors.inverse, flat),
-                "q/mean": masked_mean(chosen, valid),
-            }
+        return loss, {
+            "loss/q": q_loss.detach(),
+            "loss/forward": masked_mean(errors.forward.detach(), valid.flatten()),
+            "loss/inverse": masked_mean(errors.inverse.detach(), valid.flatten()),
+            "q/mean": masked_mean(chosen.detach(), valid),
+        }
 
     # --- state ----------------------------------------------------------------------------------
 

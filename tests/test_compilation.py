@@ -1,0 +1,121 @@
+"""Compiled and bfloat16 updates against those of plain float32, and doing without a compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script, settings
+from torch import Tensor
+
+from icm.agents.dqn import DQN
+from icm.compilation import WORTHWHILE, compiled, resolve_compile
+from icm.factory import build_agent
+
+STEPS = 40  # vector steps in the memory
+
+
+def make_agent(*overrides: str) -> DQN:
+    """The default agent with a memory of noise; the same whatever the overrides."""
+    config = settings(
+        "env.num_envs=4", "agent.batch_size=32", "agent.replay_capacity=1000", *overrides
+    )
+    agent = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        agent.replay.add(
+            torch.randint(0, 256, (4, 4, 42, 42), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 12, (4,), generator=generator),
+            torch.full((4, 12), 1 / 12),
+            torch.randn(4, generator=generator),
+            torch.rand(4, generator=generator) < 0.02,
+            torch.rand(4, generator=generator) < 0.02,
+            torch.rand(4, generator=generator) < 0.02,
+            torch.rand(4, generator=generator),
+        )
+    agent.measure_input()
+    return agent
+
+
+def updated(*overrides: str) -> tuple[list[dict[str, float]], Tensor]:
+    """Losses of three updates, and the gradient of the first."""
+    agent = make_agent(*overrides)
+    torch.manual_seed(5)  # of dropout
+    losses = [{name: value.item() for name, value in agent.update().items()}]
+    networks = [agent.qnetwork, agent.icm.phi, agent.icm.inverse, agent.icm.fnet]
+    gradients = [p.grad.flatten() for n in networks for p in n.parameters() if p.grad is not None]
+    for _ in range(2):
+        losses.append({name: value.item() for name, value in agent.update().items()})
+    return losses, torch.cat(gradients)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance", "angle"),
+    [
+        (("precision=float32", "compile=on"), 1e-3, 2e-3),
+        (("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        (("precision=bf16", "compile=on"), 2e-2, 5e-2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Guards may run slower")
+def test_updates_agree_with_plain_float32(
+    mode: tuple[str, str], tolerance: float, angle: float
+) -> None:
+    """Losses within `tolerance` of each other, the first gradients within `angle` (radians)."""
+    losses, gradient = updated(*mode)
+    expected, plain = updated("precision=float32", "compile=off")
+    for found, wanted in zip(losses, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-4 * tolerance)
+    assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
+    cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)
+    assert cosine.item() > 1 - angle**2 / 2
+
+
+def test_short_runs_are_not_compiled() -> None:
+    assert resolve_compile("auto", WORTHWHILE - 1) == "off"
+    assert resolve_compile("auto", WORTHWHILE) == "auto"
+    assert resolve_compile("on", 1) == "on"
+    assert resolve_compile("off", WORTHWHILE) == "off"
+
+
+def test_what_fails_in_itself_fails_as_it_would_uncompiled() -> None:
+    def broken(x: Tensor) -> Tensor:
+        return x @ torch.zeros(7, 7)
+
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied"):
+        compiled(broken, "auto", torch.device("cpu"))(torch.zeros(3, 3))
+
+
+def test_auto_goes_on_without_a_compiler() -> None:
+    program = (
+        "import torch; from icm.compilation import compiled\n"
+        "double = compiled(lambda x: 2 * x, 'auto', torch.device('cpu'))\n"
+        "print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist())"
+    )
+    environment = {**os.environ, "CXX": "/no/such/compiler", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    said, answer = result.stdout.splitlines()
+    assert said.startswith("compile=auto: not compiled, updates take longer (")
+    assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0]"
+
+
+def test_on_without_a_compiler_is_refused_in_one_line(tmp_path: object) -> None:
+    result = run_script(
+        "train.py",
+        "compile=on",
+        "device=cpu",
+        "total_steps=3000",
+        "env.num_envs=2",
+        "agent.warmup_steps=100",
+        f"hydra.run.dir={tmp_path}/run",
+        env={"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+    )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: compile=on: failed (" in last
+    assert "compile=auto and compile=off work" in last
