@@ -115,7 +115,7 @@ class Config:
     curiosity: CuriosityConfig
     checkpoint: CheckpointConfig
     log: LogConfig
-    compile: str = "auto"  # checkpoints from before this setting do not have it
+    compile: str = "off"  # checkpoints from before this setting do not have it
 
 
 @dataclass

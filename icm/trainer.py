@@ -103,7 +103,7 @@ class Trainer:
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
-        """Vector steps. While the emulators run one, the agent observes the one before and learns."""
+        """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
         observations, infos = envs.reset(seed=self.config["seed"] + self.step)
