@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_auto_goes_on_without_a_compiler() -> None:
     assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0]"
 
 
-def test_on_without_a_compiler_is_refused_in_one_line(tmp_path: object) -> None:
+def test_on_without_a_compiler_is_refused_in_one_line(tmp_path: Path) -> None:
     result = run_script(
         "train.py",
         "compile=on",

@@ -314,11 +314,12 @@ class DQN:
             the parts of the loss, scalar tensors on the device, so that nothing waits for them.
         """
         config = self.config
-        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator)
-        reward_std = torch.tensor(self.scale.std, device=self.device)
+        batch = self.replay.sample(config.batch_size, config.sequence_length, self.generator).to(
+            self.device
+        )
         self.icm.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = self._losses(batch.to(self.device), reward_std)
+        loss, parts = self._losses(batch, self.scale(batch.novelty))
         loss.backward()
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
@@ -329,12 +330,12 @@ class DQN:
         # copies, because the next pass of a CUDA graph writes to the same memory
         return {name: value.clone() for name, value in parts.items()}
 
-    def losses(self, batch: Sequences, reward_std: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequences, worth: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7), and its parts.
 
         Args:
             batch: on the device.
-            reward_std: what intrinsic rewards are divided by, float32 ().
+            worth: what the surprise of each transition counts, float32 (B, L): the scaled novelty.
         """
         config = self.config
         size, length = batch.actions.shape
@@ -354,7 +355,7 @@ class DQN:
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = self.icm.reward(errors).view(size, length)
-        rewards = self.curiosity.coef * (surprise * batch.novelty / reward_std)
+        rewards = self.curiosity.coef * surprise * worth
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():

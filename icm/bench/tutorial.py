@@ -98,18 +98,6 @@ class ListReplay:
         )
 
 
-class TutorialPhi(Phi):
-    """Encoder with PyTorch's own ELU."""
-
-    activation = staticmethod(lambda x: F.elu(x))
-
-
-class TutorialQnetwork(Qnetwork):
-    """Action values with PyTorch's own ELU."""
-
-    activation = staticmethod(lambda x: F.elu(x))
-
-
 @dataclass
 class Losses:
     """Scaled losses of one update, detached scalars."""
@@ -139,8 +127,10 @@ class TutorialLoop:
         self.env, self.batch_size = env, batch_size
         shape = (FRAME_STACK, SIZE, SIZE)
         # the tutorial normalises within Phi and Qnetwork, so each pass pays for it anew
-        self.encoder = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), TutorialPhi(shape))
-        self.qnetwork = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), TutorialQnetwork(shape))
+        phi, qnetwork = Phi(shape), Qnetwork(shape)
+        phi.activation = qnetwork.activation = F.elu  # PyTorch's own
+        self.encoder = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), phi)
+        self.qnetwork = nn.Sequential(InputNorm("stack", (SIZE, SIZE)), qnetwork)
         self.forward_model, self.inverse_model = Fnet(), InverseNet()
         networks = (self.qnetwork, self.encoder, self.forward_model, self.inverse_model)
         self.optimizer = torch.optim.Adam(
