@@ -16,47 +16,52 @@ def resolve_compile(name: str, updates: int) -> str:
     return "off" if name == "auto" and updates < WORTHWHILE else name
 
 
-def compiled[**P, R](
-    function: Callable[P, R], compiling: str, device: torch.device
-) -> Callable[P, R]:
-    """`function` of tensors of always the same shapes, compiled when it is first called.
+class Compiler:
+    """Compiles functions of tensors of always the same shapes, each when it is first called.
 
-    On a GPU its kernels are replayed as a CUDA graph: no Python between them. What it returns is
-    then overwritten by the next call. Dropout draws the same numbers compiled or not.
+    On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
+    returns is then overwritten by its next call. Dropout draws the same numbers compiled or not.
 
     Args:
-        function: what to compile.
-        compiling: `on`, `off`, or `auto`: where it fails, for want of a compiler for instance, one
-            line says so and `function` is used as it is.
-        device: where its tensors are.
-
-    Raises:
-        UserError: (of the first call) compiling is `on` and failed.
+        mode: `on`, `off` (functions stay as they are), or `auto`: where compiling fails, for want
+            of a compiler for instance, one line says so and functions are used as they are.
+        device: where the tensors are.
     """
-    if compiling == "off":
-        return function
-    # one process compiles: more would stay, each with the memory of a whole PyTorch
-    options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
-    if device.type == "cuda":
-        options["triton.cudagraphs"] = True
-    chosen = torch.compile(function, dynamic=False, options=options)
-    tried = False
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal chosen, tried
-        if tried:
-            return chosen(*args, **kwargs)
-        tried = True
-        try:
-            return chosen(*args, **kwargs)
-        except Exception as error:  # of any kind: a mistake of `function` shows again below
-            reason = " ".join(str(error).split())[:200]
-            if compiling == "on":
-                raise UserError(
-                    f"compile=on: failed ({reason}); compile=auto and compile=off work"
-                ) from None
-            print(f"compile=auto: not compiled, updates take longer ({reason})")
-            chosen = function
-            return function(*args, **kwargs)
+    def __init__(self, mode: str, device: torch.device) -> None:
+        self.mode = mode
+        # one process compiles: more would stay, each with the memory of a whole PyTorch
+        self.options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
+        if device.type == "cuda":
+            self.options["triton.cudagraphs"] = True
 
-    return call
+    def __call__[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
+        """`function`, compiled.
+
+        Raises:
+            UserError: (of its first call) compiling is `on` and failed.
+        """
+        chosen = function
+        tried = False
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            nonlocal chosen, tried
+            if tried or self.mode == "off":
+                return chosen(*args, **kwargs)
+            tried = True
+            faster = torch.compile(function, dynamic=False, options=self.options)
+            try:
+                result = faster(*args, **kwargs)
+            except Exception as error:  # of any kind: a mistake of `function` shows again below
+                reason = " ".join(str(error).split())[:200]
+                if self.mode == "on":
+                    raise UserError(
+                        f"compile=on: failed ({reason}); compile=auto and compile=off work"
+                    ) from None
+                print(f"compile=auto: not compiled, learning is slower ({reason})")
+                self.mode = "off"
+                return function(*args, **kwargs)
+            chosen = faster
+            return result
+
+        return call

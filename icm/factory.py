@@ -3,7 +3,7 @@
 import torch
 
 from icm.agents.dqn import DQN
-from icm.compilation import resolve_compile
+from icm.compilation import Compiler, resolve_compile
 from icm.config import Config
 from icm.curiosity import ICM
 from icm.device import resolve_precision
@@ -28,7 +28,7 @@ def build_agent(
         state_shape: (C, H, W).
         num_actions: size of the action space.
         device: where it computes.
-        remember: False for an agent that only plays: it gets no memory.
+        remember: False for an agent that only plays: it gets no memory and is not compiled.
 
     Raises:
         UserError: the replay memory would not fit.
@@ -60,6 +60,8 @@ def build_agent(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free; {fitting} would fit"
         )
+    updates = config.total_steps // config.agent.steps_per_update
+    compiling = resolve_compile(config.compile, updates) if remember else "off"
     return DQN(
         Qnetwork(state_shape, num_actions, config.agent.hidden, told),
         icm,
@@ -69,6 +71,6 @@ def build_agent(
         curiosity,
         device,
         resolve_precision(config.precision, device),
-        resolve_compile(config.compile, config.total_steps // config.agent.steps_per_update),
+        Compiler(compiling, device),
         config.seed,
     )

@@ -11,7 +11,7 @@ from conftest import ROOT, run_script, settings
 from torch import Tensor
 
 from icm.agents.dqn import DQN
-from icm.compilation import WORTHWHILE, compiled, resolve_compile
+from icm.compilation import WORTHWHILE, Compiler, resolve_compile
 from icm.factory import build_agent
 
 STEPS = 40  # vector steps in the memory
@@ -85,14 +85,16 @@ def test_what_fails_in_itself_fails_as_it_would_uncompiled() -> None:
         return x @ torch.zeros(7, 7)
 
     with pytest.raises(RuntimeError, match=r"cannot be multiplied"):
-        compiled(broken, "auto", torch.device("cpu"))(torch.zeros(3, 3))
+        Compiler("auto", torch.device("cpu"))(broken)(torch.zeros(3, 3))
 
 
 def test_auto_goes_on_without_a_compiler() -> None:
     program = (
-        "import torch; from icm.compilation import compiled\n"
-        "double = compiled(lambda x: 2 * x, 'auto', torch.device('cpu'))\n"
-        "print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist())"
+        "import torch; from icm.compilation import Compiler\n"
+        "compiler = Compiler('auto', torch.device('cpu'))\n"
+        "double, negative = compiler(lambda x: 2 * x), compiler(lambda x: -x)\n"
+        "print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist(), end=' ')\n"
+        "print(negative(torch.ones(1)).tolist())"
     )
     environment = {**os.environ, "CXX": "/no/such/compiler", "CUDA_VISIBLE_DEVICES": ""}
     environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -101,8 +103,8 @@ def test_auto_goes_on_without_a_compiler() -> None:
     )
     assert result.returncode == 0, result.stderr
     said, answer = result.stdout.splitlines()
-    assert said.startswith("compile=auto: not compiled, updates take longer (")
-    assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0]"
+    assert said.startswith("compile=auto: not compiled, learning is slower (")
+    assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0] [-1.0]"
 
 
 def test_on_without_a_compiler_is_refused_in_one_line(tmp_path: Path) -> None:

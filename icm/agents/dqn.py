@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.agents.policy import MIN_TEMPERATURE, action_probabilities, entropy, scheduled
-from icm.compilation import compiled
+from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import ICM, EpisodicNovelty, ICMErrors, RewardScale, masked_mean
 from icm.errors import UserError
@@ -97,7 +97,7 @@ class DQN:
         curiosity: settings of the reward.
         device: where networks and updates live.
         bf16: run the networks under bfloat16 autocast.
-        compiling: whether updates are compiled, see `icm.compilation.compiled`.
+        compiler: of what is computed in every step.
         seed: of action sampling and replay sampling.
     """
 
@@ -111,7 +111,7 @@ class DQN:
         curiosity: CuriosityConfig,
         device: torch.device,
         bf16: bool,
-        compiling: str,
+        compiler: Compiler,
         seed: int,
     ) -> None:
         self.config, self.curiosity = agent, curiosity
@@ -128,7 +128,9 @@ class DQN:
             curiosity.reward_half_life / replay.num_envs,
         )
         self.novelty = self.new_novelty(replay.num_envs)
-        self._losses = compiled(self.losses, compiling, device)
+        self._values = compiler(self.values)
+        self._errors = compiler(self.errors)
+        self._losses = compiler(self.losses)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": list(self.qnetwork.parameters()), "lr": agent.lr},
@@ -157,13 +159,17 @@ class DQN:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _input(self, states: Tensor) -> Tensor:
-        """Network input of uint8 states (batch, C, H, W), on the device."""
-        x = self.input_norm(states.to(self.device))
-        return x.contiguous(memory_format=torch.channels_last)
+        """Network input of uint8 states (batch, C, H, W)."""
+        return self.input_norm(states).contiguous(memory_format=torch.channels_last)
 
     # --- acting ---------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def values(self, states: Tensor, previous: Tensor) -> Tensor:
+        """Action values that decide what is done, float32 (batch, actions); all on the device."""
+        with self._autocast():
+            return self.target(self._input(states), previous).float()
+
     def probabilities(
         self, states: Tensor, previous: Tensor, step: int, greedy: bool = False
     ) -> Tensor:
@@ -177,8 +183,7 @@ class DQN:
             step: agent step.
             greedy: all probability on the best action instead.
         """
-        with self._autocast():
-            q = self.target(self._input(states), previous.to(self.device)).float()
+        q = self._values(states.to(self.device), previous.to(self.device))
         if greedy:
             return action_probabilities(q, temperature=0.0, epsilon=0.0).cpu()
         return action_probabilities(q, *self.policy_settings(step)).cpu()
@@ -218,6 +223,21 @@ class DQN:
         return actions, probabilities
 
     @torch.no_grad()
+    def errors(
+        self,
+        states: Tensor,
+        previous: Tensor,
+        actions: Tensor,
+        next_states: Tensor,
+        probabilities: Tensor,
+    ) -> tuple[ICMErrors, Tensor]:
+        """What `judge` returns, of tensors on the device."""
+        with self._autocast():
+            both = self._input(torch.cat((states, next_states)))
+            features, next_features = self.icm.encode(both).chunk(2)
+            errors = self.icm(features, actions, next_features, probabilities, previous)
+            return errors, next_features[:, 1]
+
     def judge(
         self,
         states: Tensor,
@@ -231,17 +251,8 @@ class DQN:
         Shapes as in `observe`.
         """
         self.icm.eval()
-        with self._autocast():
-            both = self._input(torch.cat((states, next_states)))
-            features, next_features = self.icm.encode(both).chunk(2)
-            errors = self.icm(
-                features,
-                actions.to(self.device),
-                next_features,
-                probabilities.to(self.device),
-                previous.to(self.device),
-            )
-            return errors, next_features[:, 1]
+        given = (states, previous, actions, next_states, probabilities)
+        return self._errors(*(tensor.to(self.device) for tensor in given))
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
         """The novelty of states in episodes of `num_envs` environments that begin now."""
@@ -327,7 +338,7 @@ class DQN:
         self.updates += 1
         follow(self.target, self.qnetwork, config.target_tau)
         self.icm.update_target()
-        # copies, because the next pass of a CUDA graph writes to the same memory
+        # copies, because the next replay of a CUDA graph writes to the same memory
         return {name: value.clone() for name, value in parts.items()}
 
     def losses(self, batch: Sequences, worth: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
