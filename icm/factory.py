@@ -8,7 +8,7 @@ from icm.config import Config
 from icm.curiosity import ICM
 from icm.device import resolve_precision
 from icm.errors import UserError
-from icm.memory import available_bytes
+from icm.memory import available_bytes, memory_device
 from icm.models import Fnet, InputNorm, InverseNet, Phi, Qnetwork
 from icm.replay import Replay
 
@@ -54,7 +54,8 @@ def build_agent(
     )
     capacity = config.agent.replay_capacity if remember else 0
     needed, free = Replay.nbytes(capacity, (height, width), num_actions), available_bytes()
-    if needed > free:
+    kept_on = memory_device(needed, device)
+    if kept_on.type == "cpu" and needed > free:
         fitting = int(0.5 * free / Replay.nbytes(1, (height, width), num_actions))
         raise UserError(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
@@ -66,7 +67,7 @@ def build_agent(
         Qnetwork(state_shape, num_actions, config.agent.hidden, told),
         icm,
         InputNorm(config.agent.input_norm, (height, width)),
-        Replay(capacity, config.env.num_envs, (height, width), channels, num_actions),
+        Replay(capacity, config.env.num_envs, (height, width), channels, num_actions, kept_on),
         config.agent,
         curiosity,
         device,

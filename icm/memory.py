@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import psutil
+import torch
 
 
 def available_bytes() -> int:
@@ -13,3 +14,10 @@ def available_bytes() -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
     return free
+
+
+def memory_device(needed: int, device: torch.device) -> torch.device:
+    """Where a replay memory of `needed` bytes is kept: on a GPU if that has twice the room."""
+    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0] // 2:
+        return device
+    return torch.device("cpu")

@@ -1,6 +1,7 @@
 """Replay memory that stores every frame once and hands out sequences of stacked states."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Replay:
         frame_shape: (H, W) of one grey frame.
         frame_stack: frames in a state; at the start of an episode its first frame is repeated.
         num_actions: size of the action space.
+        device: where all of it is kept, and sequences are put together.
     """
 
     def __init__(
@@ -50,22 +52,25 @@ class Replay:
         frame_shape: tuple[int, int],
         frame_stack: int,
         num_actions: int,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.num_slots = capacity // num_envs
         self.num_envs = num_envs
         self.frame_stack = frame_stack
         self.history = max(frame_stack - 1, 1)  # slots before a state that belong to it
         shape = (self.num_slots, num_envs)
-        self.frames = torch.zeros((*shape, *frame_shape), dtype=torch.uint8)
-        self.actions = torch.zeros(shape, dtype=torch.uint8)
-        self.behaviour = torch.zeros((*shape, num_actions), dtype=torch.float32)
-        self.rewards = torch.zeros(shape, dtype=torch.float32)
-        self.terminated = torch.zeros(shape, dtype=torch.bool)
-        self.truncated = torch.zeros(shape, dtype=torch.bool)
-        self.reset = torch.zeros(shape, dtype=torch.bool)
-        self.novelty = torch.zeros(shape, dtype=torch.float32)
+        zeros = partial(torch.zeros, device=device)
+        self.frames = zeros((*shape, *frame_shape), dtype=torch.uint8)
+        self.actions = zeros(shape, dtype=torch.uint8)
+        self.behaviour = zeros((*shape, num_actions), dtype=torch.float32)
+        self.rewards = zeros(shape, dtype=torch.float32)
+        self.terminated = zeros(shape, dtype=torch.bool)
+        self.truncated = zeros(shape, dtype=torch.bool)
+        self.reset = zeros(shape, dtype=torch.bool)
+        self.novelty = zeros(shape, dtype=torch.float32)
         # slots of the current episode before this one, as far as a state looks back
-        self.age = torch.zeros(shape, dtype=torch.uint8)
+        self.age = zeros(shape, dtype=torch.uint8)
         self.head = 0  # slot written next
         self.size = 0  # slots filled
 
@@ -92,11 +97,11 @@ class Replay:
         """Store one step of every environment.
 
         States are uint8 (num_envs, C, H, W), behaviour is (num_envs, actions), the rest
-        (num_envs,), see `Sequences`. The state that follows is stored by the next call, so the
-        newest slot has no successor yet.
+        (num_envs,), see `Sequences`; on any device. The state that follows is stored by the next
+        call, so the newest slot has no successor yet.
         """
         previous = self.head - 1
-        started = self.reset[previous] if self.size else torch.ones(self.num_envs, dtype=torch.bool)
+        started = self.reset[previous] if self.size else torch.ones_like(self.reset[previous])
         age = (self.age[previous] + 1).clamp_max(self.history)
         self.frames[self.head] = states[:, -1]
         self.age[self.head] = torch.where(started, 0, age)
@@ -125,9 +130,11 @@ class Replay:
         # what belongs to the oldest states is already overwritten
         starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
+        starts, envs = starts.to(self.device), envs.to(self.device)
         oldest = self.head - self.size
-        slots = (oldest + starts + torch.arange(length + 1)) % self.num_slots  # (B, L + 1)
-        look_back = torch.arange(self.frame_stack - 1, -1, -1)  # C-1 … 0
+        along = torch.arange(length + 1, device=self.device)
+        slots = (oldest + starts + along) % self.num_slots  # (B, L + 1)
+        look_back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)  # C-1 … 0
         age = self.age[slots, envs]
         back = torch.minimum(look_back, age.unsqueeze(-1))  # (B, L + 1, C)
         states = self.frames[(slots.unsqueeze(-1) - back) % self.num_slots, envs.unsqueeze(-1)]
@@ -148,7 +155,7 @@ class Replay:
     def recent_frames(self, count: int) -> Tensor:
         """The newest frames of all environments, at most about `count`, uint8 (n, H, W)."""
         slots = min(self.size, max(1, count // self.num_envs))
-        index = (self.head - 1 - torch.arange(slots)) % self.num_slots
+        index = (self.head - 1 - torch.arange(slots, device=self.device)) % self.num_slots
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:

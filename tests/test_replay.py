@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from icm.memory import memory_device
 from icm.models import NO_ACTION
 from icm.replay import Replay, Sequences
 
@@ -24,7 +25,7 @@ def make_replay(
     frame_stack: int,
     num_actions: int = ACTIONS,
 ) -> Replay:
-    return Replay(capacity, num_envs, frame, frame_stack, num_actions)
+    return Replay(capacity, num_envs, frame, frame_stack, num_actions, torch.device("cpu"))
 
 
 class Simulation:
@@ -464,3 +465,19 @@ def test_cut_of_almost_nothing() -> None:
     simulation.restart()
     fill(replay, simulation, 10)
     compare(replay.sample(100, 2, generator()), simulation, 2)
+
+
+@pytest.mark.parametrize(("free", "kept_on"), [(2_000, "cuda:1"), (1_999, "cpu")])
+def test_memory_is_kept_on_a_gpu_that_has_twice_the_room(
+    monkeypatch: pytest.MonkeyPatch, free: int, kept_on: str
+) -> None:
+    asked = []
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return free, 10_000
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert memory_device(1_000, torch.device("cuda", 1)) == torch.device(kept_on)
+    assert memory_device(1_000, torch.device("cpu")) == torch.device("cpu")
+    assert asked == [torch.device("cuda", 1)]
