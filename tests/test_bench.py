@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,29 +11,44 @@ import torch
 from conftest import ROOT, SMALL, run_script
 from hydra import compose, initialize_config_dir
 
-from icm.bench.measure import steady
+from icm.bench.contenders import Contender, rate_of
 from icm.bench.tutorial import TutorialLoop, downscale, make_env
 from icm.errors import UserError
 
 
-def test_bench_measures_both_loops_and_writes_what_it_prints(tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
+def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "bench.json"
     # total_steps: an end for the training, should the benchmark be killed
-    train = [*SMALL, "total_steps=20000"]
+    train = [*SMALL, "total_steps=50000"]
     done = run_script(
-        "bench.py", "seconds=2", "rounds=1", f"out={out}", f"train={train}", timeout=300
-    )
+        "bench.py", "quick=true", "seconds=0.5", "rounds=1", f"out={out}", f"train={train}",
+        timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    line = done.stdout.splitlines()[-1]
-    assert out.read_text() == line + "\n"
-    result = json.loads(line)
-    ours, tutorial = result["end_to_end"]["nes_py"], result["end_to_end"]["tutorial"]
-    assert ours["agent_steps_per_s"] > 0
-    assert tutorial["agent_steps_per_s"] > 0
-    assert ours["vs_tutorial"] == pytest.approx(
-        ours["agent_steps_per_s"] / tutorial["agent_steps_per_s"]
-    )
-    assert result["train"] == train
+    result = json.loads(out.read_text())
+    assert set(result["emulator"]) >= {"nes_py", "fceumm"}
+    for name, environment in result["environment"].items():
+        frames = 1 / result["emulator"][name]["frames_per_s"]
+        assert environment["frames_per_s"] == pytest.approx(
+            1 / frames / (1 + environment["overhead_with_state"])
+        )
+    tutorial = result["end_to_end"]["tutorial"]["agent_steps_per_s"]
+    learning = result["update"]["seconds_per_agent_step"]
+    for name, core in (("nes_py", "nes_py"), ("libretro", next(iter(result["cores"])))):
+        ours = result["end_to_end"][name]
+        assert ours["vs_tutorial"] == pytest.approx(ours["agent_steps_per_s"] / tutorial)
+        assert ours["vs_sb3"] is None  # not in a quick run
+        emulating = 1 / result["environment"][core]["agent_steps_per_s"]
+        ideal = result["machine"]["cores"] / (emulating + learning)
+        assert ours["share_of_ideal"] == pytest.approx(ours["agent_steps_per_s"] / ideal)
+        vector = result["vector"][name]
+        assert vector["share_of_alone"] == pytest.approx(
+            vector["agent_steps_per_s"] / vector["alone_agent_steps_per_s"]
+        )
+        assert name in done.stdout
+    modes = result["update"]["modes"]
+    assert list(modes) == ["float32 with PyTorch's ELU", "float32"]
+    assert result["update"]["speedup"] == pytest.approx(modes["float32"]["speedup"])
     assert "using cpu (1 threads)" in result["device"]
     assert result["machine"]["torch"] in torch.__version__
 
@@ -42,7 +59,7 @@ def test_bench_measures_both_loops_and_writes_what_it_prints(tmp_path: Path) -> 
         ("rounds=0", "rounds=0: must be"),
         (
             "train=['env.num_envs=0']",
-            "train=['env.num_envs=0']: env.num_envs=0: must be at least 1",
+            "env.num_envs=0: must be at least 1",
         ),
     ],
 )
@@ -62,8 +79,9 @@ def test_a_mistake_is_one_line_and_exit_status_2(argument: str, named: str) -> N
         ("rounds", 0, "rounds=0: must be"),
         ("rounds", 1.5, "rounds: Value '1.5'"),
         ("train", "fast", "train: "),
-        ("out", "nowhere/bench.json", "out=nowhere/bench.json: must"),
-        ("out", ".", "out=.: must"),
+        ("out", "README.md/bench.json", "out=README.md/bench.json: cannot be written: "),
+        ("out", ".", "out=.: cannot be written: "),
+        ("quick", "perhaps", "quick: Value 'perhaps'"),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_measured(
@@ -78,17 +96,53 @@ def test_a_mistake_is_found_before_anything_is_measured(
     assert str(error.value).startswith(message)
 
 
-def test_only_intervals_that_learned_throughout_count(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    assert steady(metrics) == (0, 0.0)
+def test_pauses_do_not_count() -> None:
     lines = [
-        {"step": 100, "speed/agent_steps_per_s": 900.0},
-        {"step": 200, "speed/agent_steps_per_s": 500.0, "loss/q": 1.0},  # learning began here
-        {"step": 300, "speed/agent_steps_per_s": 50.0, "loss/q": 1.0},  # 2 s
-        {"step": 450, "speed/agent_steps_per_s": 150.0, "loss/q": 1.0},  # 1 s
+        {"step": 100, "speed/agent_steps_per_s": 900.0},  # of before
+        {"step": 200, "speed/agent_steps_per_s": 10.0},  # 10 s, 8 of them paused
+        {"step": 450, "speed/agent_steps_per_s": 250.0},  # 1 s
     ]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60')
-    assert steady(metrics) == (250, 3.0)
+    assert rate_of(lines, paused=8.0) == pytest.approx(350 / 3)
+
+
+def test_turns_pause_a_training_and_count_every_step(tmp_path: Path) -> None:
+    """A program that counts as fast as its clock says: its rate is that, whenever it may run."""
+    program = tmp_path / "count.py"
+    program.write_text(
+        "import time\n"
+        "from icm.bench.progress import Report\n"
+        "report, step, start = Report(0), 0, time.process_time()\n"
+        "while True:\n"
+        "    while time.process_time() - start < 0.001 * step:\n"
+        "        pass\n"
+        "    step += 1\n"
+        "    report(step)\n"
+    )
+    with Contender(lambda folder: [sys.executable, str(program)]) as contender:
+        lines = len(contender._lines())
+        time.sleep(1.5)
+        assert len(contender._lines()) == lines  # paused
+        contender.turn(0.5)
+        assert contender._lines()[-1]["step"] > 0
+        counted = contender._counted
+        contender.turn(0.5)
+        assert contender._counted > counted
+        process = contender.process
+    assert process.returncode is not None
+    assert not contender.folder.exists()
+
+
+def test_a_training_that_fails_is_reported() -> None:
+    for program, error, said in (
+        ("import sys; print('x: error: n=0: no', file=sys.stderr); sys.exit(2)", UserError, "^n=0"),
+        ("raise ValueError('of its own')", RuntimeError, "of its own"),
+        ("pass", UserError, "ended before it had learned"),
+    ):
+        with (
+            pytest.raises(error, match=said),
+            Contender(lambda folder, program=program: [sys.executable, "-c", program]),
+        ):
+            pass
 
 
 def test_the_tutorial_updates_once_per_agent_step_when_it_holds_a_batch() -> None:

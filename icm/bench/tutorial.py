@@ -1,12 +1,9 @@
 """The training loop this project grew from, as a baseline of speed: see `TutorialLoop`.
 
-`python -m icm.bench.tutorial SECONDS` prints one JSON line, see `main`.
+`python -m icm.bench.tutorial` runs until it is stopped, see `main`.
 """
 
-import json
 import random
-import sys
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -20,6 +17,7 @@ from nes_py.wrappers import JoypadSpace
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.bench.progress import Report
 from icm.envs.wrappers import Env
 from icm.models import Fnet, InputNorm, InverseNet, Phi, Qnetwork
 
@@ -206,17 +204,16 @@ def make_env() -> Env:
     return JoypadSpace(gym.make(ENV_ID), COMPLEX_MOVEMENT)
 
 
-def main(seconds: float) -> dict[str, float]:
-    """Run the loop for `seconds` after its first update: agent steps done and seconds taken."""
+def main() -> None:
+    """Run the loop; once it learns, print a JSON line on its speed now and then."""
     loop = TutorialLoop(make_env())
     while loop.step() is None:  # fill the replay
         pass
-    start, first = time.perf_counter(), loop.steps
-    while (passed := time.perf_counter() - start) < seconds:
+    report = Report(loop.steps)
+    while True:
         loop.step()
-    loop.env.close()
-    return {"agent_steps": loop.steps - first, "seconds": passed}
+        report(loop.steps)
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(float(sys.argv[1]))))
+    main()

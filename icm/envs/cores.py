@@ -25,16 +25,23 @@ def find_core(core: str) -> Path:
         if not Path(core).is_file():
             raise UserError(f"env.core={core}: no such file; auto finds installed cores")
         return Path(core)
-    for name in ("quicknes", "fceumm"):
-        for folder in core_folders():
-            path = folder / f"{name}_libretro{SUFFIX}"
-            if path.is_file():
-                return path
+    for path in installed_cores().values():
+        return path
     raise UserError(
         "env.core=auto: found no core; `uv run --extra fast` or "
         "`pip install --no-deps stable-retro==1.0.1` installs FCEUmm, RetroArch has QuickNES; "
         "env.core=PATH names a core elsewhere, env.emulator=nes_py needs none"
     )
+
+
+def installed_cores() -> dict[str, Path]:
+    """The cores found, by name, the one that `auto` takes first."""
+    found = {}
+    for name in ("quicknes", "fceumm"):
+        paths = [folder / f"{name}_libretro{SUFFIX}" for folder in core_folders()]
+        if path := next((path for path in paths if path.is_file()), None):
+            found[name] = path
+    return found
 
 
 def core_folders() -> list[Path]:

@@ -1,0 +1,143 @@
+"""Speed of learning alone, without environments: `python -m icm.bench.learner SECONDS ROUNDS ...`.
+
+A process of its own with as many threads as a training has. Further arguments are settings of
+scripts/train.py. Prints one JSON line, see `main`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.agents.dqn import DQN
+from icm.bench.settings import train_settings
+from icm.compilation import Compiler
+from icm.config import Config
+from icm.device import resolve_device, resolve_precision, share_cores
+from icm.envs import action_count, make_env
+from icm.factory import build_agent
+
+PLAIN = "float32 with PyTorch's ELU"  # the unit: eager, as PyTorch comes
+REMEMBERED = 40  # vector steps
+
+
+def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> DQN:
+    """An agent that remembers random pictures: what they show costs nothing."""
+    agent = build_agent(config, shape, actions, resolve_device(config.device))
+    for _ in range(REMEMBERED):
+        agent.observe(**vector_step(agent, shape, actions))
+    agent.measure_input()
+    return agent
+
+
+def vector_step(agent: DQN, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
+    """What `DQN.observe` is given."""
+    n = agent.replay.num_envs
+    never = torch.zeros(n, dtype=torch.bool)
+    return {
+        "states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
+        "previous": torch.randint(0, actions, (n,)),
+        "probabilities": torch.full((n, actions), 1 / actions),
+        "actions": torch.randint(0, actions, (n,)),
+        "next_states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
+        "rewards": torch.zeros(n),
+        "terminated": never,
+        "truncated": never,
+        "reset": never,
+    }
+
+
+def milliseconds(do: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """Wall-clock time of one call, the mean over about `seconds`."""
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        do()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls * 1e3
+
+
+def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
+    """Measure acting, observing and updating.
+
+    Args:
+        seconds: of each measurement.
+        rounds: times that everything is measured, in turn.
+        overrides: settings; with `compile=off` nothing is compiled.
+
+    Returns:
+        `modes`: of each way to compute an update its median and single times, samples/s, and the
+        speed as a multiple of the plain one; `mode`: the one that a training takes, `speedup`: its
+        multiple; `act_ms` and `observe_ms` in that mode, of a vector step;
+        `seconds_per_agent_step`: these two and the configured share of an update, on one core;
+        `update_seconds_per_agent_step`: that share alone.
+    """
+    share_cores()
+
+    def settings(*more: str) -> Config:
+        return train_settings("agent.replay_capacity=10000", *overrides, *more)
+
+    config = settings()
+    device = resolve_device(config.device)
+    env = make_env(config.env)
+    state_shape: Any = env.observation_space.shape
+    sizes = state_shape, action_count(env.action_space)
+    env.close()
+
+    agents = {PLAIN: make_agent(settings("precision=float32", "compile=off"), *sizes)}
+    icm = agents[PLAIN].icm
+    for body in (icm.phi, icm.target_phi, agents[PLAIN].qnetwork, agents[PLAIN].target):
+        body.activation = F.elu
+    compiler = Compiler("off" if config.compile == "off" else "auto", device)
+    compiler(torch.neg)(torch.ones(1, device=device))  # now it is off where nothing can be compiled
+    bf16 = resolve_precision(config.precision, device)
+    for precision in ("float32", "bf16") if bf16 else ("float32",):
+        for compiling in ("off",) if compiler.mode == "off" else ("off", "on"):
+            mode = f"{precision} compiled" if compiling == "on" else precision
+            chosen = settings(f"precision={precision}", f"compile={compiling}")
+            agents[mode] = make_agent(chosen, *sizes)
+    agent = agents[mode]  # the last one is what a training takes
+    step = vector_step(agent, *sizes)
+    measured = {
+        "act_ms": lambda: agent.act(step["states"], step["previous"], config.total_steps),
+        "observe_ms": lambda: agent.observe(**step),
+        **{name: agents[name].update for name in agents},
+    }
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for do in measured.values():  # compiles
+        do()
+        do()
+    for _ in range(rounds):
+        for name, do in measured.items():
+            times[name].append(milliseconds(do, seconds, device))
+    medians = {name: median(values) for name, values in times.items()}
+    acting = (medians["act_ms"] + medians["observe_ms"]) / config.env.num_envs / 1e3
+    updating = medians[mode] / config.agent.steps_per_update / 1e3
+    samples = config.agent.batch_size * config.agent.sequence_length
+    return {
+        "modes": {
+            name: {
+                "ms": medians[name],
+                "rounds_ms": times[name],
+                "samples_per_s": samples / medians[name] * 1e3,
+                "speedup": medians[PLAIN] / medians[name],
+            }
+            for name in agents
+        },
+        "mode": mode,
+        "speedup": medians[PLAIN] / medians[mode],
+        "act_ms": medians["act_ms"],
+        "observe_ms": medians["observe_ms"],
+        "seconds_per_agent_step": acting + updating,
+        "update_seconds_per_agent_step": updating,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))

@@ -1,0 +1,219 @@
+"""All measurements of scripts/bench.py, and what follows from them."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from icm.bench import contenders, emulation
+from icm.bench.machine import machine
+from icm.bench.settings import train_settings
+from icm.config import EnvConfig
+from icm.envs.cores import installed_cores
+
+PART = 0.15  # of the time of a turn: a measurement of one part
+
+
+@dataclass
+class BenchConfig:
+    """See `conf/bench.yaml`."""
+
+    quick: bool
+    seconds: float
+    rounds: int
+    train: list[str]
+    out: str
+
+
+def say(what: str) -> None:
+    """Tell how far it is: on stderr, so that stdout is the result alone."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def in_turn(
+    measures: dict[str, emulation.Measure], seconds: float, rounds: int
+) -> dict[str, list[float]]:
+    """What every measure finds, measured once per round, one after the other."""
+    found = defaultdict(list)
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(measure(seconds))
+    return found
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def measure(options: BenchConfig) -> dict[str, Any]:
+    """Measure everything that is installed here; the result is what goes into the JSON."""
+    before = machine()
+    overrides = options.train
+    if options.quick:
+        overrides = ["compile=off", *overrides]
+    config = train_settings(*overrides)
+    part = PART * options.seconds
+    cores = installed_cores()
+    emulators = {"nes_py": replace(config.env, emulator="nes_py")}
+    for name, path in cores.items():
+        emulators[name] = replace(config.env, emulator="libretro", core=str(path))
+    backends = {"nes_py": emulators["nes_py"]}
+    if cores:
+        backends["libretro"] = emulators[next(iter(cores))]
+    else:
+        say("no libretro core found: env.emulator=libretro is not measured")
+
+    say("emulators and environments")
+    emulator, environment = emulator_speeds(emulators, part, options.rounds)
+    say("many environments")
+    vector = {
+        name: vector_speeds(backend, before["cores"], part, options.rounds)
+        for name, backend in backends.items()
+    }
+    scaling = {}
+    if not options.quick:
+        fastest = list(backends)[-1]
+        scaling = {fastest: emulation.scaling(backends[fastest], before["cores"], part)}
+    say("learner")
+    update = learner_speeds(part, options.rounds, overrides)
+    ideal = {}
+    for name, emulator_name in zip(backends, emulators, strict=False):  # of one core: the first
+        emulating = 1 / environment[emulator_name]["agent_steps_per_s"]
+        ideal[name] = before["cores"] / (emulating + update["seconds_per_agent_step"])
+    end_to_end, device = training_speeds(options, overrides, backends, ideal)
+    return {
+        "end_to_end": end_to_end,
+        "vector": vector,
+        "scaling": scaling,
+        "update": update,
+        "environment": environment,
+        "emulator": emulator,
+        "cores": {name: str(path) for name, path in cores.items()},
+        "quick": options.quick,
+        "seconds": options.seconds,
+        "train": overrides,
+        "device": device,
+        "machine": before,
+    }
+
+
+def emulator_speeds(
+    emulators: dict[str, EnvConfig], seconds: float, rounds: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Frames/s of every emulator alone, and agent steps/s of one environment on each.
+
+    `overhead` is what a frame of the game costs beyond the emulator's (that draws every frame), as
+    a share of that; `overhead_with_state` includes what the agent sees.
+    """
+    measures: dict[str, emulation.Measure] = {}
+    for name, config in emulators.items():
+        measures[f"{name} bare"] = emulation.bare_frames(config, skipping=False)
+        if config.emulator == "libretro":
+            measures[f"{name} skipping"] = emulation.bare_frames(config, skipping=True)
+        measures[f"{name} game"] = emulation.environment_steps(config, with_state=False)
+        measures[f"{name} environment"] = emulation.environment_steps(config)
+    found = in_turn(measures, seconds, rounds)
+    emulator, environment = {}, {}
+    for name, config in emulators.items():
+        bare = found[f"{name} bare"]
+        emulator[name] = {"frames_per_s": median(bare), "rounds": bare}
+        if skipping := found.get(f"{name} skipping"):
+            emulator[name] |= {"skipping_frames_per_s": median(skipping)}
+        steps = found[f"{name} environment"]
+        environment[name] = {
+            "agent_steps_per_s": median(steps),
+            "frames_per_s": median(steps) * config.action_repeat,
+            "rounds": steps,
+            "overhead": median(ratios(bare, found[f"{name} game"])) / config.action_repeat - 1,
+            "overhead_with_state": median(ratios(bare, steps)) / config.action_repeat - 1,
+        }
+    return emulator, environment
+
+
+def vector_speeds(config: EnvConfig, cores: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Agent steps/s of the vector environment, and of processes with one environment each."""
+    with (
+        emulation.vector_steps(config) as together,
+        emulation.separate_steps(config, cores) as alone,
+    ):
+        found = in_turn({"vector": together, "alone": alone}, 2 * seconds, rounds)
+    shares = ratios(found["vector"], found["alone"])
+    return {
+        "agent_steps_per_s": median(found["vector"]),
+        "alone_agent_steps_per_s": median(found["alone"]),
+        "share_of_alone": median(shares),
+        "rounds": found["vector"],
+        "share_of_alone_rounds": shares,
+    }
+
+
+def learner_speeds(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
+    """See `icm.bench.learner`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "icm.bench.learner", str(seconds), str(rounds), *overrides],
+        cwd=contenders.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"icm.bench.learner: {done.stderr}")
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def training_speeds(
+    options: BenchConfig,
+    overrides: list[str],
+    backends: dict[str, EnvConfig],
+    ideal: dict[str, float],
+) -> tuple[dict[str, Any], str]:
+    """Agent steps/s of whole trainings, as they learn; and the device of ours."""
+    repeat = backends["nes_py"].action_repeat
+    rivals = ["ppo", "dqn"]
+    if options.quick:
+        rivals = []
+    elif importlib.util.find_spec("stable_baselines3") is None:
+        rivals = []
+        say("Stable-Baselines3 is not installed, so not measured (uv run --extra bench ...)")
+    entered = {"tutorial": contenders.tutorial()}
+    for name, config in backends.items():
+        chosen = [f"env.emulator={config.emulator}", f"env.core={config.core}"]
+        entered[name] = contenders.training([*overrides, *chosen])
+    for rival in rivals:
+        entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
+    with ExitStack() as running:
+        for name, contender in entered.items():
+            say(f"starting {name}")
+            running.enter_context(contender)
+        device = entered["nes_py"].said()
+        rates = defaultdict(list)
+        for done in range(1, options.rounds + 1):
+            for name, contender in entered.items():
+                rates[name].append(contender.turn(options.seconds))
+            latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
+            say(f"round {done} of {options.rounds}: {latest} agent steps/s")
+
+    result: dict[str, Any] = {
+        name: {"agent_steps_per_s": median(found), "rounds": found} for name, found in rates.items()
+    }
+    for name in backends:
+        ours = rates[name]
+        over_tutorial = ratios(ours, rates["tutorial"])
+        result[name] |= {
+            "vs_tutorial": median(over_tutorial),
+            "vs_tutorial_rounds": over_tutorial,
+            "ideal_agent_steps_per_s": ideal[name],
+            "share_of_ideal": median(ours) / ideal[name],
+            "vs_sb3": None,
+        }
+        if rivals:
+            fastest = max((f"sb3_{rival}" for rival in rivals), key=lambda r: median(rates[r]))
+            result[name] |= {"vs_sb3": median(ratios(ours, rates[fastest])), "sb3": fastest}
+    return result, device
