@@ -119,6 +119,7 @@ def test_turns_pause_a_training_and_count_every_step(tmp_path: Path) -> None:
         "    report(step)\n"
     )
     with Contender(lambda folder: [sys.executable, str(program)]) as contender:
+        contender.get_ready()
         lines = len(contender._lines())
         time.sleep(1.5)
         assert len(contender._lines()) == lines  # paused
@@ -140,9 +141,9 @@ def test_a_training_that_fails_is_reported() -> None:
     ):
         with (
             pytest.raises(error, match=said),
-            Contender(lambda folder, program=program: [sys.executable, "-c", program]),
+            Contender(lambda folder, program=program: [sys.executable, "-c", program]) as failing,
         ):
-            pass
+            failing.get_ready()
 
 
 def test_the_tutorial_updates_once_per_agent_step_when_it_holds_a_batch() -> None:

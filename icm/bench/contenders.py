@@ -31,7 +31,7 @@ class Contender:
 
     It reports on itself in a file of JSON lines with `step` (agent steps so far) and
     `speed/agent_steps_per_s` (of the steps since the line before, by a clock that runs on in
-    pauses). Entering starts it, and pauses it as soon as it learns steadily; leaving ends it.
+    pauses). Entering starts it, `get_ready` pauses it once it learns; leaving ends it.
 
     Args:
         command: what to run, given a temporary folder.
@@ -39,7 +39,7 @@ class Contender:
         learning: lines without this key are from before learning; None: there are none such.
 
     Raises:
-        UserError: (entering) the command refused its arguments, or ended before it learned.
+        UserError: (`get_ready`) the command refused its arguments, or ended before it learned.
     """
 
     def __init__(
@@ -62,16 +62,10 @@ class Contender:
                 cwd=ROOT,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,  # a group of its own to pause; Ctrl-C reaches us alone
+                # a group of its own to pause, which Ctrl-C does not reach, but of this session:
+                # should this process be killed, the system ends what it has paused
+                process_group=0,
             )
-        try:
-            # the first line also pays for one-time work
-            self._wait(lambda: len(self._lines()) >= 2, STARTING_TIME)
-            self._pause()
-        except BaseException:
-            self.__exit__()
-            raise
-        self._counted = len(self._lines())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +79,13 @@ class Contender:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
         self._temporary.cleanup()
+
+    def get_ready(self) -> None:
+        """Wait until it learns steadily, then pause it."""
+        # the first line also pays for one-time work
+        self._wait(lambda: len(self._lines()) >= 2, STARTING_TIME)
+        self._pause()
+        self._counted = len(self._lines())
 
     def turn(self, seconds: float) -> float:
         """Let it run for about `seconds`; agent steps/s."""

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from icm.bench.settings import train_settings
 from icm.config import EnvConfig
 from icm.envs.cores import installed_cores
 
+STARTED = time.monotonic()
 PART = 0.15  # of the time of a turn: a measurement of one part
 
 
@@ -32,7 +34,7 @@ class BenchConfig:
 
 def say(what: str) -> None:
     """Tell how far it is: on stderr, so that stdout is the result alone."""
-    print(what, file=sys.stderr, flush=True)
+    print(f"{time.monotonic() - STARTED:3.0f} s: {what}", file=sys.stderr, flush=True)
 
 
 def in_turn(
@@ -189,9 +191,11 @@ def training_speeds(
     for rival in rivals:
         entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
     with ExitStack() as running:
+        for contender in entered.values():
+            running.enter_context(contender)
         for name, contender in entered.items():
             say(f"starting {name}")
-            running.enter_context(contender)
+            contender.get_ready()
         device = entered["nes_py"].said()
         rates = defaultdict(list)
         for done in range(1, options.rounds + 1):
