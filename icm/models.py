@@ -113,8 +113,8 @@ class _ELU(torch.autograd.Function):
 def elu(x: Tensor, /) -> Tensor:
     """Exponential linear unit, x if positive, else exp(x) - 1 (Clevert et al. 2016, section 3).
 
-    `F.elu` takes expm1, which was most of an update on a CPU where PyTorch's AVX-512 expm1 is 18
-    times slower than its exp (docs/performance.md). Equal to it within rounding of 1.
+    `F.elu` takes expm1, which costs a compiled update a fifth of its time, and once was most of an
+    eager one (docs/performance.md). Equal to it within rounding of 1.
     """
     return _ELU.apply(x)
 

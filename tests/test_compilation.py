@@ -73,6 +73,23 @@ def test_updates_agree_with_plain_float32(
     assert cosine.item() > 1 - angle**2 / 2
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")
+def test_compiled_acting_and_judging_agree_with_plain() -> None:
+    generator = torch.Generator().manual_seed(2)
+    states, next_states = torch.randint(
+        0, 256, (2, 4, 4, 42, 42), dtype=torch.uint8, generator=generator
+    )
+    previous, actions = torch.randint(0, 12, (2, 4), generator=generator)
+    found = []
+    for compiling in ("on", "off"):
+        agent = make_agent("precision=float32", f"compile={compiling}")
+        policy = agent.probabilities(states, previous, step=100_000)
+        errors, seen = agent.judge(states, previous, actions, next_states, policy)
+        found.append((policy, errors.forward, errors.inverse, errors.logits, seen))
+    for compiled, plain in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_short_runs_are_not_compiled() -> None:
     assert resolve_compile("auto", WORTHWHILE - 1) == "off"
     assert resolve_compile("auto", WORTHWHILE) == "auto"

@@ -24,7 +24,7 @@ def _spread(rounds: list[float]) -> str:
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    yield _row("emulator", "frames/s", "1 of 6 drawn")
+    yield _row("emulator", "frames/s", "seen drawn")
     for name, found in result["emulator"].items():
         skipping = _number(found.get("skipping_frames_per_s"))
         yield _row(name, _number(found["frames_per_s"]), skipping)
