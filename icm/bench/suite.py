@@ -183,9 +183,7 @@ def training_speeds(
         rivals = []
     elif importlib.util.find_spec("stable_baselines3") is None:
         rivals = []
-        say(
-            "Stable-Baselines3 is not installed, so not measured; pip install -e .[bench] installs it"
-        )
+        say("Stable-Baselines3 is not measured: pip install -e .[bench] installs it")
     entered = {"tutorial": contenders.tutorial()}
     for name, config in backends.items():
         chosen = [f"env.emulator={config.emulator}", f"env.core={config.core}"]
