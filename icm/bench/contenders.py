@@ -52,7 +52,6 @@ class Contender:
         self.folder = Path(self._temporary.name)
         self.command = command(self.folder)
         self.progress, self.learning = self.folder / progress, learning
-        self._counted = 0  # lines
 
     def __enter__(self) -> "Contender":
         # files, because a pipe that nobody reads can fill up and block the run
@@ -85,22 +84,22 @@ class Contender:
         # the first line also pays for one-time work
         self._wait(lambda: len(self._lines()) >= 2, STARTING_TIME)
         self._pause()
-        self._counted = len(self._lines())
 
     def turn(self, seconds: float) -> float:
-        """Let it run for about `seconds`; agent steps/s."""
-        paused = time.monotonic() - self._paused_at
+        """Let it run for about `seconds`; agent steps/s.
+
+        Until the first line it warms up: the pause, in which the system may have taken its memory
+        from it, is part of what that line is about.
+        """
+        counted = len(self._lines())
         os.killpg(self.process.pid, signal.SIGCONT)
         start = time.monotonic()
         self._wait(
-            lambda: time.monotonic() - start >= seconds and len(self._lines()) > self._counted,
+            lambda: time.monotonic() - start >= seconds and len(self._lines()) >= counted + 2,
             seconds + STARTING_TIME,
         )
         self._pause()
-        lines = self._lines()
-        rate = rate_of(lines[self._counted - 1 :], paused)
-        self._counted = len(lines)
-        return rate
+        return rate_of(self._lines()[counted:])
 
     def said(self) -> str:
         """The first line it printed."""
@@ -108,7 +107,6 @@ class Contender:
 
     def _pause(self) -> None:
         os.killpg(self.process.pid, signal.SIGSTOP)
-        self._paused_at = time.monotonic()
         time.sleep(POLL)  # until it is in effect
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -134,9 +132,9 @@ class Contender:
             raise RuntimeError(f"{' '.join(self.command)}: {ended}\n{errors}")
 
 
-def rate_of(lines: list[dict[str, Any]], paused: float) -> float:
-    """Agent steps/s from the first to the last line, the first step after a pause of seconds."""
-    seconds = -paused
+def rate_of(lines: list[dict[str, Any]]) -> float:
+    """Agent steps/s from the first to the last line."""
+    seconds = 0.0
     for before, line in pairwise(lines):
         seconds += (line["step"] - before["step"]) / line["speed/agent_steps_per_s"]
     return float((lines[-1]["step"] - lines[0]["step"]) / seconds)
