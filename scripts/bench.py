@@ -26,17 +26,22 @@ def main(settings: DictConfig) -> None:
     if options.rounds < 1:
         raise UserError(f"rounds={options.rounds}: must be at least 1")
     out = Path(options.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
+
+    def write(text: str) -> None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("w" if text else "a") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
+
+    write("")  # before minutes of measuring; what is there stays until then
     for number in (signal.SIGINT, signal.SIGTERM):  # leave by an exception: it ends what runs
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
     result = measure(options)
     print(tables(result))
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write(json.dumps(result, indent=1) + "\n")
     print(f"written to {out}")
 
 

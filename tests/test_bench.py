@@ -33,9 +33,11 @@ def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
             1 / frames / (1 + environment["overhead_with_state"])
         )
     tutorial = result["end_to_end"]["tutorial"]["agent_steps_per_s"]
+    assert tutorial > 0
     learning = result["update"]["seconds_per_agent_step"]
     for name, core in (("nes_py", "nes_py"), ("libretro", next(iter(result["cores"])))):
         ours = result["end_to_end"][name]
+        assert ours["agent_steps_per_s"] > 0
         assert ours["vs_tutorial"] == pytest.approx(ours["agent_steps_per_s"] / tutorial)
         assert ours["vs_sb3"] is None  # not in a quick run
         emulating = 1 / result["environment"][core]["agent_steps_per_s"]
@@ -49,6 +51,8 @@ def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
     modes = result["update"]["modes"]
     assert list(modes) == ["float32 with PyTorch's ELU", "float32"]
     assert result["update"]["speedup"] == pytest.approx(modes["float32"]["speedup"])
+    assert done.stdout.splitlines()[-1] == f"written to {out}"
+    assert result["train"] == ["compile=off", *train]
     assert "using cpu (1 threads)" in result["device"]
     assert result["machine"]["torch"] in torch.__version__
 
@@ -59,7 +63,7 @@ def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
         ("rounds=0", "rounds=0: must be"),
         (
             "train=['env.num_envs=0']",
-            "env.num_envs=0: must be at least 1",
+            "train=['env.num_envs=0']: env.num_envs=0: must be at least 1",
         ),
     ],
 )
@@ -103,6 +107,18 @@ def test_rates_are_those_of_the_lines_after_the_first() -> None:
         {"step": 450, "speed/agent_steps_per_s": 150.0},  # 1 s
     ]
     assert rate_of(lines) == pytest.approx(250 / 3)
+
+
+def test_only_whole_lines_from_learning_count() -> None:
+    contender = Contender(lambda folder: [], "metrics.jsonl", learning="loss/q")
+    assert contender._lines() == []
+    lines: list[dict[str, float]] = [
+        {"step": 100, "speed/agent_steps_per_s": 900.0},
+        {"step": 200, "speed/agent_steps_per_s": 500.0, "loss/q": 1.0},
+        {"step": 300, "speed/agent_steps_per_s": 50.0, "loss/q": 1.0},
+    ]
+    contender.progress.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
+    assert contender._lines() == lines[1:]
 
 
 def test_turns_pause_a_training(tmp_path: Path) -> None:

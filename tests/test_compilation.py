@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, settings
+from conftest import ROOT, run_script, settings
 from torch import Tensor
 
 from icm.agents.dqn import DQN
@@ -127,3 +128,20 @@ def test_without_a_compiler_auto_goes_on_and_on_is_refused() -> None:
     assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0] [-1.0]"
     assert refused.startswith("compile=on: failed (")
     assert refused.endswith("compile=auto and compile=off work")
+
+
+def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Path) -> None:
+    result = run_script(
+        "train.py",
+        "compile=on",
+        "device=cpu",
+        "total_steps=3000",
+        "env.num_envs=2",
+        "agent.warmup_steps=100",
+        f"hydra.run.dir={tmp_path}/run",
+        env={"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+    )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: compile=on: failed (" in last
+    assert "compile=auto and compile=off work" in last

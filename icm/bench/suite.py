@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from hydra.errors import HydraException
+
 from icm.bench import contenders, emulation
 from icm.bench.machine import machine
 from icm.bench.settings import train_settings
 from icm.config import EnvConfig
 from icm.envs.cores import installed_cores
+from icm.errors import UserError
 
 STARTED = time.monotonic()
 PART = 0.15  # of the time of a turn: a measurement of one part
@@ -59,7 +62,10 @@ def measure(options: BenchConfig) -> dict[str, Any]:
     overrides = options.train
     if options.quick:
         overrides = ["compile=off", *overrides]
-    config = train_settings(*overrides)
+    try:
+        config = train_settings(*overrides)
+    except (UserError, HydraException) as error:
+        raise UserError(f"train={options.train}: {error}") from None
     part = PART * options.seconds
     cores = installed_cores()
     emulators = {"nes_py": replace(config.env, emulator="nes_py")}
@@ -96,7 +102,7 @@ def measure(options: BenchConfig) -> dict[str, Any]:
         "update": update,
         "environment": environment,
         "emulator": emulator,
-        "cores": {name: str(path) for name, path in cores.items()},
+        "cores": list(cores),
         "quick": options.quick,
         "seconds": options.seconds,
         "train": overrides,
