@@ -38,6 +38,11 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, (os.process_cpu_count() or 2) // 2))
 
 
+def busy_cores(device: torch.device) -> int:
+    """How many cores of the machine learning on `device` keeps busy."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def describe_device(device: torch.device) -> str:
     """One line: is CUDA available, how many devices, and which one is taken."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

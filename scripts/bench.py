@@ -21,9 +21,9 @@ def main(settings: DictConfig) -> None:
     options = typed(settings, BenchConfig)
     if not hasattr(signal, "SIGSTOP"):
         raise UserError("bench.py pauses processes, which Linux and macOS can")
-    if not 0 < options.seconds < math.inf:
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
         raise UserError(f"seconds={options.seconds}: must be a positive number")
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         raise UserError(f"rounds={options.rounds}: must be at least 1")
     out = Path(options.out)
 

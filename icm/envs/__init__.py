@@ -88,12 +88,17 @@ def make_env(
     return AgentView(EpisodeStatistics(env), ("cell", "episode"), spec)
 
 
-def make_vector_env(config: EnvConfig) -> WorkerVectorEnv:
-    """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`."""
-    workers = config.num_workers or os.process_cpu_count() or 1
-    return WorkerVectorEnv(
-        partial(make_env, config), config.num_envs, min(workers, config.num_envs)
-    )
+def make_vector_env(config: EnvConfig, busy_cores: int = 0) -> WorkerVectorEnv:
+    """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`.
+
+    Args:
+        config: the settings.
+        busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
+    """
+    cores = os.process_cpu_count() or 1
+    workers = min(config.num_workers or cores, config.num_envs)
+    late = min(max(workers + busy_cores - cores, 0), workers - 1)
+    return WorkerVectorEnv(partial(make_env, config), config.num_envs, workers, late)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from icm.envs.balance import Balance
 from icm.envs.wrappers import Env
 
 CLOSING_TIME = 10.0  # seconds in which a worker has to end
@@ -29,11 +31,16 @@ type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
 
 
 class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Environments in worker processes, a fixed share of them in each.
+    """Environments in worker processes, some of them in each.
 
     States, actions, rewards, ends and cells lie in memory shared with the workers; what else goes
-    to and fro in a step is one short message per worker, with the statistics of ended episodes. An
-    environment depends on its own seed and actions only, not on the number of workers.
+    to and fro in a step is one short message per worker, with the statistics of ended episodes.
+
+    A caller that computes between `step_async` and `step_wait` needs a core for that. Workers for
+    which none is left are `late`: they step in `step_wait`, where the caller's core is free, and
+    have as few environments as lets all workers end at the same time (`icm.envs.balance`). An
+    episode depends on its environment's number, on how many it had before, on the seed and the
+    actions, not on the process that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell` and `episode` are passed on, arranged as Gymnasium does.
@@ -47,12 +54,15 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         make: builds one environment; must be picklable. It is called here once, too.
         num_envs: how many, at least 1.
         num_workers: processes, from 1 to `num_envs`.
+        late: how many of them step in `step_wait`, fewer than `num_workers`.
 
     Raises:
         RuntimeError: a worker failed, with its traceback. All methods raise it, and close first.
     """
 
-    def __init__(self, make: Callable[[], Env], num_envs: int, num_workers: int) -> None:
+    def __init__(
+        self, make: Callable[[], Env], num_envs: int, num_workers: int, late: int = 0
+    ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
         self.num_envs = num_envs
@@ -67,7 +77,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name, shape, dtype in (
             ("observations", env.observation_space.shape, env.observation_space.dtype),
             ("actions", (), np.int64),
+            ("seeds", (), np.int64),  # of the next episodes
             ("rewards", (), np.float64),
+            ("opening", (), np.bool),  # whether the next step begins an episode
             ("terminated", (), np.bool),
             ("truncated", (), np.bool),
             ("cells", (4,), np.int32),
@@ -77,6 +89,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             size = prod(whole) * np.dtype(dtype).itemsize
             memory[name] = context.RawArray("b", size), whole, dtype
         self._arrays = arrays_in(memory)
+        self._balance = Balance(num_envs, num_workers, late)
+        self._entropy = np.random.SeedSequence().entropy
+        self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
 
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []
@@ -84,11 +99,11 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._end = Finalize(self, _end, (self._pipes, self._processes), exitpriority=0)
         resource_tracker.ensure_running()  # starting it with the first process clears the mask
         with _signals_blocked():
-            for rows in np.array_split(np.arange(num_envs), num_workers):
+            for rows in self._balance.rows:
                 ours, theirs = context.Pipe()
                 self._pipes.append(ours)
                 process = context.Process(
-                    target=_work, args=(theirs, make, rows.tolist(), memory), daemon=True
+                    target=_work, args=(theirs, make, rows, memory), daemon=True
                 )
                 process.start()
                 self._processes.append(process)
@@ -98,9 +113,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin new episodes; environment i gets the seed `seed` + i."""
+        """Begin new episodes.
+
+        Episode k of environment i gets a seed made of `seed`, i and k, where k counts from the
+        reset that names a seed.
+        """
         super().reset(seed=seed)
-        self._send((seed, options))
+        if seed is not None:
+            self._entropy = seed
+            self._begun[:] = 0
+        self._start(np.ones(self.num_envs, np.bool), options)
         observations, _, _, _, infos = self.step_wait()
         return observations, infos
 
@@ -112,9 +134,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self.step_wait()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Let the workers step while this process does something else."""
+        """Let the workers step, but the late ones, while this process does something else."""
         self._arrays["actions"][:] = actions
-        self._send(None)
+        self._start(self._arrays["terminated"] | self._arrays["truncated"], None)
 
     def step_wait(
         self,
@@ -125,7 +147,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             copies of the observations (num_envs, ...), rewards float64 (num_envs,), terminated and
             truncated bool (num_envs,), and the infos.
         """
-        episodes = self._receive()
+        lead = time.perf_counter() - self._started
+        self._send(self._balance.late)
+        episodes, seconds = self._receive()
+        self._balance.measured(lead, seconds)
         infos: dict[str, Any] = {}
         if self._arrays["has_cell"].any():
             infos = {"cell": self._arrays["cells"].copy(), "_cell": self._arrays["has_cell"].copy()}
@@ -139,14 +164,26 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._end()
 
-    def _send(self, message: Any) -> None:
-        for pipe in self._pipes:
-            with suppress(ConnectionError):  # of a dead worker: `_receive` says why
-                pipe.send(message)
+    def _start(self, opening: np.ndarray, options: dict[str, Any] | None) -> None:
+        """Begin a step that opens an episode where `opening`, bool (num_envs,), says so."""
+        for row in np.flatnonzero(opening).tolist():
+            seeds = np.random.SeedSequence(self._entropy, spawn_key=(row, self._begun[row]))
+            self._arrays["seeds"][row] = seeds.generate_state(1)[0]
+        self._begun += opening
+        self._arrays["opening"][:] = opening
+        self._balance.move(opening)
+        self._options = options
+        self._started = time.perf_counter()
+        self._send(self._balance.early)
 
-    def _receive(self) -> list[tuple[int, dict[str, Any]]]:
-        """The ended episodes: number of the environment, and statistics."""
-        episodes = []
+    def _send(self, workers: range) -> None:
+        for worker in workers:
+            with suppress(ConnectionError):  # of a dead worker: `_receive` says why
+                self._pipes[worker].send((set(self._balance.rows[worker]), self._options))
+
+    def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[float]]:
+        """The ended episodes (number of the environment, statistics); seconds of each worker."""
+        episodes, seconds = [], []
         for number, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
             try:
                 answer = pipe.recv()
@@ -156,8 +193,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if isinstance(answer, str):
                 self.close()
                 raise RuntimeError(f"worker {number} of the environments failed:\n{answer}")
-            episodes += answer
-        return episodes
+            episodes += answer[0]
+            seconds.append(answer[1])
+        return episodes, seconds
 
 
 def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
@@ -191,11 +229,11 @@ def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
 
 
 def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Memory) -> None:
-    """What a worker does: step its environments, which are `rows` of the arrays, when told to."""
+    """What a worker does: step environments, which are rows of the arrays, when told to."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        _serve(pipe, [make() for _ in rows], rows, arrays_in(memory))
+        _serve(pipe, make, {row: make() for row in rows}, arrays_in(memory))
     except (EOFError, ConnectionError):
         pass  # the other end is closed
     except Exception:
@@ -204,21 +242,27 @@ def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Me
 
 
 def _serve(
-    pipe: Connection, envs: list[Env], rows: list[int], arrays: dict[str, np.ndarray]
+    pipe: Connection,
+    make: Callable[[], Env],
+    envs: dict[int, Env],
+    arrays: dict[str, np.ndarray],
 ) -> None:
     episodes: list[tuple[int, dict[str, Any]]] = []
+    start = time.perf_counter()
     while True:
-        pipe.send(episodes)
-        resets = pipe.recv()  # None: a step
+        pipe.send((episodes, time.perf_counter() - start))
+        rows, options = pipe.recv()  # which to step: some may be new, others gone
+        start = time.perf_counter()
+        for row in envs.keys() - rows:
+            envs.pop(row).close()
+        for row in rows - envs.keys():
+            envs[row] = make()
         episodes = []
-        for row, env in zip(rows, envs, strict=True):
+        for row, env in envs.items():
             reward: Any = 0.0
             terminated = truncated = False
-            if resets is not None:
-                seed, options = resets
-                state, info = env.reset(seed=None if seed is None else seed + row, options=options)
-            elif arrays["terminated"][row] or arrays["truncated"][row]:
-                state, info = env.reset()
+            if arrays["opening"][row]:
+                state, info = env.reset(seed=int(arrays["seeds"][row]), options=options)
             else:
                 action = int(arrays["actions"][row])
                 state, reward, terminated, truncated, info = env.step(action)

@@ -1,0 +1,69 @@
+"""Which worker steps which environments."""
+
+import numpy as np
+import pytest
+
+from icm.envs.balance import WINDOW, Balance
+
+ALL = np.ones(32, np.bool)
+
+
+def run(balance: Balance, lead: float, cost: float, steps: int) -> None:
+    """Steps of a machine on which an environment takes `cost` seconds, and learning `lead`."""
+    for _ in range(steps):
+        balance.measured(lead, [cost * len(rows) for rows in balance.rows])
+        balance.move(ALL)
+
+
+def sizes(balance: Balance) -> list[int]:
+    return [len(rows) for rows in balance.rows]
+
+
+@pytest.mark.parametrize(
+    ("workers", "late", "lead", "expected"),
+    [
+        (2, 1, 0.0, [16, 16]),
+        (2, 1, 10.0, [21, 11]),  # 21 = 10 + 11
+        (2, 1, 50.0, [32, 0]),  # learning takes longer than all environments
+        (4, 2, 8.0, [12, 12, 4, 4]),
+        (4, 1, 8.0, [10, 10, 10, 2]),
+    ],
+)
+def test_all_end_at_the_same_time(
+    workers: int, late: int, lead: float, expected: list[int]
+) -> None:
+    balance = Balance(32, workers, late)
+    assert sizes(balance) == [32 // workers] * workers
+    run(balance, lead, 1.0, 6 * WINDOW)
+    assert sizes(balance) == expected
+    assert sorted(row for rows in balance.rows for row in rows) == list(range(32))
+    run(balance, 0.0, 1.0, 6 * WINDOW)  # and back again
+    assert sizes(balance) == [32 // workers] * workers
+
+
+def test_single_long_steps_change_nothing() -> None:
+    balance = Balance(32, 2, 1)
+    for step in range(4 * WINDOW):
+        pause = 1000.0 if step % 3 == 0 else 0.0
+        balance.measured(10.0 + pause, [21.0, 11.0])
+    assert balance.wanted == 16
+
+
+def test_only_free_environments_move() -> None:
+    balance = Balance(6, 2, 1)
+    balance.wanted = 0
+    balance.move(np.zeros(6, np.bool))
+    assert sizes(balance) == [3, 3]
+    balance.move(np.arange(6) == 4)
+    assert balance.rows == [[0, 1, 2, 4], [3, 5]]
+    balance.wanted = 4
+    balance.move(np.arange(6) == 2)
+    assert balance.rows == [[0, 1, 4], [3, 5, 2]]
+
+
+def test_without_late_workers_nothing_moves() -> None:
+    balance = Balance(4, 2, 0)
+    for _ in range(2 * WINDOW):
+        balance.measured(1.0, [5.0, 1.0])
+    balance.move(np.ones(4, np.bool))
+    assert balance.rows == [[0, 1], [2, 3]]
