@@ -159,10 +159,12 @@ class Replay:
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled slots as tensors, and where writing goes on."""
-        filled = self._tensors()
-        if self.size < self.num_slots:  # a file would hold all of what a slice is part of
-            filled = {name: value[: self.size].clone() for name, value in filled.items()}
+        """The filled slots as tensors, on the CPU not copied, and where writing goes on."""
+        # by way of NumPy, because a file would hold all of what a slice of a tensor is part of
+        filled = {
+            name: torch.from_numpy(value[: self.size].cpu().numpy())
+            for name, value in self._tensors().items()
+        }
         return {**filled, "head": self.head, "num_slots": self.num_slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -383,11 +383,13 @@ def test_loaded_memory_goes_on(steps: int) -> None:
     assert min(firsts) == max(0, steps + 25 - 40) + 2
 
 
-def test_file_of_a_memory_that_is_hardly_filled_is_small() -> None:
+def test_file_of_a_memory_that_is_hardly_filled_is_small_and_made_without_a_copy() -> None:
     replay = make_replay(20_000, 2, FRAME, 3)
     fill(replay, Simulation(num_envs=2, frame_stack=3, seed=0), 10)
+    state = replay.state_dict()
+    assert state["frames"].data_ptr() == replay.frames.data_ptr()
     file = io.BytesIO()
-    torch.save(replay.state_dict(), file)
+    torch.save(state, file)
     assert file.tell() < Replay.nbytes(20, FRAME, ACTIONS) + 20_000
     assert file.tell() < Replay.nbytes(20_000, FRAME, ACTIONS) / 20
 
