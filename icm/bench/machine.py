@@ -6,12 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def machine() -> dict[str, Any]:
     """The CPU, how many cores this process may use, versions.
 
-    `load` is the number of processes that wanted a core over the last minute, so before measuring
-    it should be about 0.
+    `busy` is the number of cores that others keep busy, watched for a second: it should be near 0.
     """
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -22,7 +23,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.process_cpu_count(),
-        "load": os.getloadavg()[0],
+        "busy": psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1),
         "torch": version("torch"),
         "python": platform.python_version(),
     }

@@ -69,6 +69,6 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             _number(found.get("share_of_ideal")),
         )
     machine = result["machine"]
-    if machine["load"] > 0.25 * machine["cores"]:
-        busy = f"load {machine['load']:.1f} on {machine['cores']} cores"
-        yield f"the machine was busy before ({busy}): no figure here is to be trusted"
+    if machine["busy"] > 0.1 * machine["cores"]:
+        busy = f"{machine['busy']:.1f} of {machine['cores']} cores"
+        yield f"the machine had other things to do ({busy}): no figure here is to be trusted"
