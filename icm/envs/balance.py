@@ -21,6 +21,7 @@ class Balance:
 
     def __init__(self, num_envs: int, num_workers: int, late: int) -> None:
         parts = np.array_split(np.arange(num_envs), num_workers)
+        self.num_envs = num_envs
         self.rows = [part.tolist() for part in parts]  # of each worker
         self.early = range(num_workers - late)
         self.late = range(num_workers - late, num_workers)
@@ -40,12 +41,12 @@ class Balance:
         end_early = max(seconds[worker] for worker in self.early)
         end_late = lead + max(seconds[worker] for worker in self.late)
         self._gaps.append(end_early - end_late)
-        self._costs.append(sum(seconds) / sum(map(len, self.rows)))
+        self._costs.append(sum(seconds) / self.num_envs)
         if len(self._gaps) == WINDOW:
             # moving one shortens one side and lengthens the other
             effect = median(self._costs) * (1 / len(self.early) + 1 / len(self.late))
             moved = self._late_rows() + round(median(self._gaps) / effect)
-            self.wanted = min(max(moved, 0), sum(map(len, self.rows)))
+            self.wanted = min(max(moved, 0), self.num_envs)
             self._gaps, self._costs = [], []
 
     def move(self, free: np.ndarray) -> None:

@@ -99,12 +99,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._end = Finalize(self, _end, (self._pipes, self._processes), exitpriority=0)
         resource_tracker.ensure_running()  # starting it with the first process clears the mask
         with _signals_blocked():
-            for rows in self._balance.rows:
+            for _ in range(num_workers):
                 ours, theirs = context.Pipe()
                 self._pipes.append(ours)
-                process = context.Process(
-                    target=_work, args=(theirs, make, rows, memory), daemon=True
-                )
+                process = context.Process(target=_work, args=(theirs, make, memory), daemon=True)
                 process.start()
                 self._processes.append(process)
                 theirs.close()
@@ -228,12 +226,12 @@ def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
         process.join()
 
 
-def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Memory) -> None:
-    """What a worker does: step environments, which are rows of the arrays, when told to."""
+def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
+    """What a worker does: step the environments it is told to, which are rows of the arrays."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        _serve(pipe, make, {row: make() for row in rows}, arrays_in(memory))
+        _serve(pipe, make, arrays_in(memory))
     except (EOFError, ConnectionError):
         pass  # the other end is closed
     except Exception:
@@ -241,12 +239,8 @@ def _work(pipe: Connection, make: Callable[[], Env], rows: list[int], memory: Me
             pipe.send(traceback.format_exc())
 
 
-def _serve(
-    pipe: Connection,
-    make: Callable[[], Env],
-    envs: dict[int, Env],
-    arrays: dict[str, np.ndarray],
-) -> None:
+def _serve(pipe: Connection, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
+    envs: dict[int, Env] = {}
     episodes: list[tuple[int, dict[str, Any]]] = []
     start = time.perf_counter()
     while True:
