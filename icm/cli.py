@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -71,15 +72,17 @@ def adopt_settings(config: DictConfig) -> None:
     """
     from icm import checkpoint  # here, because torch takes its time to import
 
-    overrides = list(config.hydra.overrides.task)
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     for override in overrides:
-        if override.split("=")[0] in config.hydra.runtime.choices:
+        if override.key_or_group in config.hydra.runtime.choices:
             raise UserError(
-                f"{override}: a resumed run keeps the groups of its checkpoint; "
+                f"{override.input_line}: a resumed run keeps the groups of its checkpoint; "
                 "single settings (group.key=value) can be changed"
             )
-    saved = checkpoint.load(Path(config.resume))["config"]
-    merged = OmegaConf.merge(saved, OmegaConf.from_dotlist(overrides))
+    merged = OmegaConf.create(checkpoint.load(Path(config.resume))["config"])
+    for override in overrides:
+        key = override.key_or_group
+        OmegaConf.update(merged, key, OmegaConf.select(config, key))
     with read_write(config), open_dict(config):
         for key, value in merged.items():
             config[key] = value

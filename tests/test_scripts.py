@@ -98,6 +98,7 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
         "train.py",
         f"resume={trained / 'checkpoints' / 'latest.pt'}",
         "total_steps=160",
+        "compile=off",  # false for YAML, but not for Hydra
         f"hydra.run.dir={folder}",
     )
     assert done.returncode == 0, done.stderr
@@ -111,6 +112,7 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     # settings of the checkpoint, not the defaults, but for what was overridden
     assert after["config"]["env"]["num_envs"] == 1
     assert after["config"]["total_steps"] == 160
+    assert after["config"]["compile"] == "off"
     saved = (folder / ".hydra" / "config.yaml").read_text()
     assert "num_envs: 1" in saved
 
