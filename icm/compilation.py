@@ -30,7 +30,7 @@ class Compiler:
 
     def __init__(self, mode: str, device: torch.device) -> None:
         self.mode = mode
-        # one process compiles: more would stay, each with the memory of a whole PyTorch
+        # code is generated in this process: others would stay, each with the memory of a PyTorch
         self.options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
         if device.type == "cuda":
             self.options["triton.cudagraphs"] = True
