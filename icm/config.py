@@ -1,7 +1,7 @@
 """Types of every setting and the checks that types cannot make; values stand in `conf/`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,7 +42,7 @@ class PolicyConfig:
 
 @dataclass
 class AgentConfig:
-    """See `conf/agent/`."""
+    """What all learners have, see `conf/agent/`."""
 
     name: str
     input_norm: str
@@ -50,28 +50,84 @@ class AgentConfig:
     hidden: int
     lr: float
     discount: float
-    n_step: int
-    advantage_learning: float
     batch_size: int
     sequence_length: int
+    warmup_steps: int
+    max_grad_norm: float
+    death_is_terminal: bool
+
+    @property
+    def steps_between_updates(self) -> float:
+        """Agent steps per update."""
+        raise NotImplementedError
+
+
+@dataclass
+class DQNConfig(AgentConfig):
+    """See `conf/agent/dqn.yaml`."""
+
+    n_step: int
+    advantage_learning: float
     steps_per_update: int
     replay_capacity: int
-    warmup_steps: int
     target_tau: float
-    max_grad_norm: float
     q_weight: float
-    death_is_terminal: bool
+    policy: PolicyConfig
+
+    @property
+    def steps_between_updates(self) -> float:
+        """Agent steps per update."""
+        return self.steps_per_update
+
+
+@dataclass
+class RolloutConfig(AgentConfig):
+    """What learners from rollouts have."""
+
+    rollout_steps: int
+    epochs: int
+    trace: float
+
+    @property
+    def steps_between_updates(self) -> float:
+        """Agent steps per update."""
+        return self.batch_size * self.sequence_length / self.epochs
+
+
+@dataclass
+class PPOConfig(RolloutConfig):
+    """See `conf/agent/ppo.yaml`."""
+
+    clip: float
+    entropy_coef: float
+    value_coef: float
+
+
+@dataclass
+class PQNConfig(RolloutConfig):
+    """See `conf/agent/pqn.yaml`."""
+
+    advantage_learning: float
     policy: PolicyConfig
 
 
 @dataclass
 class CuriosityConfig:
-    """See `conf/curiosity/`."""
+    """What all signals have, see `conf/curiosity/`."""
 
     name: str
     coef: float
     extrinsic_coef: float
     lr: float
+    reward_half_life: float
+    episodic_ridge: float | None
+    hidden: int
+
+
+@dataclass
+class ICMConfig(CuriosityConfig):
+    """See `conf/curiosity/icm.yaml`."""
+
     beta: float
     eta: float
     reduction: str
@@ -80,10 +136,24 @@ class CuriosityConfig:
     target_tau: float
     normalize_features: bool
     policy_prior: bool
-    hidden: int
     inverse_dropout: float
-    reward_half_life: float
-    episodic_ridge: float | None
+
+
+@dataclass
+class DisagreementConfig(CuriosityConfig):
+    """See `conf/curiosity/disagreement.yaml`."""
+
+    ensemble: int
+
+
+AGENTS: dict[str, type[AgentConfig]] = {"dqn": DQNConfig, "ppo": PPOConfig, "pqn": PQNConfig}
+CURIOSITIES: dict[str, type[CuriosityConfig]] = {
+    "icm": ICMConfig,
+    "random_features": CuriosityConfig,
+    "rnd": CuriosityConfig,
+    "disagreement": DisagreementConfig,
+    "none": CuriosityConfig,
+}
 
 
 @dataclass
@@ -161,7 +231,9 @@ def typed[T](settings: DictConfig, kind: type[T]) -> T:
     """
     keys = [str(key) for key in settings if key != "hydra"]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.masked_copy(settings, keys))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(special(kind, settings)), OmegaConf.masked_copy(settings, keys)
+        )
         result = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: must be given, as {error.full_key}=VALUE") from None
@@ -171,38 +243,70 @@ def typed[T](settings: DictConfig, kind: type[T]) -> T:
     return result
 
 
+def special(kind: type, settings: DictConfig) -> type:
+    """`kind` with the types of `agent` and `curiosity` that `settings` name, where it has these.
+
+    Raises:
+        UserError: there are none of these names.
+    """
+    types = []
+    for group, kinds in (("agent", AGENTS), ("curiosity", CURIOSITIES)):
+        if group in {field.name for field in fields(kind)}:
+            name = OmegaConf.select(settings, f"{group}.name")
+            if name not in kinds:
+                raise UserError(f"{group}.name={name}: must be one of {', '.join(kinds)}")
+            types.append((group, kinds[name]))
+    return make_dataclass(kind.__name__, types, bases=(kind,))
+
+
 def _check(config: Config) -> None:
     env, agent, curiosity = config.env, config.agent, config.curiosity
-    for name, value, least in (
-        ("seed", config.seed, 0),
-        ("total_steps", config.total_steps, 1),
-        ("checkpoint.every", config.checkpoint.every, 1),
-        ("log.every", config.log.every, 1),
-        ("env.num_envs", env.num_envs, 1),
-        ("env.num_workers", 1 if env.num_workers is None else env.num_workers, 1),
-        ("env.action_repeat", env.action_repeat, 1),
-        ("env.frame_stack", env.frame_stack, 1),
-        ("env.size", env.size, 16),
-        ("env.noop_max", env.noop_max, 0),
-        ("env.stuck_steps", env.stuck_steps, 0),
-        ("env.stuck_distance", env.stuck_distance, 1),
-        ("agent.hidden", agent.hidden, 1),
-        ("agent.n_step", agent.n_step, 1),
-        ("agent.batch_size", agent.batch_size, 1),
-        ("agent.sequence_length", agent.sequence_length, 1),
-        ("agent.steps_per_update", agent.steps_per_update, 1),
-        ("agent.warmup_steps", agent.warmup_steps, 0),
-        ("curiosity.hidden", curiosity.hidden, 1),
+    sections = {"env": env, "agent": agent, "curiosity": curiosity, "": config}
+
+    def given(*names: str) -> list[tuple[str, Any]]:
+        """Those of the settings that this agent and this curiosity have."""
+        found = []
+        for name in names:
+            group, _, key = name.rpartition(".")
+            section = {"checkpoint": config.checkpoint, "log": config.log, **sections}[group]
+            if hasattr(section, key):
+                found.append((name, getattr(section, key)))
+        return found
+
+    for name, value in given(
+        "total_steps",
+        "checkpoint.every",
+        "log.every",
+        "env.num_envs",
+        "env.num_workers",
+        "env.action_repeat",
+        "env.frame_stack",
+        "env.stuck_distance",
+        "agent.hidden",
+        "agent.n_step",
+        "agent.batch_size",
+        "agent.sequence_length",
+        "agent.steps_per_update",
+        "agent.rollout_steps",
+        "agent.epochs",
+        "curiosity.hidden",
+        "curiosity.ensemble",
     ):
-        if value < least:
-            raise UserError(f"{name}={value}: must be at least {least}")
-    for name, number in (
-        ("agent.lr", agent.lr),
-        ("agent.max_grad_norm", agent.max_grad_norm),
-        ("curiosity.lr", curiosity.lr),
-        ("curiosity.reward_half_life", curiosity.reward_half_life),
-        ("agent.target_tau", agent.target_tau),
-        ("curiosity.target_tau", curiosity.target_tau),
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    for name, value in given("seed", "env.noop_max", "env.stuck_steps", "agent.warmup_steps"):
+        if value < 0:
+            raise UserError(f"{name}={value}: must be at least 0")
+    if env.size < 16:
+        raise UserError(f"env.size={env.size}: must be at least 16")
+    for name, number in given(
+        "agent.lr",
+        "agent.max_grad_norm",
+        "agent.clip",
+        "agent.target_tau",
+        "curiosity.lr",
+        "curiosity.reward_half_life",
+        "curiosity.target_tau",
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
@@ -210,44 +314,59 @@ def _check(config: Config) -> None:
         raise UserError(
             f"curiosity.episodic_ridge={curiosity.episodic_ridge}: must be positive, or null"
         )
-    for name, share in (
-        ("agent.discount", agent.discount),
-        ("agent.target_tau", agent.target_tau),
-        ("curiosity.target_tau", curiosity.target_tau),
-        ("curiosity.beta", curiosity.beta),
-        ("curiosity.inverse_dropout", curiosity.inverse_dropout),
-        ("env.sticky_probability", env.sticky_probability),
+    for name, share in given(
+        "agent.discount",
+        "agent.trace",
+        "agent.target_tau",
+        "curiosity.target_tau",
+        "curiosity.beta",
+        "curiosity.inverse_dropout",
+        "env.sticky_probability",
     ):
         if not 0 <= share <= 1:
             raise UserError(f"{name}={share}: must be between 0 and 1")
-    if not 0 <= agent.advantage_learning < 1:
-        raise UserError(
-            f"agent.advantage_learning={agent.advantage_learning}: must be at least 0 and below 1"
-        )
-    for name, choice, choices in (
-        ("env.actions", env.actions, ("right_only", "simple", "complex")),
-        ("env.emulator", env.emulator, ("nes_py", "libretro")),
-        ("agent.input_norm", agent.input_norm, ("standard", "scale", "stack")),
-        ("curiosity.reduction", curiosity.reduction, ("mean", "sum")),
-        ("precision", config.precision, ("auto", "float32", "bf16")),
-        ("compile", config.compile, ("auto", "on", "off")),
+    for name, share in given("agent.advantage_learning"):
+        if not 0 <= share < 1:
+            raise UserError(f"{name}={share}: must be at least 0 and below 1")
+    for name, choices in (
+        ("env.actions", ("right_only", "simple", "complex")),
+        ("env.emulator", ("nes_py", "libretro")),
+        ("agent.input_norm", ("standard", "scale", "stack")),
+        ("curiosity.reduction", ("mean", "sum")),
+        ("precision", ("auto", "float32", "bf16")),
+        ("compile", ("auto", "on", "off")),
     ):
-        if choice not in choices:
-            raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
+        for _, choice in given(name):
+            if choice not in choices:
+                raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
-    smallest = env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))
-    if agent.replay_capacity < smallest:
-        raise UserError(
-            f"agent.replay_capacity={agent.replay_capacity}: must be at least {smallest}, "
-            "env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))"
-        )
-    for name, schedule in (
-        ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),
-        ("agent.policy.entropy", agent.policy.entropy),
-        ("agent.policy.epsilon", agent.policy.epsilon),
-    ):
-        _check_schedule(name, schedule)
+    if isinstance(agent, DQNConfig):
+        smallest = env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))
+        if agent.replay_capacity < smallest:
+            raise UserError(
+                f"agent.replay_capacity={agent.replay_capacity}: must be at least {smallest}, "
+                "env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))"
+            )
+    if isinstance(agent, RolloutConfig):
+        if agent.rollout_steps % agent.sequence_length:
+            raise UserError(
+                f"agent.rollout_steps={agent.rollout_steps}: must be a multiple of "
+                f"agent.sequence_length={agent.sequence_length}"
+            )
+        sequences = env.num_envs * agent.rollout_steps // agent.sequence_length
+        if sequences % agent.batch_size:
+            raise UserError(
+                f"agent.batch_size={agent.batch_size}: must divide the {sequences} sequences of a "
+                "rollout, env.num_envs * agent.rollout_steps / agent.sequence_length"
+            )
+    if isinstance(agent, DQNConfig | PQNConfig):
+        for name, schedule in (
+            ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),
+            ("agent.policy.entropy", agent.policy.entropy),
+            ("agent.policy.epsilon", agent.policy.epsilon),
+        ):
+            _check_schedule(name, schedule)
 
 
 def _check_schedule(name: str, schedule: list[Any]) -> None:

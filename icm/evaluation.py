@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from icm import checkpoint
-from icm.agents.dqn import DQN
+from icm.agents.base import Agent
 from icm.config import Config, parse_config
 from icm.envs import action_count, episodes_in, make_env, make_vector_env
 from icm.envs.wrappers import Env
@@ -22,7 +22,7 @@ THRESHOLDS = (200, 400, 600, 948)
 """Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
 
 
-def load_agent(path: Path, device: torch.device) -> tuple[DQN, Config, int]:
+def load_agent(path: Path, device: torch.device) -> tuple[Agent, Config, int]:
     """Rebuild the agent of a checkpoint for playing: the agent, its settings, its agent step.
 
     Raises:
@@ -35,14 +35,12 @@ def load_agent(path: Path, device: torch.device) -> tuple[DQN, Config, int]:
         shape: Any = env.observation_space.shape
         agent = build_agent(config, shape, action_count(env.action_space), device, remember=False)
         env.close()
-        agent.load_networks(content["models"])
-        agent.scale.load_state_dict(content["curiosity"])
-        agent.temperature = content["agent"]["temperature"]
+        agent.load_to_play(content)
         return agent, config, content["step"]
 
 
 def rollouts(
-    agent: DQN | None, config: Config, step: int, episodes: int, greedy: bool, seed: int
+    agent: Agent | None, config: Config, step: int, episodes: int, greedy: bool, seed: int
 ) -> list[dict[str, Any]]:
     """Play whole episodes in parallel environments and return their statistics.
 
@@ -88,7 +86,7 @@ def rollouts(
 
 
 def play(
-    agent: DQN,
+    agent: Agent,
     config: Config,
     step: int,
     episodes: int,
@@ -119,7 +117,7 @@ def play(
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors, seen = agent.judge(state, previous, action, next_state, probabilities)
-                raw = agent.icm.reward(errors).cpu() * novelty(seen, opens)
+                raw = errors.surprise.cpu() * novelty(seen, opens)
                 intrinsic += float(agent.scale(raw))
                 opens = torch.tensor([False])
                 state, previous = next_state, action

@@ -2,15 +2,28 @@
 
 import torch
 
+from icm.agents.base import Agent, Common
 from icm.agents.dqn import DQN
+from icm.agents.ppo import PPO
+from icm.agents.pqn import PQN
 from icm.compilation import Compiler, resolve_compile
-from icm.config import Config
-from icm.curiosity import ICM
+from icm.config import (
+    Config,
+    CuriosityConfig,
+    DisagreementConfig,
+    DQNConfig,
+    ICMConfig,
+    PPOConfig,
+    PQNConfig,
+    RolloutConfig,
+)
+from icm.curiosity import ICM, RND, Disagreement, NoCuriosity, RandomFeatures, Signal
 from icm.device import resolve_precision
 from icm.errors import UserError
 from icm.memory import available_bytes, memory_device
-from icm.models import Fnet, InputNorm, InverseNet, Phi, Qnetwork
+from icm.models import ActorCritic, Fnet, InputNorm, InverseNet, Phi, Qnetwork
 from icm.replay import Replay
+from icm.rollouts import Rollouts
 
 
 def build_agent(
@@ -20,7 +33,7 @@ def build_agent(
     device: torch.device,
     *,
     remember: bool = True,
-) -> DQN:
+) -> Agent:
     """Build the agent of a configuration.
 
     Args:
@@ -34,44 +47,89 @@ def build_agent(
         UserError: the replay memory would not fit.
     """
     torch.manual_seed(config.seed)
-    channels, height, width = state_shape
-    curiosity, told = config.curiosity, config.agent.previous_action
-    phi = Phi(state_shape)
-    icm = ICM(
-        phi,
-        Fnet(phi.num_features, num_actions, curiosity.hidden, told),
-        InverseNet(
-            phi.num_features, num_actions, curiosity.hidden, curiosity.inverse_dropout, told
-        ),
-        beta=curiosity.beta,
-        eta=curiosity.eta,
-        reduction=curiosity.reduction,
-        forward_scale=curiosity.forward_scale,
-        inverse_scale=curiosity.inverse_scale,
-        target_tau=curiosity.target_tau,
-        normalize_features=curiosity.normalize_features,
-        policy_prior=curiosity.policy_prior,
+    agent, num_envs = config.agent, config.env.num_envs
+    told = agent.previous_action
+    updates = int(config.total_steps / agent.steps_between_updates)
+    common = Common(
+        build_signal(config.curiosity, state_shape, num_actions, told),
+        InputNorm(agent.input_norm, state_shape[1:]),
+        config.curiosity,
+        num_envs,
+        device,
+        resolve_precision(config.precision, device),
+        Compiler(resolve_compile(config.compile, updates) if remember else "off", device),
+        config.seed,
     )
-    capacity = config.agent.replay_capacity if remember else 0
-    needed, free = Replay.nbytes(capacity, (height, width), num_actions), available_bytes()
+    if isinstance(agent, DQNConfig):
+        replay = build_replay(config, agent, state_shape, num_actions, device, remember)
+        return DQN(Qnetwork(state_shape, num_actions, agent.hidden, told), replay, agent, common)
+    assert isinstance(agent, RolloutConfig)
+    steps = agent.rollout_steps if remember else 0
+    heads = num_actions if isinstance(agent, PQNConfig) else 1
+    rollouts = Rollouts(steps, num_envs, state_shape, num_actions, heads)
+    if isinstance(agent, PQNConfig):
+        qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=True)
+        return PQN(qnetwork, rollouts, agent, common)
+    assert isinstance(agent, PPOConfig)
+    actor_critic = ActorCritic(state_shape, num_actions, heads, agent.hidden, told)
+    return PPO(actor_critic, rollouts, agent, common)
+
+
+def build_signal(
+    config: CuriosityConfig, state_shape: tuple[int, int, int], num_actions: int, told: bool
+) -> Signal:
+    """Build a curiosity signal; `told` its models the previous action or not."""
+    if config.name == "none":
+        return NoCuriosity()
+    phi = Phi(state_shape)
+
+    def fnet() -> Fnet:
+        return Fnet(phi.num_features, num_actions, config.hidden, told)
+
+    if config.name == "rnd":
+        return RND(phi, Phi(state_shape), config.hidden)
+    if config.name == "random_features":
+        return RandomFeatures(phi, fnet())
+    if isinstance(config, DisagreementConfig):
+        return Disagreement(phi, [fnet() for _ in range(config.ensemble)])
+    assert isinstance(config, ICMConfig)
+    return ICM(
+        phi,
+        fnet(),
+        InverseNet(phi.num_features, num_actions, config.hidden, config.inverse_dropout, told),
+        beta=config.beta,
+        eta=config.eta,
+        reduction=config.reduction,
+        forward_scale=config.forward_scale,
+        inverse_scale=config.inverse_scale,
+        target_tau=config.target_tau,
+        normalize_features=config.normalize_features,
+        policy_prior=config.policy_prior,
+    )
+
+
+def build_replay(
+    config: Config,
+    agent: DQNConfig,
+    state_shape: tuple[int, int, int],
+    num_actions: int,
+    device: torch.device,
+    remember: bool,
+) -> Replay:
+    """Build a replay memory, where it fits.
+
+    Raises:
+        UserError: it fits nowhere.
+    """
+    channels, *size = state_shape
+    frame = size[0], size[1]
+    capacity = agent.replay_capacity if remember else 0
+    needed, free = Replay.nbytes(capacity, frame, num_actions), available_bytes()
     kept_on = memory_device(needed, device)
     if kept_on.type == "cpu" and needed > free:
-        fitting = int(0.5 * free / Replay.nbytes(1, (height, width), num_actions))
+        fitting = int(0.5 * free / Replay.nbytes(1, frame, num_actions))
         raise UserError(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free; {fitting} would fit"
         )
-    updates = config.total_steps // config.agent.steps_per_update
-    compiling = resolve_compile(config.compile, updates) if remember else "off"
-    return DQN(
-        Qnetwork(state_shape, num_actions, config.agent.hidden, told),
-        icm,
-        InputNorm(config.agent.input_norm, (height, width)),
-        Replay(capacity, config.env.num_envs, (height, width), channels, num_actions, kept_on),
-        config.agent,
-        curiosity,
-        device,
-        resolve_precision(config.precision, device),
-        Compiler(compiling, device),
-        config.seed,
-    )
+    return Replay(capacity, config.env.num_envs, frame, channels, num_actions, kept_on)

@@ -157,9 +157,7 @@ class Phi(_ConvBody):
     def __init__(self, state_shape: tuple[int, int, int]) -> None:
         super().__init__(state_shape)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            nn.init.orthogonal_(conv.weight, math.sqrt(2))
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
+            orthogonal(conv, math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised states (batch, C, H, W) to features (batch, num_features)."""
@@ -217,7 +215,7 @@ class InverseNet(nn.Module):
 
 
 class Qnetwork(_ConvBody):
-    """Action values of a state."""
+    """Action values of a state; `layer_norm` normalises what the last two layers are given."""
 
     def __init__(
         self,
@@ -225,16 +223,59 @@ class Qnetwork(_ConvBody):
         num_actions: int = 12,
         hidden: int = 100,
         previous_action: bool = False,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__(state_shape)
         self.num_previous = num_actions if previous_action else 0
         self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
+        sizes = (self.num_features, hidden) if layer_norm else ()
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """Map normalised states (batch, C, H, W) to action values (batch, num_actions)."""
+        before_hidden, before_last = self.norms or (nn.Identity(), nn.Identity())
+        features = with_previous(before_hidden(self.features(x)), previous, self.num_previous)
+        return self.linear2(self.activation(before_last(self.linear1(features))))
+
+
+class ActorCritic(_ConvBody):
+    """A policy and the values of states, from one body.
+
+    Orthogonal weights; the policy's last layer is small, so that it begins nearly uniform
+    (Andrychowicz et al. 2021, section 3.2).
+    """
+
+    def __init__(
+        self,
+        state_shape: tuple[int, int, int],
+        num_actions: int,
+        num_values: int,
+        hidden: int,
+        previous_action: bool = False,
+    ) -> None:
+        super().__init__(state_shape)
+        self.num_previous = num_actions if previous_action else 0
+        self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
+        self.policy = nn.Linear(hidden, num_actions)
+        self.value = nn.Linear(hidden, num_values)
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.linear1):
+            orthogonal(layer, math.sqrt(2))
+        orthogonal(self.policy, 0.01)
+        orthogonal(self.value, 1.0)
+
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map normalised states (batch, C, H, W) to logits (batch, actions), values (batch, V)."""
         features = with_previous(self.features(x), previous, self.num_previous)
-        return self.linear2(self.activation(self.linear1(features)))
+        hidden = self.activation(self.linear1(features))
+        return self.policy(hidden), self.value(hidden)
+
+
+def orthogonal(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
+    """Orthogonal weights times `gain`, no bias (Saxe et al. 2014)."""
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from icm import checkpoint
-from icm.agents.dqn import DQN
+from icm.agents.base import Agent
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
@@ -64,14 +64,13 @@ class Trainer:
 
     def __init__(
         self,
-        agent: DQN,
+        agent: Agent,
         envs: WorkerVectorEnv,
         folder: Path,
         config: dict[str, Any],
     ) -> None:
         self.agent, self.envs, self.folder, self.config = agent, envs, folder, config
         self.step = 0
-        self.learn_from = agent.config.warmup_steps
         self.exploration = Exploration()
         self.stopped_by: int | None = None
         self.unobserved: tuple[Tensor, ...] | None = None  # arguments of the agent's `observe`
@@ -111,17 +110,16 @@ class Trainer:
         states = torch.from_numpy(observations)
         previous = torch.full((n,), NO_ACTION)
         reset = torch.zeros(n, dtype=torch.bool)
-        per_update = agent.config.steps_per_update
         while self.step < total:
             with clock.phase("act"):
-                actions, probabilities = agent.act(states, previous, self.step)
+                actions, probabilities, values = agent.act(states, previous, self.step)
             envs.step_async(actions.numpy())
             # while the emulators run
             with clock.phase("observe"):
                 self._observe()
-            if self.step >= self.learn_from and agent.ready():
+            if due := agent.due(self.step):
                 with clock.phase("update"):
-                    for _ in range(self.step // per_update - (self.step - n) // per_update):
+                    for _ in range(due):
                         self.tracker.add(agent.update())
             with clock.phase("wait"):
                 observations, rewards, terminated, truncated, infos = envs.step_wait()
@@ -130,6 +128,7 @@ class Trainer:
                 states,
                 previous,
                 probabilities,
+                values,
                 actions,
                 next_states,
                 torch.from_numpy(rewards).float(),
@@ -143,7 +142,7 @@ class Trainer:
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             states, reset = next_states, torch.from_numpy(terminated | truncated)
             self.step += n
-            if self.step - n < agent.config.warmup_steps <= self.step:
+            if self.step - n < agent.warmup_steps <= self.step:
                 self._observe()
                 agent.measure_input()
             yield
@@ -171,9 +170,7 @@ class Trainer:
             metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
         metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
-        metrics["policy/temperature"], metrics["policy/epsilon"] = self.agent.policy_settings(
-            self.step
-        )
+        metrics |= self.agent.policy_statistics(self.step)
         self.tracker.write(self.step, metrics)
         self.tracker.progress(self.step, metrics)
 
@@ -204,12 +201,12 @@ class Trainer:
         beside = path.parent / "replay.pt"
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
         if memory.get("step") != self.step:
-            self.learn_from = self.step + self.agent.config.warmup_steps
+            self.agent.learn_from = self.step + self.agent.warmup_steps
             print(f"no replay memory of step {self.step} beside {path}: filling a new one first")
             return
         with checkpoint.restoring(beside):
-            self.agent.replay.load_state_dict(memory)
-        self.agent.replay.cut()
+            self.agent.memory.load_state_dict(memory)
+        self.agent.memory.cut()
 
     def save(self) -> None:
         """Write step_<agent steps>.pt, latest.pt and the replay memory beside them."""
@@ -224,7 +221,7 @@ class Trainer:
         }
         checkpoints = self.folder / "checkpoints"
         checkpoint.save(
-            checkpoints / "replay.pt", {"step": self.step, **self.agent.replay.state_dict()}
+            checkpoints / "replay.pt", {"step": self.step, **self.agent.memory.state_dict()}
         )
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)

@@ -110,12 +110,12 @@ def test_rates_are_those_of_the_lines_after_the_first() -> None:
 
 
 def test_only_whole_lines_from_learning_count() -> None:
-    contender = Contender(lambda folder: [], "metrics.jsonl", learning="loss/q")
+    contender = Contender(lambda folder: [], "metrics.jsonl", learning="speed/update_share")
     assert contender._lines() == []
     lines: list[dict[str, float]] = [
         {"step": 100, "speed/agent_steps_per_s": 900.0},
-        {"step": 200, "speed/agent_steps_per_s": 500.0, "loss/q": 1.0},
-        {"step": 300, "speed/agent_steps_per_s": 50.0, "loss/q": 1.0},
+        {"step": 200, "speed/agent_steps_per_s": 500.0, "speed/update_share": 0.5},
+        {"step": 300, "speed/agent_steps_per_s": 50.0, "speed/update_share": 0.5},
     ]
     contender.progress.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     assert contender._lines() == lines[1:]

@@ -25,7 +25,7 @@ def make_agent(*overrides: str) -> DQN:
     agent = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        agent.replay.add(
+        agent.memory.add(
             torch.randint(0, 256, (4, 4, 42, 42), dtype=torch.uint8, generator=generator),
             torch.randint(0, 12, (4,), generator=generator),
             torch.full((4, 12), 1 / 12),
@@ -44,7 +44,7 @@ def updated(*overrides: str) -> tuple[list[dict[str, float]], Tensor]:
     agent = make_agent(*overrides)
     torch.manual_seed(5)  # of dropout
     losses = [{name: value.item() for name, value in agent.update().items()}]
-    networks = [agent.qnetwork, agent.icm.phi, agent.icm.inverse, agent.icm.fnet]
+    networks = [agent.qnetwork, agent.signal.phi, agent.signal.inverse, agent.signal.fnet]
     gradients = [p.grad.flatten() for n in networks for p in n.parameters() if p.grad is not None]
     for _ in range(2):
         losses.append({name: value.item() for name, value in agent.update().items()})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from icm.curiosity import ICM, EpisodicNovelty, ICMErrors, RewardScale, masked_mean
+from icm.curiosity import ICM, EpisodicNovelty, Errors, RewardScale, masked_mean
 from icm.models import Fnet, InverseNet, Phi
 
 FEATURES, ACTIONS, HIDDEN = 2, 3, 4
@@ -110,9 +110,9 @@ def test_ignorant_inverse_model_costs_log_of_the_actions() -> None:
 def test_policy_prior_by_hand() -> None:
     """Bayes: the policy's probabilities times what the inverse model makes of the two states."""
     without = hand_made()(BEFORE, CHOSEN, AFTER, POLICY)
-    without = ICMErrors(*(value.detach() for value in vars(without).values()))
+    without = Errors(*(value.detach() for value in vars(without).values()))
     errors = hand_made(policy_prior=True)(BEFORE, CHOSEN, AFTER, POLICY)
-    errors = ICMErrors(*(value.detach() for value in vars(errors).values()))
+    errors = Errors(*(value.detach() for value in vars(errors).values()))
     for row, action in enumerate(CHOSEN.tolist()):
         posterior = POLICY[row].double().numpy() * np.exp(without.logits[row].double().numpy())
         posterior /= posterior.sum()
@@ -145,7 +145,7 @@ ALL = torch.ones(3, dtype=torch.bool)
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.75, 1.0])
 def test_beta_weighs_forward_against_inverse(beta: float) -> None:
     icm = hand_made(beta=beta, reduction="sum")
-    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), ALL).item()
+    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), ALL)[0].item()
     assert loss == pytest.approx((1 - beta) * sum(SURPRISES) / 3 + beta * sum(SQUARES) / 3)
 
 
@@ -153,16 +153,16 @@ def test_scales_of_the_losses() -> None:
     icm = hand_made(beta=0.3, reduction="sum", forward_scale=2.0, inverse_scale=5.0)
     errors = icm(BEFORE, CHOSEN, AFTER, POLICY)
     expected = 0.7 * 5 * sum(SURPRISES) / 3 + 0.3 * 2 * sum(SQUARES) / 3
-    assert icm.loss(errors, ALL).item() == pytest.approx(expected)
+    assert icm.loss(errors, ALL)[0].item() == pytest.approx(expected)
     # they are of the loss alone
     assert errors.forward.tolist() == pytest.approx(SQUARES)
-    assert icm.reward(errors).tolist() == pytest.approx(SQUARES)
+    assert errors.surprise.tolist() == pytest.approx(SQUARES)
 
 
 def test_masked_transitions_are_not_averaged() -> None:
     icm = hand_made(beta=0.2, reduction="sum")
     valid = torch.tensor([True, False, True])
-    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), valid).item()
+    loss = icm.loss(icm(BEFORE, CHOSEN, AFTER, POLICY), valid)[0].item()
     expected = 0.8 * (SURPRISES[0] + SURPRISES[2]) / 2 + 0.2 * (SQUARES[0] + SQUARES[2]) / 2
     assert loss == pytest.approx(expected)
 
@@ -210,7 +210,7 @@ def test_who_trains_what(normalize: bool) -> None:
         for parameter in icm.target_phi.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
-    loss = icm.loss(errors, torch.ones(6, dtype=torch.bool))
+    loss, _ = icm.loss(errors, torch.ones(6, dtype=torch.bool))
 
     hidden = torch.relu(icm.inverse.linear1(torch.cat((icm.phi(states), icm.phi(after)), 1)))
     log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
@@ -279,7 +279,7 @@ def test_masked_transitions_have_no_gradient() -> None:
     def learn(*transitions: Tensor, mask: Tensor) -> tuple[float, list[Tensor]]:
         before, chosen, following = transitions
         policy = torch.full((len(chosen), 4), 0.25)
-        loss = icm.loss(icm(icm.encode(before), chosen, icm.encode(following), policy), mask)
+        loss, _ = icm.loss(icm(icm.encode(before), chosen, icm.encode(following), policy), mask)
         return loss.item(), gradients(loss, icm)
 
     loss, grads = learn(states, actions, after, mask=valid)
@@ -303,17 +303,12 @@ def test_masked_transitions_have_no_gradient() -> None:
 def test_reward_is_scaled_and_detached() -> None:
     icm, states, actions, after = image_icm(eta=0.25)
     errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
-    reward = icm.reward(errors)
+    reward = errors.surprise
     assert errors.forward.requires_grad
     assert not reward.requires_grad
     assert reward.shape == (6,)
     torch.testing.assert_close(reward, 0.25 * errors.forward.detach())
     assert (reward > 0).all()
-
-
-def test_reward_needs_the_forward_error_alone() -> None:
-    errors = ICMErrors(torch.tensor([2.0, 0.5]), torch.tensor([9.0, 9.0]), torch.zeros(2, 3))
-    assert hand_made(eta=3.0).reward(errors).tolist() == [6.0, 1.5]
 
 
 # --- running scale --------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from icm.agents.dqn import DQN, TEMPERATURE_LR, n_step_targets
-from icm.agents.policy import action_probabilities, entropy, scheduled
+from icm.agents.dqn import DQN, n_step_targets
+from icm.agents.policy import TEMPERATURE_LR, action_probabilities, entropy, scheduled
 from icm.cli import CONF
 from icm.config import Config, parse_config
 from icm.errors import UserError
@@ -114,6 +114,7 @@ class Game:
             "states": states,
             "previous": previous,
             "probabilities": probabilities.astype(np.float32),
+            "values": np.zeros((self.num_envs, 1), dtype=np.float32),
             "actions": actions,
             "next_states": self.states.copy(),
             "rewards": self.rng.normal(size=self.num_envs).astype(np.float32),
@@ -130,7 +131,7 @@ def start(states: Tensor) -> Tensor:
 
 
 def play(agent: DQN, steps: int = 60, seed: int = 3, **game: Any) -> None:
-    played = Game(agent.replay.num_envs, seed, **game)
+    played = Game(agent.memory.num_envs, seed, **game)
     for _ in range(steps):
         agent.observe(**played.step())
 
@@ -140,7 +141,7 @@ def next_batch(agent: DQN) -> Sequences:
     generator = torch.Generator()
     generator.set_state(agent.generator.get_state())
     config = agent.config
-    return agent.replay.sample(config.batch_size, config.sequence_length, generator)
+    return agent.memory.sample(config.batch_size, config.sequence_length, generator)
 
 
 def disturb(network: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
@@ -264,17 +265,17 @@ def test_no_reward_of_a_reset_slot_gets_into_a_target() -> None:
 
     def add(terminated: Tensor, reset: Tensor) -> None:
         zero, one = torch.tensor([0]), torch.tensor([1.0])
-        agent.replay.add(blank, zero, torch.full((1, 4), 0.25), one, terminated, no, reset, one)
+        agent.memory.add(blank, zero, torch.full((1, 4), 0.25), one, terminated, no, reset, one)
 
     for _ in range(3):
         add(no, no)
     add(yes, no)
     add(no, yes)  # the dead state
     add(no, no)  # a new episode opens, and the run is stopped
-    agent.replay.cut()
+    agent.memory.cut()
     for _ in range(4):
         add(no, no)
-    found = agent.replay.sample(50, 6, torch.Generator().manual_seed(0))
+    found = agent.memory.sample(50, 6, torch.Generator().manual_seed(0))
     row = int(found.reset.sum(1).argmax())
     assert found.reset[row].sum() == 2
     sequence = {k: v[row : row + 1] for k, v in vars(found).items()}
@@ -303,7 +304,7 @@ def guess(
     agent: DQN, features: Tensor, next_features: Tensor, policy: Tensor, previous: Tensor
 ) -> list[float]:
     """The inverse model's logits for one transition, with nothing dropped out."""
-    inverse = agent.icm.inverse
+    inverse = agent.signal.inverse
     both = torch.cat((features[0, 0], next_features[0, 0]))
     if agent.config.previous_action:
         both = torch.cat((both, told(previous)))
@@ -318,7 +319,7 @@ def surprise(
     agent: DQN, features: Tensor, action: Tensor, next_features: Tensor, previous: Tensor
 ) -> float:
     """Mean squared error of the forward model for one transition."""
-    predicted = agent.icm.fnet(features[:, 1], action, previous)
+    predicted = agent.signal.fnet(features[:, 1], action, previous)
     return (predicted - next_features[:, 1]).square().mean().item()
 
 
@@ -333,7 +334,7 @@ class SlowNovelty:
     def __init__(self, agent: DQN) -> None:
         assert agent.curiosity.episodic_ridge is not None
         self.ridge = agent.curiosity.episodic_ridge
-        self.seen: list[list[np.ndarray]] = [[] for _ in range(agent.replay.num_envs)]
+        self.seen: list[list[np.ndarray]] = [[] for _ in range(agent.memory.num_envs)]
 
     def __call__(self, env: int, features: Tensor, opens: bool) -> float:
         if opens:
@@ -359,7 +360,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
             before = batch.previous[b].unsqueeze(1)
             online = [agent.qnetwork(s, p)[0].tolist() for s, p in zip(x, before, strict=True)]
             judged = [agent.target(s, p)[0].tolist() for s, p in zip(x, before, strict=True)]
-            features = [agent.icm.encode(s) for s in x]
+            features = [agent.signal.encode(s) for s in x]
         values = [
             theirs[max(range(ACTIONS), key=ours.__getitem__)]
             for ours, theirs in zip(online, judged, strict=True)
@@ -512,7 +513,7 @@ def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> 
         images = np.random.default_rng(0).integers(0, 256, (8, 1, 1, SIZE, SIZE)).astype(np.uint8)
         images[7] = brightness
         for slot in range(8):
-            agent.replay.add(
+            agent.memory.add(
                 torch.from_numpy(images[slot]),
                 torch.tensor([slot % ACTIONS]),
                 torch.full((1, ACTIONS), 1 / ACTIONS),
@@ -547,7 +548,7 @@ def test_no_gradient_through_targets_and_rewards() -> None:
         agent.update()
         assert same(weights(agent.target), before)
         assert all(p.grad is None and not p.requires_grad for p in agent.target.parameters())
-        found[weight] = gradients(agent.qnetwork), gradients(agent.icm)
+        found[weight] = gradients(agent.qnetwork), gradients(agent.signal)
     # the rewards come from the ICM, but no Q loss reaches it
     assert found[0.0][1]
     for without, with_q in zip(found[0.0][1], found[1.0][1], strict=True):
@@ -577,9 +578,9 @@ def test_no_gradient_through_targets_and_rewards() -> None:
                 action = batch.actions[b, t : t + 1]
                 raw = surprise(
                     agent,
-                    agent.icm.encode(now),
+                    agent.signal.encode(now),
                     action,
-                    agent.icm.encode(after),
+                    agent.signal.encode(after),
                     action_before[t : t + 1],
                 )
                 best = agent.qnetwork(following, action_before[on : on + 1]).argmax()
@@ -610,7 +611,7 @@ def test_reset_slots_teach_the_icm_nothing() -> None:
             agent.observe(**step)
         assert next_batch(agent).reset.any()
         results = agent.update()
-        found.append(([*results.values()], gradients(agent.icm), gradients(agent.qnetwork)))
+        found.append(([*results.values()], gradients(agent.signal), gradients(agent.qnetwork)))
     for one, other in zip(*found, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -659,7 +660,7 @@ def test_previous_action_counts_where_the_networks_are_told_it() -> None:
     for told_it, different in ((True, ACTIONS + 1), (False, 1)):
         agent = make_agent(agent__policy=FIXED_POLICY, agent__previous_action=told_it)
         errors, _ = agent.judge(states, *given)
-        found = (agent.probabilities(states, previous, 0), errors.logits, errors.forward[:, None])
+        found = (agent.probabilities(states, previous, 0), errors.logits, errors.surprise[:, None])
         for rows in found:
             assert len(rows.unique(dim=0)) == different
 
@@ -675,7 +676,7 @@ def test_gradients_are_clipped_per_group() -> None:
     for agent in (free, clipped, loose):
         play(agent)
         agent.update()
-    for network in ("qnetwork", "icm"):
+    for network in ("qnetwork", "signal"):
         whole = gradients(getattr(free, network))
         length = total_norm(whole)
         assert length > 0.06
@@ -702,8 +703,8 @@ def test_reward_is_that_of_the_icm_at_the_time_of_sampling() -> None:
     fresh, changed = make_agent(), make_agent()
     for agent in (fresh, changed):
         play(agent)
-    stored = {k: v.clone() for k, v in changed.replay.state_dict().items() if torch.is_tensor(v)}
-    disturb(changed.icm.fnet, 6, scale=3.0)
+    stored = {k: v.clone() for k, v in changed.memory.state_dict().items() if torch.is_tensor(v)}
+    disturb(changed.signal.fnet, 6, scale=3.0)
     now = slow_losses(changed, next_batch(changed))["loss/q"]
     at_storing = slow_losses(fresh, next_batch(fresh))["loss/q"]
     found = changed.update()["loss/q"].item()
@@ -711,7 +712,7 @@ def test_reward_is_that_of_the_icm_at_the_time_of_sampling() -> None:
     assert found != pytest.approx(at_storing, rel=0.05)
     assert fresh.update()["loss/q"].item() == pytest.approx(at_storing, rel=1e-3)
     # stored is the game's reward, and the update leaves the memory alone
-    state = changed.replay.state_dict()
+    state = changed.memory.state_dict()
     assert all(torch.equal(state[k], v) for k, v in stored.items())
 
 
@@ -784,11 +785,11 @@ def test_policy_follows_warm_up_and_schedules() -> None:
         q = agent.target(agent.input_norm(states), start(states))
     for step in (0, 99):
         assert agent.probabilities(states, start(states), step).tolist() == [[0.25] * 4] * 6
-        assert agent.policy_settings(step)[1] == 1
+        assert agent.softmax.settings(step)[1] == 1
     for step, temperature, epsilon in ((100, 0.95, 0.92), (500, 0.75, 0.6), (1_000, 0.5, 0.2)):
         expected = (1 - epsilon) * torch.softmax(q / temperature, 1) + epsilon / 4
         torch.testing.assert_close(agent.probabilities(states, start(states), step), expected)
-        assert agent.policy_settings(step) == pytest.approx((temperature, epsilon))
+        assert agent.softmax.settings(step) == pytest.approx((temperature, epsilon))
     best = torch.eye(4)[q.argmax(1)]
     torch.testing.assert_close(agent.probabilities(states, start(states), 5_000), 0.8 * best + 0.05)
     for step in (0, 5_000):
@@ -802,7 +803,7 @@ def test_actions_are_drawn_from_the_probabilities() -> None:
     agent, twin, other = (make_agent(**changes, seed=seed) for seed in (1, 1, 2))
     other.load_networks(agent.state_dict()["models"])
     states = random_states(1).expand(4_000, -1, -1, -1)
-    actions, probabilities = agent.act(states, start(states), 10)
+    actions, probabilities, _ = agent.act(states, start(states), 10)
     assert actions.shape == (4_000,)
     assert actions.dtype == torch.int64
     torch.testing.assert_close(probabilities, agent.probabilities(states, start(states), 10))
@@ -832,16 +833,16 @@ def test_temperature_follows_the_entropy() -> None:
         agent.target.linear2.weight.mul_(30)
         q = agent.target(agent.input_norm(states), start(states))
     assert agent.act(states, start(states), 49)[1].tolist() == [[0.25] * 4] * 6
-    assert agent.temperature == 1  # as it was: that was the warm-up
+    assert agent.softmax.temperature == 1  # as it was: that was the warm-up
     for step, share in ((50, 0.9), (150, 0.7), (200, 0.5)):
-        before = agent.temperature
-        _, probabilities = agent.act(states, start(states), step)
+        before = agent.softmax.temperature
+        _, probabilities, _ = agent.act(states, start(states), step)
         expected = 0.9 * torch.softmax(q / before, 1) + 0.1 / 4
         torch.testing.assert_close(probabilities, expected)
         missing = share * math.log(4) + (expected * expected.log()).sum(1).mean().item()
         wanted = before * math.exp(TEMPERATURE_LR * missing)
-        assert agent.temperature == pytest.approx(wanted, rel=1e-5)
-        assert agent.temperature != before
+        assert agent.softmax.temperature == pytest.approx(wanted, rel=1e-5)
+        assert agent.softmax.temperature != before
     for share, step in ((0.9, 100), (0.5, 200)):
         for _ in range(800):
             agent.act(states, start(states), step)
@@ -853,7 +854,7 @@ def test_temperature_of_a_schedule_stays() -> None:
     agent = make_agent(agent__policy=FIXED_POLICY)
     for _ in range(3):
         agent.act(random_states(6), start(random_states(6)), 100)
-    assert agent.temperature == 1
+    assert agent.softmax.temperature == 1
     states = random_states(6)
     torch.testing.assert_close(
         agent.probabilities(states, start(states), 0),
@@ -879,7 +880,7 @@ def test_observed_statistics() -> None:
         raw, losses, hits, entropies = [], [], [], []
         for env in range(3):
             now, after = (
-                agent.icm.encode(agent.input_norm(step[name][env : env + 1]))
+                agent.signal.encode(agent.input_norm(step[name][env : env + 1]))
                 for name in ("states", "next_states")
             )
             action = step["actions"][env : env + 1]
@@ -946,7 +947,7 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
         for env in range(3):
             new = novelty(env, seen[env], bool(step["reset"][env]))
             if not step["reset"][env]:
-                sums[env] = 0.9 * sums[env] + errors.forward[env].item() * new
+                sums[env] = 0.9 * sums[env] + errors.surprise[env].item() * new
         agent.observe(**step)
         assert agent.scale.sums.tolist() == pytest.approx(sums, rel=1e-4, abs=1e-7)
     assert max(sums) > 0
@@ -956,7 +957,7 @@ def test_observing_stores_but_does_not_learn() -> None:
     agent = make_agent()
     before = {name: weights(network) for name, network in agent.networks.items()}
     play(agent, 12)
-    assert len(agent.replay) == 36
+    assert len(agent.memory) == 36
     assert all(same(weights(network), before[name]) for name, network in agent.networks.items())
     assert agent.updates == 0
 
@@ -967,19 +968,19 @@ def test_terminated_and_truncated_is_terminated() -> None:
     step["terminated"] = torch.tensor([True, True, False])
     step["truncated"] = torch.tensor([True, False, True])
     agent.observe(**step)
-    assert agent.replay.terminated[0].tolist() == [True, True, False]
-    assert agent.replay.truncated[0].tolist() == [False, False, True]
+    assert agent.memory.terminated[0].tolist() == [True, True, False]
+    assert agent.memory.truncated[0].tolist() == [False, False, True]
 
 
 def test_ready_and_input_statistics() -> None:
     agent = make_agent()
     played, images = Game(3, 5), []
     for _ in range(6 + 2):
-        assert not agent.ready()
+        assert not agent.due(10_016)
         step = played.step()
         images.append(step["states"][:, -1])
         agent.observe(**step)
-    assert agent.ready()
+    assert agent.due(10_016)
     agent.measure_input()
     pixels = torch.cat(images).double()
     torch.testing.assert_close(agent.input_norm.mean.double(), pixels.mean(0), rtol=1e-5, atol=0)
@@ -1011,7 +1012,7 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
     assert not same(weights(first.qnetwork), weights(second.qnetwork))
 
     second.load_state_dict(through_a_file(first.state_dict()))
-    second.replay.load_state_dict(through_a_file(first.replay.state_dict()))
+    second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
     assert second.updates == 4
     first.novelty = first.new_novelty(3)  # a resumed run begins new episodes
     state_of_dropout = torch.get_rng_state()
@@ -1023,14 +1024,14 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
             history.append(agent.update())
             history.extend(weights(network) for network in agent.networks.values())
             step = game.step()
-            actions, probabilities = agent.act(step["states"], step["previous"], 15_000)
+            actions, probabilities, _ = agent.act(step["states"], step["previous"], 15_000)
             step |= {"probabilities": probabilities, "actions": actions}
             history.append(agent.observe(**step) | {"actions": step["actions"]})
         histories.append(history)
     for place, (one, other) in enumerate(zip(*histories, strict=True)):
         assert same(one, other), place
     assert first.scale.std == second.scale.std
-    assert first.temperature == second.temperature != 1
+    assert first.softmax.temperature == second.softmax.temperature != 1
 
 
 def test_loaded_agent_learns_at_its_own_rates() -> None:
@@ -1053,7 +1054,7 @@ def test_every_part_of_the_state_matters() -> None:
     for name, network in first.networks.items():
         assert same(weights(network), weights(second.networks[name])), name
     assert second.updates == 0
-    second.replay.load_state_dict(through_a_file(first.replay.state_dict()))
+    second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
     first.update()
     second.update()
     assert not same(weights(first.qnetwork), weights(second.qnetwork))
@@ -1089,7 +1090,7 @@ def test_networks_of_another_size(
     changes: dict[str, Any], shape: tuple[int, int], message: str
 ) -> None:
     other = make_agent(**changes, seed=5)
-    assert other.icm.phi.conv1.in_channels == shape[0]
+    assert other.signal.phi.conv1.in_channels == shape[0]
     check_refused(make_agent(), other.state_dict()["models"], message)
 
 
@@ -1124,7 +1125,7 @@ def check_refused(agent: DQN, models: dict[str, Any], message: str) -> None:
 def test_same_seed_same_agent() -> None:
     one, twin, other = make_agent(), make_agent(), make_agent(seed=43)
     assert same(weights(one.qnetwork), weights(twin.qnetwork))
-    assert same(weights(one.icm), weights(twin.icm))
+    assert same(weights(one.signal), weights(twin.signal))
     assert not same(weights(one.qnetwork), weights(other.qnetwork))
     for agent in (one, twin):
         play(agent)
@@ -1136,8 +1137,8 @@ def test_same_seed_same_agent() -> None:
 def test_agent_that_only_plays_has_no_memory() -> None:
     config = configure({})
     agent = build_agent(config, (2, SIZE, SIZE), ACTIONS, torch.device("cpu"), remember=False)
-    assert len(agent.replay) == agent.replay.frames.numel() == 0
-    assert not agent.ready()
+    assert len(agent.memory) == agent.memory.frames.numel() == 0
+    assert not agent.due(10_016)
     states = random_states(2)
     assert agent.probabilities(states, start(states), 0).shape == (2, ACTIONS)
 
@@ -1193,20 +1194,20 @@ class Chain:
 def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
     """Act, observe and learn as the trainer does; how often each cell was entered."""
     visits = dict.fromkeys(range(world.cells), 0)
-    n, per_update = world.num_envs, agent.config.steps_per_update
+    n = world.num_envs
     previous = torch.full((n,), NO_ACTION)
     reset = torch.zeros(n, dtype=torch.bool)
     for step in range(0, steps, n):
         states = world.states
-        actions, probabilities = agent.act(states, previous, step)
-        if step >= agent.config.warmup_steps and agent.ready():
-            for _ in range(step // per_update - (step - n) // per_update):
-                agent.update()
+        actions, probabilities, values = agent.act(states, previous, step)
+        for _ in range(agent.due(step)):
+            agent.update()
         rewards, terminated, truncated = world.step(actions)
         agent.observe(
             states,
             previous,
             probabilities,
+            values,
             actions,
             world.states,
             rewards,

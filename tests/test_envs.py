@@ -12,7 +12,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 from icm.envs import episodes_in, make_env, make_vector_env
-from icm.envs.mario import StuckLimit
+from icm.envs.mario import Progress, StuckLimit
 from icm.envs.wrappers import ActionRepeat, GreyImage, NoopStart, StickyActions
 from icm.errors import UserError
 
@@ -149,22 +149,32 @@ def test_stuck_episodes_are_truncated_not_terminated() -> None:
 def test_progress_resets_the_stuck_limit() -> None:
     class Walk(gym.Env[Any, Any]):
         observation_space = spaces.Box(0, 255, (4, 4), np.uint8)
-        action_space = spaces.Discrete(2)
-        x = 0
+        action_space = spaces.Discrete(3)
 
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            self.x = 0
-            return np.zeros((4, 4), np.uint8), {"game_progress": {"distance": 0}}
+            self.x, self.lives = 0, 2
+            self.progress = Progress()
+            return self.look()
 
         def step(self, action: Any) -> Any:
             self.x += 10 * int(action)
-            info = {"game_progress": {"distance": self.x}}
-            return np.zeros((4, 4), np.uint8), 0.0, False, False, info
+            if action == 2:
+                self.lives, self.x = self.lives - 1, 0
+            observation, info = self.look()
+            return observation, 0.0, False, False, info
+
+        def look(self) -> Any:
+            self.progress.note((1, 1), self.x, 0, clear=False, lives=self.lives)
+            return np.zeros((4, 4), np.uint8), {"progress": self.progress}
 
     env = StuckLimit(Walk(), steps=3, distance=15)
     env.reset()
     # 10, 20 (new ground), 20, 20, 20: cut
     assert [env.step(a)[3] for a in (1, 1, 0, 0, 0)] == [False, False, False, False, True]
+    # a new life (2) starts from 0, and what the life before has seen is new to it
+    env.reset()
+    cut = [env.step(a)[3] for a in (1, 1, 0, 0, 2, 0, 1, 1, 0, 0, 0)]
+    assert cut == [False] * 10 + [True]
 
 
 def test_action_repeat_adds_rewards_and_stops_at_the_end() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -32,6 +33,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         observation, info = self.env.reset(seed=seed, options=options)
         self.best: dict[str, int] = {}
         self.cleared: set[str] = set()
+        self.life, self.ground = None, {}
         return observation, self.note(info)
 
     def step(self, action: Any) -> Any:
@@ -43,6 +45,9 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         self.best[level] = max(int(info["x_pos"]), self.best.get(level, 0))
         if info["clear"]:
             self.cleared.add(level)
+        if info["life"] != self.life:
+            self.life, self.ground = info["life"], {}
+        self.ground[level] = max(int(info["x_pos"]), self.ground.get(level, 0))
         progress = {
             "distance": sum(self.best.values()),
             "flag": len(self.cleared) > 0,
@@ -50,7 +55,11 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
             "levels": " ".join(self.best),
         }
         cell = [info["world"], info["stage"], info["x_pos"] // 16, info["y_pos"] // 16]
-        return {"game_progress": progress, "cell": np.array(cell, np.int32)}
+        return {
+            "game_progress": progress,
+            "cell": np.array(cell, np.int32),
+            "progress": SimpleNamespace(ground=self.ground),  # for StuckLimit
+        }
 
 
 class Small(gym.ObservationWrapper[Any, Any, Any]):

@@ -1,10 +1,13 @@
 """From action values to actions: greedy, epsilon-greedy and softmax in one formula."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from icm.config import PolicyConfig
 
 Schedule = Sequence[Sequence[float]]
 """Knots [agent step, value]: linear in between, constant before the first and after the last."""
@@ -12,6 +15,8 @@ Schedule = Sequence[Sequence[float]]
 
 MIN_TEMPERATURE = 1e-6
 """Below it the policy is greedy: float32 cannot tell, and may overflow."""
+
+TEMPERATURE_LR = 0.05  # per vector step: one nat of missing entropy is mended in about 20
 
 
 def scheduled(schedule: Schedule, step: int) -> float:
@@ -36,3 +41,53 @@ def action_probabilities(q: Tensor, temperature: float, epsilon: float) -> Tenso
 def entropy(probabilities: Tensor) -> Tensor:
     """Shannon entropy in nats of each row, (batch,)."""
     return torch.special.entr(probabilities).sum(1)
+
+
+class ValuePolicy:
+    """The policy of a learner of action values: uniform at first, then (temperature, epsilon).
+
+    Where the configuration has no temperature, it follows from the entropy that the policy is to
+    have.
+
+    Args:
+        config: the schedules.
+        warmup_steps: agent steps of uniformly random actions.
+    """
+
+    def __init__(self, config: PolicyConfig, warmup_steps: int) -> None:
+        self.config, self.warmup_steps = config, warmup_steps
+        self.temperature = 1.0
+
+    def __call__(self, q: Tensor, step: int, greedy: bool) -> Tensor:
+        """Action probabilities (batch, actions) of action values at an agent step."""
+        if greedy:
+            return action_probabilities(q, temperature=0.0, epsilon=0.0)
+        return action_probabilities(q, *self.settings(step))
+
+    def settings(self, step: int) -> tuple[float, float]:
+        """Temperature and epsilon at an agent step."""
+        if step < self.warmup_steps:
+            return self.temperature, 1.0
+        epsilon = scheduled(self.config.epsilon, step)
+        if self.config.temperature is None:
+            return self.temperature, epsilon
+        return scheduled(self.config.temperature, step), epsilon
+
+    def statistics(self, step: int) -> dict[str, float]:
+        """The settings under their names in the log."""
+        temperature, epsilon = self.settings(step)
+        return {"policy/temperature": temperature, "policy/epsilon": epsilon}
+
+    def adapt(self, probabilities: Tensor, step: int) -> None:
+        """Move the temperature so that the policy's mean entropy follows its schedule.
+
+        Gradient descent on log(temperature), as for the entropy constraint of soft actor-critic
+        (Haarnoja et al. 2018, section 5). So exploration does not depend on the scale of values.
+        """
+        if self.config.temperature is not None or step < self.warmup_steps:
+            return
+        target = scheduled(self.config.entropy, step) * math.log(probabilities.shape[1])
+        missing = target - entropy(probabilities).mean().item()
+        self.temperature = max(
+            MIN_TEMPERATURE, self.temperature * math.exp(TEMPERATURE_LR * missing)
+        )

@@ -158,7 +158,7 @@ def training(overrides: list[str]) -> Contender:
     return Contender(
         lambda folder: [*command, f"hydra.run.dir={folder / 'run'}"],
         "run/metrics.jsonl",
-        learning="loss/q",
+        learning="speed/update_share",
     )
 
 

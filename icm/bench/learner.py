@@ -8,16 +8,18 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.agents.dqn import DQN
+from icm.agents.base import Agent
+from icm.agents.on_policy import OnPolicy
 from icm.bench.settings import train_settings
 from icm.compilation import Compiler
-from icm.config import Config
+from icm.config import Config, RolloutConfig
 from icm.device import resolve_device, resolve_precision, share_cores
 from icm.envs import action_count, make_env
 from icm.factory import build_agent
@@ -26,23 +28,32 @@ PLAIN = "float32 with PyTorch's ELU"  # the unit: eager, as PyTorch comes
 REMEMBERED = 40  # vector steps
 
 
-def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> DQN:
+def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> Agent:
     """An agent that remembers random pictures: what they show costs nothing."""
     agent = build_agent(config, shape, actions, resolve_device(config.device))
-    for _ in range(REMEMBERED):
+    rollout = config.agent.rollout_steps if isinstance(config.agent, RolloutConfig) else 0
+    for _ in range(max(REMEMBERED, rollout + 1)):
         agent.observe(**vector_step(agent, shape, actions))
-    agent.measure_input()
+    agent.input_norm.measure(agent.memory.recent_frames(1000))
     return agent
 
 
-def vector_step(agent: DQN, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
-    """What `DQN.observe` is given."""
-    n = agent.replay.num_envs
+def update(agent: Agent) -> None:
+    """One update; a rollout is learned again and again."""
+    if isinstance(agent, OnPolicy) and not len(agent.order):
+        agent.plan()
+    agent.update()
+
+
+def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
+    """What `Agent.observe` is given."""
+    n = agent.num_envs
     never = torch.zeros(n, dtype=torch.bool)
     return {
         "states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
         "previous": torch.randint(0, actions, (n,)),
         "probabilities": torch.full((n, actions), 1 / actions),
+        "values": torch.zeros(n, 1),
         "actions": torch.randint(0, actions, (n,)),
         "next_states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
         "rewards": torch.zeros(n),
@@ -81,7 +92,7 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
     share_cores()
 
     def settings(*more: str) -> Config:
-        return train_settings("agent.replay_capacity=10000", *overrides, *more)
+        return train_settings(*overrides, *more)
 
     config = settings()
     device = resolve_device(config.device)
@@ -91,9 +102,10 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
     env.close()
 
     agents = {PLAIN: make_agent(settings("precision=float32", "compile=off"), *sizes)}
-    icm = agents[PLAIN].icm
-    for body in (icm.phi, icm.target_phi, agents[PLAIN].qnetwork, agents[PLAIN].target):
-        body.activation = F.elu
+    for network in agents[PLAIN].networks.values():
+        for body in network.modules():
+            if hasattr(body, "activation"):
+                vars(body)["activation"] = F.elu
     compiler = Compiler("off" if config.compile == "off" else "auto", device)
     compiler(torch.neg)(torch.ones(1, device=device))  # now it is off where nothing can be compiled
     bf16 = resolve_precision(config.precision, device)
@@ -104,10 +116,10 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
             agents[mode] = make_agent(chosen, *sizes)
     agent = agents[mode]  # the last one is what a training takes
     step = vector_step(agent, *sizes)
-    measured = {
+    measured: dict[str, Callable[[], Any]] = {
         "act_ms": lambda: agent.act(step["states"], step["previous"], config.total_steps),
         "observe_ms": lambda: agent.observe(**step),
-        **{name: agents[name].update for name in agents},
+        **{name: partial(update, agents[name]) for name in agents},
     }
     times: dict[str, list[float]] = {name: [] for name in measured}
     for do in measured.values():  # compiles
@@ -118,7 +130,7 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
             times[name].append(milliseconds(do, seconds, device))
     medians = {name: median(values) for name, values in times.items()}
     acting = (medians["act_ms"] + medians["observe_ms"]) / config.env.num_envs / 1e3
-    updating = medians[mode] / config.agent.steps_per_update / 1e3
+    updating = medians[mode] / config.agent.steps_between_updates / 1e3
     samples = config.agent.batch_size * config.agent.sequence_length
     return {
         "modes": {

@@ -72,9 +72,10 @@ def make_env(
     draw = game.draw if isinstance(game, OnLibretro) and render_mode is None else None
     env = ActionRepeat(env, config.action_repeat, on_frame, draw)
     if is_mario:
-        env = MarioProgress(Screen(env))
+        env = Screen(env)
         if config.stuck_steps:
             env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
+        env = MarioProgress(env)
     top, bottom, left, right = config.crop
     env = GreyImage(env, config.size, (top, bottom, left, right))
     env = FrameStack(env, config.frame_stack)

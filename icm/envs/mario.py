@@ -23,10 +23,17 @@ class Progress:
     def __init__(self) -> None:
         self.best_x: dict[tuple[int, int], int] = {}  # per level (world, stage), as first seen
         self.cleared: set[tuple[int, int]] = set()
+        self.lives = -1
+        self.ground: dict[tuple[int, int], int] = {}  # best x per level in the running life
 
-    def note(self, level: tuple[int, int], x: int, y: int, clear: bool) -> None:
+    def note(self, level: tuple[int, int], x: int, y: int, clear: bool, lives: int) -> None:
         """Take in one frame."""
         self.level, self.x, self.y = level, x, y
+        if lives != self.lives:
+            self.lives = lives
+            self.ground.clear()
+        if x > self.ground.get(level, -1):
+            self.ground[level] = x
         if x > self.best_x.get(level, -1):
             self.best_x[level] = x
         if clear:
@@ -52,7 +59,7 @@ class LeanGame(NESEnv):
 
     def _get_info(self) -> dict[str, Any]:
         level = self._world, self._stage
-        self.progress.note(level, self._x_position, self._y_position, self.is_clear)
+        self.progress.note(level, self._x_position, self._y_position, self.is_clear, self._life)
         return {"progress": self.progress}
 
 
@@ -115,7 +122,10 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):
-    """Truncates an episode after `steps` agent steps without `distance` pixels of new ground."""
+    """Truncates an episode after `steps` agent steps without `distance` pixels of new ground.
+
+    Ground is new that this life has not been on: after a death the way begins anew.
+    """
 
     def __init__(self, env: Env, steps: int, distance: int) -> None:
         super().__init__(env)
@@ -124,14 +134,15 @@ class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Start counting."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self.best, self.stuck = info["game_progress"]["distance"], 0
+        self.best, self.stuck = sum(info["progress"].ground.values()), 0
         return observation, info
 
     def step(self, action: Any) -> Any:
         """Count."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if info["game_progress"]["distance"] >= self.best + self.distance:
-            self.best, self.stuck = info["game_progress"]["distance"], 0
-        else:
+        ground = sum(info["progress"].ground.values())
+        if self.best <= ground < self.best + self.distance:
             self.stuck += 1
+        else:
+            self.best, self.stuck = ground, 0
         return observation, reward, terminated, truncated or self.stuck >= self.limit, info

@@ -1,0 +1,91 @@
+"""Proximal policy optimisation on curiosity.
+
+Schulman, Wolski, Dhariwal, Radford, Klimov: Proximal Policy Optimization Algorithms (2017), the
+learner of Burda et al. 2018. A rollout is learned while the next one is made, so its data is up to
+one rollout old; the ratio is to the policy that acted, whose probabilities are stored.
+"""
+
+import torch
+from torch import Tensor
+
+from icm.agents.base import Common
+from icm.agents.on_policy import Batch, OnPolicy
+from icm.config import PPOConfig
+from icm.curiosity import masked_mean
+from icm.models import ActorCritic
+from icm.rollouts import Rollouts
+
+
+class PPO(OnPolicy):
+    """Policy gradient with a clipped ratio.
+
+    Args:
+        actor_critic: policy and value.
+        memory: rollouts.
+        agent: settings of the learner.
+        common: everything else.
+    """
+
+    config: PPOConfig
+
+    def __init__(
+        self, actor_critic: ActorCritic, memory: Rollouts, agent: PPOConfig, common: Common
+    ) -> None:
+        self.config = agent
+        self.actor_critic = actor_critic
+        super().__init__({"actor_critic": actor_critic}, memory, agent, common)
+
+    def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the policy and the values."""
+        with self._autocast():
+            logits, values = self.actor_critic(self._input(states), previous)
+        return logits.float(), values.float()
+
+    def policy(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
+        """Softmax of the logits; uniform during the warm-up."""
+        if greedy:
+            best = preferences.argmax(1, keepdim=True)
+            return torch.zeros_like(preferences).scatter_(1, best, 1.0)
+        if step < self.config.warmup_steps:
+            return torch.full_like(preferences, 1 / preferences.shape[1])
+        return preferences.softmax(1)
+
+    def evaluate(self) -> None:
+        """Returns, and advantages over the values of the time of acting, normalised."""
+        values, steps = self.memory.full.values, slice(self.memory.steps)
+        self.returns = self.returns_of(values)
+        advantages = (self.returns - values[steps]).sum(2)
+        valid = advantages[~self.memory.full.reset[steps]]
+        self.advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_CLIP - c_1 L_VF + c_2 S of the paper's eq. 9, negated, and the signal's loss."""
+        config = self.config
+        valid = ~batch.reset
+        size, length = batch.actions.shape
+        with self._autocast():
+            x = self._input(batch.states.flatten(0, 1))
+            signal_loss, parts = self.signal_loss(x, batch)
+            acted = x.unflatten(0, (size, length + 1))[:, :-1].flatten(0, 1)
+            logits, values = self.actor_critic(acted, batch.previous[:, :-1].flatten())
+        log_policy = logits.float().log_softmax(1).unflatten(0, (size, length))
+        values = values.float().unflatten(0, (size, length))
+        chosen = batch.actions.unsqueeze(2)
+        log_ratio = log_policy.gather(2, chosen) - batch.probabilities.gather(2, chosen).log()
+        log_ratio = log_ratio.squeeze(2)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+        policy_loss = -masked_mean(gain, valid)
+        value_loss = masked_mean((values - batch.returns).square().sum(2), valid)
+        entropy = masked_mean(-(log_policy.exp() * log_policy).sum(2), valid)
+        loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
+        with torch.no_grad():
+            parts |= {
+                "loss/policy": policy_loss.detach(),
+                "loss/value": value_loss.detach(),
+                "policy/kl": masked_mean(ratio - 1 - log_ratio, valid).detach(),
+                "policy/clipped": masked_mean((ratio != clipped).float(), valid).detach(),
+                "value/mean": masked_mean(values.sum(2), valid).detach(),
+            }
+        return loss + signal_loss, parts

@@ -1,0 +1,54 @@
+"""Disagreement of an ensemble of forward models."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.curiosity.signal import Errors, Signal
+from icm.models import Fnet, Phi
+
+
+class Disagreement(Signal):
+    """Variance of what several forward models predict, averaged over random features.
+
+    Pathak, Gandhi, Gupta: Self-Supervised Exploration via Disagreement (2019), eq. 1. What cannot
+    be predicted, like noise, makes all of them predict its mean: they agree, and it bores.
+
+    Args:
+        phi: encoder that never learns; its features are normalised to mean 0 and variance 1.
+        ensemble: forward models; each learns from a random half of the transitions.
+    """
+
+    def __init__(self, phi: Phi, ensemble: list[Fnet]) -> None:
+        super().__init__()
+        self.phi, self.ensemble = phi.requires_grad_(False), nn.ModuleList(ensemble)
+        self.num_features = phi.num_features
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under the name it has in a checkpoint."""
+        return {"phi": self.phi, "ensemble": self.ensemble}
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Normalised random features, (batch, 1, F)."""
+        features = self.phi(x).float()
+        return F.layer_norm(features, features.shape[1:]).unsqueeze(1)
+
+    def forward(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_features: Tensor,
+        behaviour: Tensor,
+        previous: Tensor | None = None,
+    ) -> Errors:
+        """Variance and mean error of the forward models, see `Signal.forward`."""
+        predicted = torch.stack(
+            [fnet(features[:, 0], actions, previous).float() for fnet in self.ensemble]
+        )
+        variance = predicted.detach().var(0, correction=0).mean(1)
+        errors = (predicted - next_features[:, 0]).square().mean(2)
+        if self.training:
+            errors = errors * F.dropout(torch.ones_like(errors), 0.5)
+        return Errors(variance, errors.mean(0))

@@ -1,0 +1,134 @@
+"""Curiosity: surprise of a forward model in features learned by an inverse model.
+
+Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
+
+The surprise is measured on features of a *moving average* of phi, normalised, much as in
+BYOL-Explore (Guo et al. 2022): phi itself changes faster than a forward model can follow, and then
+every state is as surprising as any other.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.curiosity.signal import Errors, Signal, masked_mean
+from icm.models import Fnet, InverseNet, Phi, follow
+
+
+class ICM(Signal):
+    """Intrinsic Curiosity Module: encoder, forward model, inverse model and their losses.
+
+    Args:
+        phi: encoder of states.
+        fnet: forward model.
+        inverse: inverse model.
+        beta: weight of the forward against the inverse loss (Pathak et al. 2017, eq. 7).
+        eta: scale of the intrinsic reward (eq. 6).
+        reduction: `mean` or `sum` of the squared error over features.
+        forward_scale: factor on the forward loss (the tutorial's forward scale).
+        inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
+        target_tau: share of phi that enters its moving average, the target phi, per update; with 1
+            the two are the same.
+        normalize_features: whether the features of the target phi are normalised to mean 0 and
+            variance 1 (layer normalisation without parameters), so that their scale cannot drift.
+        policy_prior: whether the inverse model is told the policy, see `forward`.
+    """
+
+    def __init__(
+        self,
+        phi: Phi,
+        fnet: Fnet,
+        inverse: InverseNet,
+        *,
+        beta: float,
+        eta: float,
+        reduction: str = "mean",
+        forward_scale: float = 1.0,
+        inverse_scale: float = 1.0,
+        target_tau: float = 1.0,
+        normalize_features: bool = False,
+        policy_prior: bool = False,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction {reduction!r} is not one of mean, sum")
+        self.phi, self.fnet, self.inverse = phi, fnet, inverse
+        self.target_phi = copy.deepcopy(phi).requires_grad_(False)
+        self.beta, self.eta = beta, eta
+        self.reduction = reduction
+        self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
+        self.target_tau, self.normalize_features = target_tau, normalize_features
+        self.policy_prior = policy_prior
+        self.num_features = phi.num_features
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under the name it has in a checkpoint."""
+        return {
+            "phi": self.phi,
+            "target_phi": self.target_phi,
+            "fnet": self.fnet,
+            "inverse": self.inverse,
+        }
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of normalised states (batch, C, H, W), shape (batch, 2, F).
+
+        First those of phi, which learn from the inverse loss; then those of the target phi, which
+        the forward model sees and predicts, without gradient: no loss on them reaches phi.
+        """
+        learned = self.phi(x).float()
+        with torch.no_grad():
+            target = self.target_phi(x).float()
+            if self.normalize_features:
+                target = F.layer_norm(target, target.shape[1:])
+        return torch.stack((learned, target), dim=1)
+
+    def forward(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_features: Tensor,
+        behaviour: Tensor,
+        previous: Tensor | None = None,
+    ) -> Errors:
+        """Errors of both models on transitions.
+
+        By Bayes' rule p(a | s, s') is proportional to pi(a | s) p(s' | s, a). With `policy_prior`
+        the policy's part is handed to the inverse model, which then has only the second factor to
+        learn: what an action does, not which action an ever-changing policy prefers.
+
+        Args:
+            features, actions, next_features, behaviour, previous: see `Signal.forward`.
+
+        Returns:
+            surprise: eta * forward (eq. 6);
+            forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2),
+                phi being the target phi here;
+            inverse: cross-entropy of the guessed action, in nats (eq. 3).
+        """
+        (learned, target), (next_learned, next_target) = features.unbind(1), next_features.unbind(1)
+        logits = self.inverse(learned, next_learned, previous).float()
+        if self.policy_prior:
+            logits = logits + behaviour.clamp_min(1e-8).log()
+        inverse_error = F.cross_entropy(logits, actions, reduction="none")
+        predicted = self.fnet(target, actions, previous).float()
+        squared = F.mse_loss(predicted, next_target, reduction="none")
+        forward_error = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
+        return Errors(self.eta * forward_error.detach(), forward_error, inverse_error, logits)
+
+    def loss(self, errors: Errors, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(1 - beta) L_I + beta L_F (eq. 7) over the transitions where `valid` (batch,) is true."""
+        assert errors.forward is not None
+        assert errors.inverse is not None
+        forward = masked_mean(errors.forward, valid)
+        inverse = masked_mean(errors.inverse, valid)
+        loss = (1 - self.beta) * inverse * self.inverse_scale
+        loss = loss + self.beta * forward * self.forward_scale
+        return loss, {"loss/forward": forward.detach(), "loss/inverse": inverse.detach()}
+
+    def update_target(self) -> None:
+        """Let the target phi follow phi by one update."""
+        follow(self.target_phi, self.phi, self.target_tau)

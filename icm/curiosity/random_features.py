@@ -1,0 +1,45 @@
+"""Surprise of a forward model in random features."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.curiosity.signal import Errors, Signal
+from icm.models import Fnet, Phi
+
+
+class RandomFeatures(Signal):
+    """Forward error ||fnet(phi(s), a) - phi(s')||^2 / F with a phi that never learns.
+
+    Burda, Edwards, Pathak, Storkey, Darrell, Efros: Large-Scale Study of Curiosity-Driven Learning
+    (2018), section 2.1, "random features". They are normalised to mean 0 and variance 1.
+    """
+
+    def __init__(self, phi: Phi, fnet: Fnet) -> None:
+        super().__init__()
+        self.phi, self.fnet = phi.requires_grad_(False), fnet
+        self.num_features = phi.num_features
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under the name it has in a checkpoint."""
+        return {"phi": self.phi, "fnet": self.fnet}
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Normalised random features, (batch, 1, F)."""
+        features = self.phi(x).float()
+        return F.layer_norm(features, features.shape[1:]).unsqueeze(1)
+
+    def forward(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_features: Tensor,
+        behaviour: Tensor,
+        previous: Tensor | None = None,
+    ) -> Errors:
+        """Errors of the forward model, see `Signal.forward`."""
+        predicted = self.fnet(features[:, 0], actions, previous).float()
+        error = (predicted - next_features[:, 0]).square().mean(1)
+        return Errors(error.detach(), error)

@@ -1,0 +1,78 @@
+"""What all curiosity signals have in common."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Errors:
+    """What a signal finds in transitions; every tensor of shape (batch,) but the logits."""
+
+    surprise: Tensor  # the raw intrinsic reward, without gradient
+    forward: Tensor | None = None  # what the signal's predictor is to make small
+    inverse: Tensor | None = None  # cross-entropy of the guessed action, nats
+    logits: Tensor | None = None  # of the guess, (batch, actions)
+
+
+class Signal(nn.Module, ABC):
+    """Judges how surprising transitions are, and learns from them so that they surprise less."""
+
+    num_features: int
+    """Length F of the features by which a state counts as new or known, see `seen`."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network under the name it has in a checkpoint."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of normalised states (batch, C, H, W), float32 (batch, kinds, F).
+
+        All that is computed from one state alone, so that it is computed once where a state ends
+        one transition and begins the next.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_features: Tensor,
+        behaviour: Tensor,
+        previous: Tensor | None = None,
+    ) -> Errors:
+        """Errors on transitions.
+
+        Args:
+            features: of s, as `encode` gives them.
+            actions: int64, (batch,).
+            next_features: of s'.
+            behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
+            previous: the actions before, int64 (batch,); for models that are told them.
+        """
+
+    def seen(self, features: Tensor) -> Tensor:
+        """The features (batch, F) of a state that count for its novelty, of what `encode` gave."""
+        return features[:, -1]
+
+    def loss(self, errors: Errors, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What learning makes small, and its parts for the log.
+
+        Over the transitions where `valid` (batch,) is true.
+        """
+        if errors.forward is None:
+            return torch.zeros((), device=valid.device), {}
+        forward = masked_mean(errors.forward, valid)
+        return forward, {"loss/forward": forward.detach()}
+
+    def update_target(self) -> None:
+        """Let averaged weights follow by one update."""
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where the boolean `mask` of the same shape is true; 0 where none is."""
+    return (values * mask).sum() / mask.sum().clamp_min(1)
