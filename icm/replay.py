@@ -26,7 +26,7 @@ class Sequences:
     terminated: Tensor  # bool (B, L): the transition ended in a terminal state
     truncated: Tensor  # bool (B, L): the transition was the last one before a cut
     reset: Tensor  # bool (B, L)
-    novelty: Tensor  # float32 (B, L), of the state that followed, in its episode
+    novelty: Tensor  # float32 (B, L), of the state that followed, in its episode; 0 at a new life
 
     def to(self, device: torch.device) -> "Sequences":
         """The same sequences with every tensor on `device`."""

@@ -28,7 +28,7 @@ class Rollout:
     terminated: Tensor  # bool (T + 1, N): the transition ended in a terminal state
     truncated: Tensor  # bool (T + 1, N): the transition was the last one before a cut
     reset: Tensor  # bool (T + 1, N)
-    novelty: Tensor  # float32 (T + 1, N), of the state that followed, in its episode
+    novelty: Tensor  # float32 (T + 1, N), of the state that followed, see `icm.replay.Sequences`
     surprise: Tensor  # float32 (T + 1, N), of the transition when it was seen
 
     @staticmethod

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,6 +125,8 @@ class Trainer:
             with clock.phase("wait"):
                 observations, rewards, terminated, truncated, infos = envs.step_wait()
             next_states = torch.from_numpy(observations)
+            life_lost = infos.get("life_lost", np.zeros(n, dtype=bool))
+            ended = terminated | truncated
             self.unobserved = (
                 states,
                 previous,
@@ -132,15 +135,17 @@ class Trainer:
                 actions,
                 next_states,
                 torch.from_numpy(rewards).float(),
-                torch.from_numpy(terminated),
+                # a life lost is a death like that which ends an episode
+                torch.from_numpy(terminated | life_lost),
                 torch.from_numpy(truncated),
                 reset,
+                torch.from_numpy(life_lost & ~ended),
             )
             self.exploration.visit(infos)
             for episode in episodes_in(infos):
                 self._episode(episode)
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
-            states, reset = next_states, torch.from_numpy(terminated | truncated)
+            states, reset = next_states, torch.from_numpy(ended)
             self.step += n
             if self.step - n < agent.warmup_steps <= self.step:
                 self._observe()
@@ -201,8 +206,8 @@ class Trainer:
         beside = path.parent / "replay.pt"
         memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
         if memory.get("step") != self.step:
-            self.agent.learn_from = self.step + self.agent.warmup_steps
-            print(f"no replay memory of step {self.step} beside {path}: filling a new one first")
+            self.agent.forget(self.step)
+            print(f"no memory of step {self.step} beside {path}: filling a new one first")
             return
         with checkpoint.restoring(beside):
             self.agent.memory.load_state_dict(memory)

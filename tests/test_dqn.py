@@ -41,6 +41,7 @@ SMALL = {
     "agent.max_grad_norm": 1e9,
     "curiosity.hidden": 16,
     "curiosity.inverse_dropout": 0.0,
+    "curiosity.episodic_directions": None,
 }
 FIXED_POLICY = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
 
@@ -121,6 +122,7 @@ class Game:
             "terminated": terminated,
             "truncated": last & ~terminated,
             "reset": reset,
+            "respawned": np.zeros(self.num_envs, dtype=bool),
         }
         return {name: torch.from_numpy(value) for name, value in given.items()}
 
@@ -1214,6 +1216,7 @@ def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
             terminated,
             truncated,
             reset,
+            torch.zeros(n, dtype=torch.bool),
         )
         previous = actions.masked_fill(reset, NO_ACTION)
         reset = world.ended

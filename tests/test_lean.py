@@ -33,7 +33,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         observation, info = self.env.reset(seed=seed, options=options)
         self.best: dict[str, int] = {}
         self.cleared: set[str] = set()
-        self.life, self.ground = None, {}
+        self.life, self.ground, self.deaths = None, {}, 0
         return observation, self.note(info)
 
     def step(self, action: Any) -> Any:
@@ -46,6 +46,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         if info["clear"]:
             self.cleared.add(level)
         if info["life"] != self.life:
+            self.deaths += self.life is not None and info["life"] < self.life
             self.life, self.ground = info["life"], {}
         self.ground[level] = max(int(info["x_pos"]), self.ground.get(level, 0))
         progress = {
@@ -59,6 +60,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
             "game_progress": progress,
             "cell": np.array(cell, np.int32),
             "progress": SimpleNamespace(ground=self.ground),  # for StuckLimit
+            "deaths": self.deaths,
         }
 
 
@@ -85,16 +87,20 @@ def plain_env(config: EnvConfig) -> Env:
     return EpisodeStatistics(FrameStackObservation(Small(env), config.frame_stack))
 
 
-def compare(config: EnvConfig, seed: int, episodes: int) -> int:
-    """Play episodes in both; returns how many agent steps they had."""
+def compare(config: EnvConfig, seed: int, episodes: int) -> tuple[int, int]:
+    """Play episodes in both; returns how many agent steps they had, and lives lost."""
     rng = np.random.default_rng(seed)
     env, plain = make_env(config), plain_env(config)
-    steps = 0
+    steps = lost = 0
     for episode in range(episodes):
         start = seed if episode == 0 else None
         (state, info), (plain_state, plain_info) = env.reset(seed=start), plain.reset(seed=start)
         outcome: list[Any] = []  # reward, terminated, truncated
+        deaths = 0
         while True:
+            assert info["life_lost"] == (plain_info["deaths"] > deaths)
+            lost += plain_info["deaths"] - deaths
+            deaths = plain_info["deaths"]
             assert (state == plain_state).all()
             assert (info["cell"] == plain_info["cell"]).all()
             assert info["cell"].dtype == plain_info["cell"].dtype
@@ -109,7 +115,7 @@ def compare(config: EnvConfig, seed: int, episodes: int) -> int:
             steps += 1
     env.close()
     plain.close()
-    return steps
+    return steps, lost
 
 
 def has_core() -> bool:
@@ -146,7 +152,9 @@ def test_an_agent_step_is_the_sum_of_plain_frames(
         sticky_probability=sticky_probability,
         noop_max=noop_max,
     )
-    assert compare(config, seed=3, episodes=3) > 60
+    steps, lost = compare(config, seed=3, episodes=3)
+    assert steps > 60
+    assert lost > 0 or env_id != "SuperMarioBros-v0"  # three lives
 
 
 @pytest.fixture

@@ -203,7 +203,13 @@ class Agent(ABC):
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
         """The novelty of states in episodes of `num_envs` environments that begin now."""
-        return EpisodicNovelty(num_envs, self.signal.num_features, self.curiosity.episodic_ridge)
+        curiosity = self.curiosity
+        return EpisodicNovelty(
+            num_envs,
+            self.signal.num_features,
+            curiosity.episodic_ridge,
+            curiosity.episodic_directions,
+        )
 
     # --- remembering ----------------------------------------------------------------------------
 
@@ -220,6 +226,7 @@ class Agent(ABC):
         terminated: Tensor,
         truncated: Tensor,
         reset: Tensor,
+        respawned: Tensor,
     ) -> dict[str, Tensor]:
         """Store one step of every environment, and judge the signal on it before it learns from it.
 
@@ -230,13 +237,15 @@ class Agent(ABC):
             previous: the actions before, int64 (num_envs,), NO_ACTION at the start of an episode.
             probabilities, values: what `act` said of the states.
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
+            respawned: bool (num_envs,), whether the next state is where a new life begins: no
+                consequence of the action, so that its surprise is neither rewarded nor learned.
 
         Returns:
             sums over the valid transitions of each statistic, and their number `count`.
         """
         errors, seen = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(seen, reset)
+        novelty = self.novelty(seen, reset).masked_fill(respawned, 0.0)
         raw = errors.surprise.cpu() * novelty
         valid = ~reset
         self.scale.update(raw, valid)
@@ -272,6 +281,10 @@ class Agent(ABC):
     def measure_input(self) -> None:
         """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""
         self.input_norm.measure(self.memory.recent_frames(10_000))
+
+    def forget(self, step: int) -> None:
+        """Begin without memory at an agent step: a resumed run whose memory is lost."""
+        self.learn_from = step + self.warmup_steps
 
     # --- learning -------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ class DQN(Agent):
         chosen = q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = masked_mean(td_error, learnable)
-        signal_loss, parts = self.signal.loss(errors, valid.flatten())
+        signal_loss, parts = self.signal.loss(errors, (valid & (batch.novelty > 0)).flatten())
         parts["loss/q"] = q_loss.detach()
         parts["q/mean"] = masked_mean(chosen.detach(), valid)
         return config.q_weight * q_loss + signal_loss, parts

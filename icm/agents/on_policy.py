@@ -62,6 +62,7 @@ class Batch:
     actions: Tensor  # int64 (B, L)
     probabilities: Tensor  # float32 (B, L, actions), the policy the actions were drawn from
     reset: Tensor  # bool (B, L)
+    novelty: Tensor  # float32 (B, L), 0 where the signal has nothing to learn
     returns: Tensor  # float32 (B, L, heads)
     advantages: Tensor  # float32 (B, L)
 
@@ -72,10 +73,6 @@ class OnPolicy(Agent):
     memory: Rollouts
     config: RolloutConfig
 
-    returns: Tensor  # (T, N, heads) of the full rollout
-    advantages: Tensor  # (T, N)
-    order: Tensor  # int64 (updates, B): sequences still to be learned, by their number
-
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
@@ -84,6 +81,10 @@ class OnPolicy(Agent):
         common: Common,
     ) -> None:
         super().__init__(networks, memory, agent, common)
+        # of the full rollout
+        self.returns = torch.zeros(memory.steps, common.num_envs, 1)
+        self.advantages = torch.zeros(memory.steps, common.num_envs)
+        # sequences still to be learned, by their number: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
     def remember(self, **step: Tensor) -> None:
@@ -121,13 +122,19 @@ class OnPolicy(Agent):
     def measure_input(self) -> None:
         """See `Agent.measure_input`; what a random agent did is not learned."""
         super().measure_input()
+        self.forget(self.warmup_steps)
+
+    def forget(self, step: int) -> None:
+        """See `Agent.forget`; the next rollout is learned."""
         self.memory.clear()
         self.order = self.order[:0]
 
     def due(self, step: int) -> int:
-        """So many that all of a rollout is learned when the next one is full."""
-        left = self.memory.steps - self.memory.size + 1  # vector steps, this one included
-        return -(-len(self.order) // max(left, 1))
+        """So many that a rollout is learned evenly, and all of it when the next one is full."""
+        sequences = self.memory.steps // self.config.sequence_length * self.num_envs
+        updates = self.config.epochs * sequences // self.config.batch_size
+        left = updates - updates * self.memory.size // self.memory.steps
+        return max(0, len(self.order) - left)
 
     def update(self) -> dict[str, Tensor]:
         """One gradient step, see `Agent.update`."""
@@ -146,6 +153,7 @@ class OnPolicy(Agent):
             actions=rollout.actions[at],
             probabilities=rollout.probabilities[at],
             reset=rollout.reset[at],
+            novelty=rollout.novelty[at],
             returns=self.returns[at],
             advantages=self.advantages[at],
         )
@@ -161,15 +169,20 @@ class OnPolicy(Agent):
             batch.probabilities.flatten(0, 1),
             batch.previous[:, :-1].flatten(),
         )
-        return self.signal.loss(errors, ~batch.reset.flatten())
+        return self.signal.loss(errors, ((batch.novelty > 0) & ~batch.reset).flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Agent.state_dict`; what is still to be learned of a rollout is part of it."""
         state = super().state_dict()
-        state["agent"]["order"] = self.order.clone()
+        state["agent"] |= {
+            "order": self.order.clone(),
+            "returns": self.returns,
+            "advantages": self.advantages,
+        }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
-        self.order = state["agent"]["order"].clone()
+        self.order = state["agent"]["order"]
+        self.returns, self.advantages = state["agent"]["returns"], state["agent"]["advantages"]

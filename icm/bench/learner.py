@@ -60,6 +60,7 @@ def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str,
         "terminated": never,
         "truncated": never,
         "reset": never,
+        "respawned": never,
     }
 
 

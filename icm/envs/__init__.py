@@ -46,7 +46,7 @@ def make_env(
 ) -> Env:
     """Build one environment whose observations are states, uint8 (frame_stack, size, size).
 
-    `info` has `cell` (Mario games) at every step and `episode` at the last one, see
+    `info` has `cell` and `life_lost` (Mario games) at every step and `episode` at the last one, see
     `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario.MarioProgress`.
 
     Args:
@@ -86,7 +86,7 @@ def make_env(
         order_enforce=False,
         disable_env_checker=True,
     )
-    return AgentView(EpisodeStatistics(env), ("cell", "episode"), spec)
+    return AgentView(EpisodeStatistics(env), ("cell", "life_lost", "episode"), spec)
 
 
 def make_vector_env(config: EnvConfig, busy_cores: int = 0) -> WorkerVectorEnv:

@@ -24,12 +24,14 @@ class Progress:
         self.best_x: dict[tuple[int, int], int] = {}  # per level (world, stage), as first seen
         self.cleared: set[tuple[int, int]] = set()
         self.lives = -1
+        self.deaths = 0
         self.ground: dict[tuple[int, int], int] = {}  # best x per level in the running life
 
     def note(self, level: tuple[int, int], x: int, y: int, clear: bool, lives: int) -> None:
         """Take in one frame."""
         self.level, self.x, self.y = level, x, y
         if lives != self.lives:
+            self.deaths += lives < self.lives
             self.lives = lives
             self.ground.clear()
         if x > self.ground.get(level, -1):
@@ -96,11 +98,13 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         levels_passed: how many were;
         levels: names of the levels seen, in order, joined by a space.
     cell: int (4,): world, stage, x // 16, y // 16.
+    life_lost: whether one was, in this step.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Reset and describe."""
         observation, info = self.env.reset(seed=seed, options=options)
+        self.deaths = info["progress"].deaths
         return observation, self._describe(info["progress"])
 
     def step(self, action: Any) -> Any:
@@ -109,6 +113,8 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, self._describe(info["progress"])
 
     def _describe(self, progress: Progress) -> dict[str, Any]:
+        life_lost = progress.deaths > self.deaths
+        self.deaths = progress.deaths
         cell = (*progress.level, progress.x // CELL, progress.y // CELL)
         return {
             "game_progress": {
@@ -118,6 +124,7 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
                 "levels": " ".join(f"{world}-{stage}" for world, stage in progress.best_x),
             },
             "cell": np.array(cell, dtype=np.int32),
+            "life_lost": life_lost,
         }
 
 

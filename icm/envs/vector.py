@@ -43,7 +43,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     actions, not on the process that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
-    environment's infos, `cell` and `episode` are passed on, arranged as Gymnasium does.
+    environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would.
 
     Workers are new Python processes, because a fork of a process with the threads of torch may
     hang. They import the main module, which has to do its work under `if __name__ == "__main__"`.
@@ -83,6 +83,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ("terminated", (), np.bool),
             ("truncated", (), np.bool),
             ("cells", (4,), np.int32),
+            ("life_lost", (), np.bool_),
             ("has_cell", (), np.bool),
         ):
             whole = (num_envs, *(shape or ()))
@@ -151,7 +152,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._balance.measured(lead, seconds)
         infos: dict[str, Any] = {}
         if self._arrays["has_cell"].any():
-            infos = {"cell": self._arrays["cells"].copy(), "_cell": self._arrays["has_cell"].copy()}
+            present = self._arrays["has_cell"].copy()
+            infos = {"cell": self._arrays["cells"].copy(), "_cell": present}
+            infos |= {"life_lost": self._arrays["life_lost"].copy(), "_life_lost": present.copy()}
         for row, episode in episodes:
             infos = self._add_info(infos, {"episode": episode}, row)
         names = ("observations", "rewards", "terminated", "truncated")
@@ -267,5 +270,6 @@ def _serve(pipe: Connection, make: Callable[[], Env], arrays: dict[str, np.ndarr
             arrays["has_cell"][row] = "cell" in info
             if "cell" in info:
                 arrays["cells"][row] = info["cell"]
+                arrays["life_lost"][row] = info["life_lost"]
             if "episode" in info:
                 episodes.append((row, info["episode"]))

@@ -1,0 +1,485 @@
+"""Learners from rollouts: returns, what is learned when, losses, state, and whether they learn."""
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import settings
+from test_dqn import Game, same, start, weights
+from torch import Tensor
+
+from icm.agents.on_policy import OnPolicy, lambda_returns
+from icm.agents.ppo import PPO
+from icm.factory import build_agent
+from icm.models import NO_ACTION
+
+ACTIONS, SIZE, STACK = 4, 16, 2
+SMALL = (
+    "precision=float32",
+    "compile=off",
+    "env.num_envs=3",
+    f"env.frame_stack={STACK}",
+    f"env.size={SIZE}",
+    "agent.hidden=16",
+    "agent.rollout_steps=8",
+    "agent.sequence_length=4",
+    "agent.batch_size=2",
+    "agent.epochs=2",
+    "agent.warmup_steps=0",
+    "agent.max_grad_norm=1e9",
+    "curiosity.hidden=16",
+)
+UPDATES = 2 * (3 * 8 // 4) // 2
+
+
+def make_agent(name: str, *overrides: str, num_actions: int = ACTIONS) -> Any:
+    config = settings(f"agent={name}", *SMALL, *overrides)
+    return build_agent(config, (STACK, SIZE, SIZE), num_actions, torch.device("cpu"))
+
+
+def live(agent: OnPolicy, steps: int, game: Game | None = None) -> Game:
+    """Act, observe and learn as the trainer does, in a game that does as it likes."""
+    game = game or Game(agent.num_envs, 3)
+    for _ in range(steps):
+        step = game.step()
+        _, _, values = agent.act(step["states"], step["previous"], 10_000)
+        agent.observe(**step | {"values": values})
+        for _ in range(agent.due(10_000)):
+            agent.update()
+    return game
+
+
+# --- returns --------------------------------------------------------------------------------------
+
+
+def slow_returns(
+    rewards: list[float],
+    values: list[float],
+    terminal: list[bool],
+    truncated: list[bool],
+    reset: list[bool],
+    discount: float,
+    trace: float,
+) -> list[float]:
+    """Mixture of n-step returns with weights (1 - trace) trace^(n - 1), each by its definition."""
+    length = len(rewards)
+
+    def skip(t: int) -> int:
+        """The first step from t on that is a transition; `length` if there is none."""
+        while t < length and reset[t]:
+            t += 1
+        return t
+
+    def n_step(t: int, n: int) -> float:
+        """n rewards, then the value of what follows."""
+        t = skip(t)
+        if t == length or n == 0:
+            return values[t]
+        if terminal[t]:
+            return rewards[t]
+        if truncated[t]:
+            return rewards[t] + discount * values[t + 1]
+        return rewards[t] + discount * n_step(t + 1, n - 1)
+
+    def mixed(t: int) -> float:
+        total = sum((1 - trace) * trace ** (n - 1) * n_step(t, n) for n in range(1, length))
+        return total + trace ** (length - 1) * n_step(t, length)
+
+    return [mixed(t) for t in range(length)]
+
+
+@pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("death_is_terminal", [True, False])
+def test_returns_are_the_mixture_of_n_step_returns(trace: float, death_is_terminal: bool) -> None:
+    rng = np.random.default_rng(4)
+    kinds = {"terminal": 0, "truncated": 0, "reset": 0, "reset at the end": 0}
+    for _ in range(60):
+        length = int(rng.integers(1, 9))
+        rewards, values = rng.normal(size=length), rng.normal(size=length + 1)
+        ends = rng.random(length) < 0.3
+        ends[1:] &= ~ends[:-1]  # what follows an end is a reset
+        reset = np.concatenate(([False], ends[:-1]))
+        terminated = ends & (rng.random(length) < 0.5)
+        truncated, terminal = ends & ~terminated, terminated & death_is_terminal
+        for name, flag in (("terminal", terminal), ("truncated", truncated), ("reset", reset)):
+            kinds[name] += int(flag.sum())
+        kinds["reset at the end"] += int(reset[-1])
+        given = (rewards, values, terminal, truncated, reset)
+        found = lambda_returns(*(torch.from_numpy(x).unsqueeze(1) for x in given), 0.9, trace)
+        wanted = slow_returns(*(x.tolist() for x in given), 0.9, trace)
+        assert found.squeeze(1).tolist() == pytest.approx(wanted)
+    assert min(n for kind, n in kinds.items() if death_is_terminal or kind != "terminal") > 5
+
+
+def test_returns_by_hand() -> None:
+    def returns(**flags: int) -> list[float]:
+        marks = {
+            name: torch.tensor([[t == flags.get(name)] for t in range(3)])
+            for name in ("terminal", "truncated", "reset")
+        }
+        rewards = torch.tensor([[1.0], [2.0], [4.0]])
+        values = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
+        return lambda_returns(rewards, values, **marks, discount=0.5, trace=0.5)[:, 0].tolist()
+
+    # 4 + 20 = 24; 2 + (30 + 24) / 4 = 15.5; 1 + (20 + 15.5) / 4
+    assert returns() == [9.875, 15.5, 24.0]
+    assert returns(terminal=1) == [1 + (20 + 2) / 4, 2.0, 24.0]
+    assert returns(truncated=1) == [1 + (20 + 17) / 4, 17.0, 24.0]
+    # the reset step is worth what comes after it
+    assert returns(reset=1) == [1 + (30 + 24) / 4, 24.0, 24.0]
+
+
+# --- what is learned when -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_a_rollout_is_learned_while_the_next_one_is_made(name: str) -> None:
+    agent, game = make_agent(name), Game(3, 3)
+    learned = []
+    for _ in range(3 * 8 + 1):
+        live(agent, 1, game)
+        learned.append(agent.updates)
+    assert learned[:8] == [0] * 8  # nothing before the state after the first rollout is known
+    for t in range(8):
+        # evenly: by then, so much of the rollout should be learned
+        assert learned[8 + t] == UPDATES * (t + 1) // 8, t
+        assert learned[16 + t] == UPDATES + learned[8 + t], t
+
+
+def test_every_sequence_is_learned_once_per_epoch() -> None:
+    agent = make_agent("ppo")
+    game = live(agent, 8)
+    agent.observe(**game.step())
+    assert agent.order.shape == (UPDATES, 2)
+    for epoch in agent.order.split(UPDATES // 2):
+        assert sorted(epoch.flatten().tolist()) == list(range(6))
+    assert not torch.equal(*agent.order.split(UPDATES // 2))
+
+
+def test_batches_are_what_was_observed() -> None:
+    agent, game = make_agent("ppo"), Game(3, 3)
+    steps = [game.step() for _ in range(9)]
+    for t, step in enumerate(steps):
+        agent.observe(**step | {"values": torch.full((3, 1), float(t))})
+    batch = agent.batch(torch.tensor([4, 2]))
+    for row, (env, first) in enumerate(((1, 4), (2, 0))):
+        for t in range(5):
+            step = steps[first + t]
+            assert torch.equal(batch.states[row, t], step["states"][env])
+            assert batch.previous[row, t] == step["previous"][env]
+            if t < 4:
+                assert batch.actions[row, t] == step["actions"][env]
+                assert batch.reset[row, t] == step["reset"][env]
+                assert torch.equal(batch.probabilities[row, t], step["probabilities"][env])
+                assert torch.equal(batch.returns[row, t], agent.returns[first + t, env])
+                assert batch.advantages[row, t] == agent.advantages[first + t, env]
+
+
+def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
+    weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
+    agent = make_agent("ppo", *weights, "agent.discount=0.5")
+    live(agent, 9)
+    rollout = agent.memory.full
+    raw = rollout.surprise * rollout.novelty
+    assert 0 < rollout.novelty[:8].min() < rollout.novelty[:8].max() < 1
+    plain = ~(rollout.reset | rollout.terminated | rollout.truncated)[:8]
+    plain[:-1] &= ~rollout.reset[1:8]
+    rewards = 2 * raw / agent.scale.std + 0.5 * rollout.rewards
+    wanted = rewards[:8] + 0.5 * rollout.values[1:, :, 0]
+    assert plain.sum() > 5
+    torch.testing.assert_close(agent.returns[..., 0][plain], wanted[plain])
+
+
+@pytest.mark.parametrize("name", ["dqn", "ppo"])
+def test_a_new_life_surprises_nobody(name: str) -> None:
+    """The state after a life was lost is neither rewarded nor learned by the signal."""
+    rollouts = ("agent.rollout_steps", "agent.epochs", "agent.batch_size")
+    overrides = [s for s in SMALL if name == "ppo" or not s.startswith(rollouts)]
+    if name == "dqn":
+        overrides += ["agent.replay_capacity=300", "agent.batch_size=64", "agent.n_step=1"]
+    losses = []
+    for respawned in (False, True):
+        config = settings(f"agent={name}", *overrides)
+        agent = build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
+        game = Game(3, 3, episodes=(100, 100))
+        for t in range(9):
+            step = game.step() | {"values": torch.zeros(3, 1)}
+            step["respawned"] = torch.tensor([respawned and t % 2 == 0] * 3)
+            statistics = agent.observe(**step)
+            assert (statistics["reward/intrinsic"] == 0) == (respawned and t % 2 == 0)
+        torch.manual_seed(0)
+        losses.append(agent.update())
+    assert losses[0]["loss/inverse"] != losses[1]["loss/inverse"]
+    assert losses[1]["loss/inverse"] > 0
+    if name == "ppo":
+        assert (agent.memory.full.novelty[:8:2] == 0).all()
+
+
+def test_advantages_are_normalised_over_real_transitions() -> None:
+    agent = make_agent("ppo")
+    live(agent, 9, Game(3, 5, episodes=(2, 4)))
+    valid = ~agent.memory.full.reset[:8]
+    assert 0 < valid.sum() < valid.numel()
+    plain = (agent.returns - agent.memory.full.values[:8]).squeeze(2)[valid]
+    wanted = (plain - plain.mean()) / plain.std()
+    torch.testing.assert_close(agent.advantages[valid], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_random_agent_did_in_the_warm_up_is_not_learned() -> None:
+    agent = make_agent("ppo")
+    game = live(agent, 12)
+    frames = agent.memory.recent_frames(10_000)
+    assert frames.shape == (12 * 3, SIZE, SIZE)
+    agent.measure_input()
+    pixels = frames.double()
+    torch.testing.assert_close(agent.input_norm.mean.double(), pixels.mean(0), rtol=1e-5, atol=0)
+    done = agent.updates
+    live(agent, 8, game)
+    assert agent.updates == done
+    live(agent, 2, game)
+    assert agent.updates > done
+
+
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_warm_up_is_uniform(name: str) -> None:
+    agent = make_agent(name, "agent.warmup_steps=100")
+    states = torch.randint(0, 256, (6, STACK, SIZE, SIZE), dtype=torch.uint8)
+    assert agent.act(states, start(states), 99)[1].tolist() == [[0.25] * 4] * 6
+    assert agent.act(states, start(states), 100)[1].tolist() != [[0.25] * 4] * 6
+    greedy = agent.probabilities(states, start(states), 100, greedy=True)
+    assert sorted(greedy.unique().tolist()) == [0.0, 1.0]
+    assert greedy.sum(1).tolist() == [1.0] * 6
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def slow_ppo(agent: PPO, batch: Any) -> dict[str, float]:
+    """Losses of PPO, one transition after the other."""
+    gains, errors, entropies, clipped = [], [], [], []
+    agent.actor_critic.requires_grad_(False)
+    low, high = 1 - agent.config.clip, 1 + agent.config.clip
+    for b in range(len(batch.actions)):
+        for t in range(batch.actions.shape[1]):
+            if batch.reset[b, t]:
+                continue
+            x = agent.input_norm(batch.states[b, t].unsqueeze(0))
+            logits, value = agent.actor_critic(x, batch.previous[b, t].view(1))
+            policy, action = logits.softmax(1)[0], batch.actions[b, t]
+            ratio = float(policy[action] / batch.probabilities[b, t, action])
+            advantage = float(batch.advantages[b, t])
+            gains.append(min(ratio * advantage, min(max(ratio, low), high) * advantage))
+            errors.append(float(value - batch.returns[b, t]) ** 2)
+            entropies.append(float(-(policy * policy.log()).sum()))
+            clipped.append(not low <= ratio <= high)
+    assert 0 < sum(clipped) < len(clipped)
+    mean = {"gain": gains, "loss/value": errors, "entropy": entropies, "policy/clipped": clipped}
+    return {name: sum(x) / len(x) for name, x in mean.items()}
+
+
+def test_ppo_computes_the_losses_it_should() -> None:
+    agent = make_agent("ppo", "agent.clip=0.6", "agent.entropy_coef=0.3", "curiosity=none")
+    live(agent, 9, Game(3, 5, episodes=(2, 4)))
+    batch = agent.batch(torch.tensor([0, 4]))
+    assert 0 < batch.reset.sum() < batch.reset.numel()
+    loss, parts = agent.losses(batch)
+    wanted = slow_ppo(agent, batch)
+    assert parts["loss/policy"].item() == pytest.approx(-wanted["gain"], rel=1e-4)
+    assert parts["loss/value"].item() == pytest.approx(wanted["loss/value"], rel=1e-4)
+    assert parts["policy/clipped"].item() == pytest.approx(wanted["policy/clipped"])
+    total = -wanted["gain"] + 0.5 * wanted["loss/value"] - 0.3 * wanted["entropy"]
+    assert loss.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_pqn_computes_the_loss_it_should() -> None:
+    agent = make_agent("pqn", "agent.advantage_learning=0.5", "curiosity=none")
+    live(agent, 9, Game(3, 5, episodes=(2, 4)))
+    rollout = agent.memory.full
+    best = rollout.values.amax(2, keepdim=True)
+    plain = agent.returns_of(best)
+    batch = agent.batch(torch.tensor([0, 4]))
+    squares, count = 0.0, 0
+    for b, (env, first) in enumerate(((0, 0), (1, 4))):
+        for t in range(4):
+            action = batch.actions[b, t]
+            gap = float(rollout.values[first + t, env, action] - best[first + t, env])
+            wanted = float(plain[first + t, env]) + 0.5 * gap
+            assert float(batch.returns[b, t]) == pytest.approx(wanted, rel=1e-5)
+            if batch.reset[b, t]:
+                continue
+            x = agent.input_norm(batch.states[b, t].unsqueeze(0))
+            q = agent.qnetwork(x, batch.previous[b, t].view(1))[0, action].detach()
+            squares, count = squares + (float(q) - wanted) ** 2, count + 1
+    loss, parts = agent.losses(batch)
+    assert loss.item() == parts["loss/q"].item() == pytest.approx(0.5 * squares / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("signal", ["icm", "random_features", "rnd", "disagreement", "none"])
+@pytest.mark.parametrize("name", ["dqn", "ppo", "pqn"])
+def test_every_learner_with_every_signal(name: str, signal: str) -> None:
+    overrides = [s for s in SMALL if name != "dqn" or ("rollout" not in s and "epochs" not in s)]
+    if name == "dqn":
+        overrides += ["agent.replay_capacity=300", "agent.steps_per_update=3"]
+    config = settings(f"agent={name}", f"curiosity={signal}", *overrides)
+    agent = build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
+    before = {k: weights(n) for k, n in agent.networks.items()}
+    live(agent, 30)
+    assert agent.updates > 10
+    fixed = {"icm": set(), "none": set()}.get(signal, {"phi"}) | {"input_norm"}
+    for key, network in agent.networks.items():
+        assert same(weights(network), before[key]) == (key in fixed), key
+    statistics = agent.observe(**Game(3, 1).step())
+    assert ("icm/inverse_accuracy" in statistics) == (signal == "icm")
+    assert (statistics["reward/intrinsic"] > 0) == (signal != "none")
+
+
+def test_clipped_gains_have_no_gradient() -> None:
+    agent = make_agent("ppo", "agent.clip=1e-6", "agent.entropy_coef=0", "agent.value_coef=0")
+    live(agent, 9)
+    batch = agent.batch(torch.tensor([0, 4]))
+    policy = agent.actor_critic.policy.weight
+    ratios = agent.losses(copy.copy(batch))[1]["policy/clipped"]
+    assert ratios == 1  # a game that does as it likes: every ratio is far from 1
+    loss, _ = agent.losses(batch)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    assert gradient.abs().max() > 0  # those that move back towards the policy that acted
+    batch.advantages = torch.where(batch.reset, 0.0, 1.0)
+    x = agent.input_norm(batch.states[:, :-1].flatten(0, 1))
+    logits, _ = agent.actor_critic(x, batch.previous[:, :-1].flatten())
+    chosen = logits.softmax(1).gather(1, batch.actions.flatten().unsqueeze(1))
+    higher = chosen > batch.probabilities.flatten(0, 1).gather(1, batch.actions.view(-1, 1))
+    batch.reset |= ~higher.view(batch.reset.shape)
+    assert not batch.reset.all()
+    loss, _ = agent.losses(batch)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    assert gradient.abs().max() == 0
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    result: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return result
+
+
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_loaded_agent_goes_on_to_the_bit(name: str) -> None:
+    first, second = make_agent(name), make_agent(name, "seed=9")
+    game = live(first, 21)
+    live(second, 5, Game(3, 8))
+    second.load_state_dict(through_a_file(first.state_dict()))
+    second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
+    # returns and advantages follow from the rollout
+    assert 0 < len(first.order) < UPDATES
+    first.novelty = first.new_novelty(3)
+    for agent in (first, second):
+        torch.manual_seed(0)
+        live(agent, 20, copy.deepcopy(game))
+    assert first.updates == second.updates
+    for key, network in first.networks.items():
+        assert same(weights(network), weights(second.networks[key])), key
+    if name == "pqn":
+        assert first.softmax.temperature == second.softmax.temperature != 1
+
+
+def test_without_its_memory_a_resumed_agent_begins_a_new_rollout() -> None:
+    first, second = make_agent("ppo"), make_agent("ppo")
+    game = live(first, 20)
+    assert len(first.order)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    second.forget(20)
+    done = second.updates
+    live(second, 8, game)
+    assert second.updates == done
+    live(second, 8, game)
+    assert second.updates > done
+
+
+def test_rollouts_of_another_shape_are_refused() -> None:
+    first, second = make_agent("ppo"), make_agent("ppo", "agent.rollout_steps=16")
+    live(first, 5)
+    with pytest.raises(ValueError, match=r"rollout \(states \(9, 3.* does not fit \(17, 3"):
+        second.memory.load_state_dict(first.memory.state_dict())
+
+
+def test_cut_closes_the_running_episodes() -> None:
+    agent, game = make_agent("ppo"), Game(3, 3, episodes=(20, 30))
+    live(agent, 5, game)
+    agent.memory.cut()
+    rollout = agent.memory.filling
+    assert rollout.reset[4].all()
+    assert rollout.truncated[3].all()
+    assert not rollout.reset[:4].any()
+    assert not rollout.truncated[:3].any()
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+class Lamp:
+    """States are dark or bright; in a bright one action 2 is rewarded, in a dark one action 1."""
+
+    def __init__(self, num_envs: int, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.num_envs = num_envs
+        self.states = self.look()
+
+    def look(self) -> Tensor:
+        self.bright = torch.randint(0, 2, (self.num_envs,), generator=self.generator)
+        grey = (self.bright * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1)
+        return grey.expand(-1, STACK, SIZE, SIZE)
+
+    def step(self, actions: Tensor) -> Tensor:
+        rewards = (actions == self.bright + 1).float()
+        self.states = self.look()
+        return rewards
+
+
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_reward_of_the_game_is_learned(name: str) -> None:
+    agent = make_agent(
+        name,
+        "env.num_envs=8",
+        "agent.rollout_steps=16",
+        "agent.batch_size=8",
+        "agent.lr=3e-3",
+        "agent.discount=0.5",
+        "agent.input_norm=scale",
+        "curiosity=none",
+        "curiosity.extrinsic_coef=1.0",
+    )
+    world, previous = Lamp(8, 1), torch.full((8,), NO_ACTION)
+    never = torch.zeros(8, dtype=torch.bool)
+    earned = []
+    for step in range(0, 6400, 8):
+        states = world.states
+        actions, probabilities, values = agent.act(states, previous, step)
+        for _ in range(agent.due(step)):
+            agent.update()
+        rewards = world.step(actions)
+        agent.observe(
+            states,
+            previous,
+            probabilities,
+            values,
+            actions,
+            world.states,
+            rewards,
+            never,
+            never,
+            never,
+            never,
+        )
+        previous = actions
+        earned.append(rewards.mean().item())
+    assert np.mean(earned[:20]) < 0.5
+    states = world.states
+    best = agent.probabilities(states, previous, 6400, greedy=True).argmax(1)
+    assert torch.equal(best, world.bright + 1)
