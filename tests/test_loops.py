@@ -28,7 +28,7 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
     observe = agent.observe
 
     def watch(states: Tensor, previous: Tensor, *rest: Tensor) -> Any:
-        _, actions, _, _, _, _, reset = rest
+        _, _, actions, _, _, _, _, reset, _ = rest
         seen.append((int(previous), int(actions), bool(reset)))
         return observe(states, previous, *rest)
 
@@ -44,7 +44,7 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
     expected = [NO_ACTION, *(NO_ACTION if reset else action for _, action, reset in seen[:-1])]
     assert [previous for previous, *_ in seen] == expected
     # the memory, which rebuilds it, says the same of all states but those a first stack reaches to
-    found = agent.replay.sample(1, 76, torch.Generator())
+    found = agent.memory.sample(1, 76, torch.Generator())
     assert found.previous[0].tolist() == expected[3:]
 
 

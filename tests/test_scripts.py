@@ -102,7 +102,7 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
         f"hydra.run.dir={folder}",
     )
     assert done.returncode == 0, done.stderr
-    assert "no replay memory" not in done.stdout
+    assert "no memory of step" not in done.stdout
     assert [line["step"] for line in metrics_of(folder)] == [128, 160]
     before = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
     after = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
@@ -126,7 +126,7 @@ def test_resume_without_the_memory_fills_a_new_one_and_says_so(
         "train.py", f"resume={alone}", "total_steps=160", f"hydra.run.dir={tmp_path / 'run'}"
     )
     assert done.returncode == 0, done.stderr
-    assert "no replay memory" in done.stdout
+    assert "no memory of step" in done.stdout
     assert "loss/q" in metrics_of(tmp_path / "run")[-1]
 
 
