@@ -68,21 +68,22 @@ def adopt_settings(config: DictConfig) -> None:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
     Raises:
-        UserError: a whole group (`preset=…`) is overridden, or the checkpoint cannot be read.
+        UserError: another group (`preset=…`) is chosen, or the checkpoint cannot be read.
     """
     from icm import checkpoint  # here, because torch takes its time to import
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    merged = OmegaConf.create(checkpoint.load(Path(config.resume))["config"])
     for override in overrides:
-        if override.key_or_group in config.hydra.runtime.choices:
+        key = override.key_or_group
+        if key not in config.hydra.runtime.choices:
+            OmegaConf.update(merged, key, OmegaConf.select(config, key))
+        # agent=ppo lets Hydra know the settings of a checkpoint of that agent
+        elif override.value() != OmegaConf.select(merged, f"{key}.name"):
             raise UserError(
                 f"{override.input_line}: a resumed run keeps the groups of its checkpoint; "
                 "single settings (group.key=value) can be changed"
             )
-    merged = OmegaConf.create(checkpoint.load(Path(config.resume))["config"])
-    for override in overrides:
-        key = override.key_or_group
-        OmegaConf.update(merged, key, OmegaConf.select(config, key))
     with read_write(config), open_dict(config):
         for key, value in merged.items():
             config[key] = value

@@ -10,7 +10,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from icm.errors import UserError
 
 
-@dataclass(kw_only=True)
+@dataclass
 class EnvConfig:
     """See `conf/env/`."""
 
@@ -31,7 +31,7 @@ class EnvConfig:
     num_workers: int | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PolicyConfig:
     """Schedules as knots [agent step, value], see `icm.agents.policy`."""
 
@@ -40,7 +40,7 @@ class PolicyConfig:
     epsilon: list[Any]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class AgentConfig:
     """What all learners have, see `conf/agent/`."""
 
@@ -62,7 +62,7 @@ class AgentConfig:
         raise NotImplementedError
 
 
-@dataclass(kw_only=True)
+@dataclass
 class DQNConfig(AgentConfig):
     """See `conf/agent/dqn.yaml`."""
 
@@ -80,7 +80,7 @@ class DQNConfig(AgentConfig):
         return self.steps_per_update
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RolloutConfig(AgentConfig):
     """What learners from rollouts have."""
 
@@ -94,7 +94,7 @@ class RolloutConfig(AgentConfig):
         return self.batch_size * self.sequence_length / self.epochs
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PPOConfig(RolloutConfig):
     """See `conf/agent/ppo.yaml`."""
 
@@ -103,7 +103,7 @@ class PPOConfig(RolloutConfig):
     value_coef: float
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PQNConfig(RolloutConfig):
     """See `conf/agent/pqn.yaml`."""
 
@@ -111,7 +111,7 @@ class PQNConfig(RolloutConfig):
     policy: PolicyConfig
 
 
-@dataclass(kw_only=True)
+@dataclass
 class CuriosityConfig:
     """What all signals have, see `conf/curiosity/`."""
 
@@ -122,11 +122,9 @@ class CuriosityConfig:
     reward_half_life: float
     episodic_ridge: float | None
     hidden: int
-    # checkpoints from before this setting were made with this value
-    episodic_directions: int | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class ICMConfig(CuriosityConfig):
     """See `conf/curiosity/icm.yaml`."""
 
@@ -141,7 +139,7 @@ class ICMConfig(CuriosityConfig):
     inverse_dropout: float
 
 
-@dataclass(kw_only=True)
+@dataclass
 class DisagreementConfig(CuriosityConfig):
     """See `conf/curiosity/disagreement.yaml`."""
 
@@ -158,21 +156,21 @@ CURIOSITIES: dict[str, type[CuriosityConfig]] = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass
 class CheckpointConfig:
     """When to save."""
 
     every: int
 
 
-@dataclass(kw_only=True)
+@dataclass
 class LogConfig:
     """When to log."""
 
     every: int
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Config:
     """All settings of a run."""
 
@@ -190,7 +188,7 @@ class Config:
     compile: str = "off"  # checkpoints from before this setting do not have it
 
 
-@dataclass(kw_only=True)
+@dataclass
 class EvaluateConfig:
     """See `conf/evaluate.yaml`."""
 
@@ -201,7 +199,7 @@ class EvaluateConfig:
     device: str
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PlayConfig:
     """See `conf/play.yaml`."""
 
@@ -292,7 +290,6 @@ def _check(config: Config) -> None:
         "agent.rollout_steps",
         "agent.epochs",
         "curiosity.hidden",
-        "curiosity.episodic_directions",
         "curiosity.ensemble",
     ):
         if value is not None and value < 1:

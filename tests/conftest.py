@@ -42,6 +42,7 @@ def run_script(
 
 
 SMALL = (
+    "agent=dqn",
     "env.num_envs=1",
     "env.stuck_steps=20",  # short episodes
     "agent.batch_size=2",

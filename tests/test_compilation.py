@@ -10,47 +10,59 @@ import torch
 from conftest import ROOT, run_script, settings
 from torch import Tensor
 
-from icm.agents.dqn import DQN
+from icm.agents.base import Agent
 from icm.compilation import WORTHWHILE, Compiler, resolve_compile
 from icm.factory import build_agent
 
-STEPS = 40  # vector steps in the memory
+AGENTS = {
+    "dqn": ("agent.batch_size=32", "agent.replay_capacity=1000"),
+    "ppo": ("agent.rollout_steps=32",),
+    "pqn": ("agent.rollout_steps=32",),
+}
 
 
-def make_agent(*overrides: str) -> DQN:
-    """The default agent with a memory of noise; the same whatever the overrides."""
+def make_agent(name: str, *overrides: str) -> Agent:
+    """An agent with a memory of noise; the same whatever the overrides."""
     config = settings(
-        "env.num_envs=4", "agent.batch_size=32", "agent.replay_capacity=1000", *overrides
+        f"agent={name}", "env.num_envs=4", "agent.batch_size=4", *AGENTS[name], *overrides
     )
     agent = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
-        agent.memory.add(
-            torch.randint(0, 256, (4, 4, 42, 42), dtype=torch.uint8, generator=generator),
-            torch.randint(0, 12, (4,), generator=generator),
-            torch.full((4, 12), 1 / 12),
-            torch.randn(4, generator=generator),
-            torch.rand(4, generator=generator) < 0.02,
-            torch.rand(4, generator=generator) < 0.02,
-            torch.rand(4, generator=generator) < 0.02,
-            torch.rand(4, generator=generator),
+
+    def flags() -> Tensor:
+        return torch.rand(4, generator=generator) < 0.02
+
+    for _ in range(40):
+        agent.remember(
+            states=torch.randint(0, 256, (4, 4, 42, 42), dtype=torch.uint8, generator=generator),
+            previous=torch.randint(0, 12, (4,), generator=generator),
+            probabilities=torch.full((4, 12), 1 / 12),
+            values=torch.randn((4, 12 if name == "pqn" else 1), generator=generator),
+            actions=torch.randint(0, 12, (4,), generator=generator),
+            rewards=torch.randn(4, generator=generator),
+            terminated=flags(),
+            truncated=flags(),
+            reset=flags(),
+            novelty=torch.rand(4, generator=generator),
+            surprise=torch.rand(4, generator=generator),
         )
-    agent.measure_input()
+    agent.input_norm.measure(agent.memory.recent_frames(1000))
     return agent
 
 
-def updated(*overrides: str) -> tuple[list[dict[str, float]], Tensor]:
+def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]:
     """Losses of three updates, and the gradient of the first."""
-    agent = make_agent(*overrides)
+    agent = make_agent(name, *overrides)
     torch.manual_seed(5)  # of dropout
     losses = [{name: value.item() for name, value in agent.update().items()}]
-    networks = [agent.qnetwork, agent.signal.phi, agent.signal.inverse, agent.signal.fnet]
-    gradients = [p.grad.flatten() for n in networks for p in n.parameters() if p.grad is not None]
+    parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
     for _ in range(2):
         losses.append({name: value.item() for name, value in agent.update().items()})
     return losses, torch.cat(gradients)
 
 
+@pytest.mark.parametrize("name", list(AGENTS))
 @pytest.mark.parametrize(
     ("mode", "tolerance", "angle"),
     [
@@ -61,11 +73,11 @@ def updated(*overrides: str) -> tuple[list[dict[str, float]], Tensor]:
 )
 @pytest.mark.filterwarnings("ignore:Guards may run slower")
 def test_updates_agree_with_plain_float32(
-    mode: tuple[str, str], tolerance: float, angle: float
+    name: str, mode: tuple[str, str], tolerance: float, angle: float
 ) -> None:
     """Losses within `tolerance` of each other, the first gradients within `angle` (radians)."""
-    losses, gradient = updated(*mode)
-    expected, plain = updated("precision=float32", "compile=off")
+    losses, gradient = updated(name, *mode)
+    expected, plain = updated(name, "precision=float32", "compile=off")
     for found, wanted in zip(losses, expected, strict=True):
         assert found == pytest.approx(wanted, rel=tolerance, abs=1e-4 * tolerance)
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
@@ -82,7 +94,7 @@ def test_compiled_acting_and_judging_agree_with_plain() -> None:
     previous, actions = torch.randint(0, 12, (2, 4), generator=generator)
     found = []
     for compiling in ("on", "off"):
-        agent = make_agent("precision=float32", f"compile={compiling}")
+        agent = make_agent("ppo", "precision=float32", f"compile={compiling}")
         policy = agent.probabilities(states, previous, step=100_000)
         errors, seen = agent.judge(states, previous, actions, next_states, policy)
         found.append((policy, errors.forward, errors.inverse, errors.logits, seen))

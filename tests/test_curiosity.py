@@ -505,32 +505,3 @@ def test_novelty_stays_sound_over_a_long_episode() -> None:
     matrix = torch.linalg.eigvalsh(novelty.inverse.double())
     assert (matrix > 0).all()
     assert found.max() < 0.05
-
-
-def test_fewer_directions_remember_places_better() -> None:
-    """Two walks along the same places, each with noise in all features."""
-    rng = np.random.default_rng(3)
-    places = rng.normal(size=(40, 100)) * 0.8
-    walks = np.concatenate([places + rng.normal(size=places.shape) * 0.5 for _ in range(2)])
-    shares = []
-    for directions in (None, 30):
-        novelty = EpisodicNovelty(1, 100, 1.0, directions)
-        opens = [torch.tensor([t == 0]) for t in range(80)]
-        found = [
-            novelty(torch.from_numpy(f).float().unsqueeze(0), o).item()
-            for f, o in zip(walks, opens, strict=True)
-        ]
-        shares.append(np.mean(found[40:]) / np.mean(found[:40]))
-    assert shares[1] < 0.7 * shares[0]
-
-
-def test_directions_are_always_the_same() -> None:
-    features = torch.randn(5, 3, 20)
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        novelty = EpisodicNovelty(3, 20, 2.0, 7)
-        found.append([novelty(f, torch.zeros(3, dtype=torch.bool)) for f in features])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-        assert ((one > 0) & (one < 1)).all()

@@ -41,7 +41,6 @@ SMALL = {
     "agent.max_grad_norm": 1e9,
     "curiosity.hidden": 16,
     "curiosity.inverse_dropout": 0.0,
-    "curiosity.episodic_directions": None,
 }
 FIXED_POLICY = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
 
@@ -49,7 +48,7 @@ FIXED_POLICY = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
 @cache
 def small_settings() -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("config")
+        settings = compose("config", ["agent=dqn"])
     for key, value in SMALL.items():
         OmegaConf.update(settings, key, value)
     return settings

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icm.agents.on_policy import OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
+from icm.errors import UserError
 from icm.factory import build_agent
 from icm.models import NO_ACTION
 
@@ -418,6 +419,35 @@ def test_cut_closes_the_running_episodes() -> None:
     assert rollout.truncated[3].all()
     assert not rollout.reset[:4].any()
     assert not rollout.truncated[:3].any()
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("agent.rollout_steps=9",), r"rollout_steps=9: must be a multiple of .*length=4"),
+        (("agent.batch_size=4",), r"batch_size=4: must divide the 6 sequences of a rollout"),
+        (("agent.epochs=0",), r"epochs=0: must be at least 1"),
+        (("agent.trace=1.5",), r"trace=1.5: must be between 0 and 1"),
+        (("agent.clip=0",), r"clip=0.0: must be a positive number"),
+        (("agent.name=sarsa",), r"agent.name=sarsa: must be one of dqn, ppo, pqn"),
+        (("curiosity.name=boredom",), r"curiosity.name=boredom: must be one of icm, random_f"),
+        (("curiosity=disagreement", "curiosity.ensemble=0"), r"ensemble=0: must be at least 1"),
+    ],
+)
+def test_settings_are_checked(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings("agent=ppo", *SMALL, *overrides)
+
+
+@pytest.mark.parametrize("preset", ["tutorial", "pathak", "large_scale"])
+def test_presets_choose_their_learner(preset: str) -> None:
+    config = settings(f"preset={preset}")
+    assert config.preset == preset
+    assert config.agent.name == ("dqn" if preset == "tutorial" else "ppo")
+    assert config.curiosity.name == ("random_features" if preset == "large_scale" else "icm")
 
 
 # --- learning -------------------------------------------------------------------------------------

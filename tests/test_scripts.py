@@ -117,6 +117,43 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     assert "num_envs: 1" in saved
 
 
+@pytest.mark.parametrize("agent", ["ppo", "pqn"])
+def test_learners_from_rollouts_train_resume_and_play(agent: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = [
+        f"agent={agent}",
+        *(s for s in SMALL[1:] if "replay" not in s and "steps_per_update" not in s),
+        "agent.rollout_steps=16",
+        "agent.epochs=1",
+    ]
+    done = run_script("train.py", *small, "total_steps=96", f"hydra.run.dir={first}")
+    assert done.returncode == 0, done.stderr
+    latest = first / "checkpoints" / "latest.pt"
+    before = torch.load(latest, weights_only=True)
+    # 32 random steps, three rollouts of 16, the last of which is not learned yet; 2 updates each
+    assert before["agent"]["updates"] == 2 * 2 + 2
+    assert {"phi", "fnet", "inverse", "actor_critic" if agent == "ppo" else "qnetwork"} <= set(
+        before["models"]
+    )
+    done = run_script(
+        "train.py",
+        f"agent={agent}",  # so that its settings are known
+        "agent.lr=1e-5",
+        f"resume={latest}",
+        "total_steps=128",
+        f"hydra.run.dir={second}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no memory of step" not in done.stdout
+    after = torch.load(second / "checkpoints" / "latest.pt", weights_only=True)
+    assert after["config"]["agent"]["lr"] == 1e-5
+    assert after["agent"]["updates"] > before["agent"]["updates"]
+    assert all(line["loss/inverse"] > 0 for line in metrics_of(second))
+    done = run_script("evaluate.py", f"ckpt={latest}", "episodes=1", "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["episodes"] == 1
+
+
 def test_resume_without_the_memory_fills_a_new_one_and_says_so(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +295,7 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
 def test_help_shows_the_real_keys() -> None:
     done = run_script("train.py", "--help")
     assert done.returncode == 0
-    for key in ("total_steps", "action_repeat", "replay_capacity", "inverse_dropout"):
+    for key in ("total_steps", "action_repeat", "rollout_steps", "inverse_dropout"):
         assert key in done.stdout
 
 
@@ -424,6 +461,8 @@ def test_a_finished_run_and_a_changed_group_are_not_resumed(trained: Path, tmp_p
     assert_refused(run_script("train.py", f"resume={latest}", folder), "total_steps=96")
     done = run_script("train.py", f"resume={latest}", "preset=tutorial", folder)
     assert_refused(done, "preset=tutorial")
+    done = run_script("train.py", f"resume={latest}", "agent=pqn", folder)
+    assert_refused(done, "agent=pqn", "keeps the groups")
 
 
 def test_default_settings_are_valid() -> None:

@@ -203,13 +203,7 @@ class Agent(ABC):
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
         """The novelty of states in episodes of `num_envs` environments that begin now."""
-        curiosity = self.curiosity
-        return EpisodicNovelty(
-            num_envs,
-            self.signal.num_features,
-            curiosity.episodic_ridge,
-            curiosity.episodic_directions,
-        )
+        return EpisodicNovelty(num_envs, self.signal.num_features, self.curiosity.episodic_ridge)
 
     # --- remembering ----------------------------------------------------------------------------
 

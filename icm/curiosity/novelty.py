@@ -15,33 +15,18 @@ class EpisodicNovelty:
     waits among enemies is surprised for ever. Multiplied with this (as Badia et al. 2020, eq. 1,
     multiply lifelong and episodic novelty), surprise pays where the episode has not been yet.
 
-    In many directions, every state is new in some of them, also where the episode has been before
-    (docs/results.md has figures). Fewer random ones, always the same, remember places better.
-
     Args:
         num_envs: environments whose episodes run side by side.
         num_features: length F of the features.
         ridge: how much of a feature counts as unseen at first; None: every state is new.
-        directions: number of random directions that the features are projected on; None: the
-            features as they are.
     """
 
-    def __init__(
-        self, num_envs: int, num_features: int, ridge: float | None, directions: int | None = None
-    ) -> None:
+    def __init__(self, num_envs: int, num_features: int, ridge: float | None) -> None:
         self.remembers = ridge is not None
         if ridge is None:
             return
-        size = num_features if directions is None else directions
-        generator = torch.Generator().manual_seed(0)
-        self.projection = (
-            torch.eye(size, dtype=torch.float64)
-            if directions is None
-            else torch.randn(num_features, size, dtype=torch.float64, generator=generator)
-            / size**0.5
-        )
         # in float32, rounding makes the inverse indefinite within a few thousand steps
-        self.fresh = torch.eye(size, dtype=torch.float64) / ridge
+        self.fresh = torch.eye(num_features, dtype=torch.float64) / ridge
         self.inverse = self.fresh.repeat(num_envs, 1, 1)
 
     @torch.no_grad()
@@ -57,7 +42,7 @@ class EpisodicNovelty:
         """
         if not self.remembers:
             return torch.ones(len(opens))
-        f = (features.double().cpu() @ self.projection).unsqueeze(1)
+        f = features.double().cpu().unsqueeze(1)
         self.inverse[opens] = self.fresh
         # f^T C^-1: PyTorch multiplies matrices with columns a fifth as fast as rows with matrices
         direction = f @ self.inverse
