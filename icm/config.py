@@ -52,6 +52,7 @@ class AgentConfig:
     discount: float
     batch_size: int
     sequence_length: int
+    replay_capacity: int
     warmup_steps: int
     max_grad_norm: float
     death_is_terminal: bool
@@ -69,7 +70,6 @@ class DQNConfig(AgentConfig):
     n_step: int
     advantage_learning: float
     steps_per_update: int
-    replay_capacity: int
     target_tau: float
     q_weight: float
     policy: PolicyConfig
@@ -341,13 +341,7 @@ def _check(config: Config) -> None:
                 raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
-    if isinstance(agent, DQNConfig):
-        smallest = env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))
-        if agent.replay_capacity < smallest:
-            raise UserError(
-                f"agent.replay_capacity={agent.replay_capacity}: must be at least {smallest}, "
-                "env.num_envs * (agent.sequence_length + max(env.frame_stack, 2))"
-            )
+    history = max(env.frame_stack, 2)
     if isinstance(agent, RolloutConfig):
         if agent.rollout_steps % agent.sequence_length:
             raise UserError(
@@ -360,6 +354,14 @@ def _check(config: Config) -> None:
                 f"agent.batch_size={agent.batch_size}: must divide the {sequences} sequences of a "
                 "rollout, env.num_envs * agent.rollout_steps / agent.sequence_length"
             )
+        smallest, why = 2 * agent.rollout_steps + 1 + history, "(2 * agent.rollout_steps + 1"
+    else:
+        smallest, why = agent.sequence_length + history, "(agent.sequence_length"
+    if agent.replay_capacity < env.num_envs * smallest:
+        raise UserError(
+            f"agent.replay_capacity={agent.replay_capacity}: must be at least "
+            f"{env.num_envs * smallest}, env.num_envs * {why} + max(env.frame_stack, 2))"
+        )
     if isinstance(agent, DQNConfig | PQNConfig):
         for name, schedule in (
             ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),

@@ -15,7 +15,6 @@ from icm.config import (
     ICMConfig,
     PPOConfig,
     PQNConfig,
-    RolloutConfig,
 )
 from icm.curiosity import ICM, RND, Disagreement, NoCuriosity, RandomFeatures, Signal
 from icm.device import resolve_precision
@@ -23,7 +22,6 @@ from icm.errors import UserError
 from icm.memory import available_bytes, memory_device
 from icm.models import ActorCritic, Fnet, InputNorm, InverseNet, Phi, Qnetwork
 from icm.replay import Replay
-from icm.rollouts import Rollouts
 
 
 def build_agent(
@@ -60,19 +58,15 @@ def build_agent(
         Compiler(resolve_compile(config.compile, updates) if remember else "off", device),
         config.seed,
     )
-    if isinstance(agent, DQNConfig):
-        replay = build_replay(config, agent, state_shape, num_actions, device, remember)
-        return DQN(Qnetwork(state_shape, num_actions, agent.hidden, told), replay, agent, common)
-    assert isinstance(agent, RolloutConfig)
-    steps = agent.rollout_steps if remember else 0
-    heads = num_actions if isinstance(agent, PQNConfig) else 1
-    rollouts = Rollouts(steps, num_envs, state_shape, num_actions, heads)
+    replay = build_replay(config, state_shape, num_actions, device, remember)
+    if isinstance(agent, PPOConfig):
+        return PPO(ActorCritic(state_shape, num_actions, agent.hidden, told), replay, agent, common)
+    parallel = isinstance(agent, PQNConfig)
+    qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=parallel)
     if isinstance(agent, PQNConfig):
-        qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=True)
-        return PQN(qnetwork, rollouts, agent, common)
-    assert isinstance(agent, PPOConfig)
-    actor_critic = ActorCritic(state_shape, num_actions, heads, agent.hidden, told)
-    return PPO(actor_critic, rollouts, agent, common)
+        return PQN(qnetwork, replay, agent, common)
+    assert isinstance(agent, DQNConfig)
+    return DQN(qnetwork, replay, agent, common)
 
 
 def build_signal(
@@ -110,7 +104,6 @@ def build_signal(
 
 def build_replay(
     config: Config,
-    agent: DQNConfig,
     state_shape: tuple[int, int, int],
     num_actions: int,
     device: torch.device,
@@ -123,7 +116,7 @@ def build_replay(
     """
     channels, *size = state_shape
     frame = size[0], size[1]
-    capacity = agent.replay_capacity if remember else 0
+    capacity = config.agent.replay_capacity if remember else 0
     needed, free = Replay.nbytes(capacity, frame, num_actions), available_bytes()
     kept_on = memory_device(needed, device)
     if kept_on.type == "cpu" and needed > free:

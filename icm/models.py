@@ -240,7 +240,7 @@ class Qnetwork(_ConvBody):
 
 
 class ActorCritic(_ConvBody):
-    """A policy and the values of states, from one body.
+    """A policy and the value of a state, from one body.
 
     Orthogonal weights; the policy's last layer is small, so that it begins nearly uniform
     (Andrychowicz et al. 2021, section 3.2).
@@ -250,7 +250,6 @@ class ActorCritic(_ConvBody):
         self,
         state_shape: tuple[int, int, int],
         num_actions: int,
-        num_values: int,
         hidden: int,
         previous_action: bool = False,
     ) -> None:
@@ -258,14 +257,14 @@ class ActorCritic(_ConvBody):
         self.num_previous = num_actions if previous_action else 0
         self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.policy = nn.Linear(hidden, num_actions)
-        self.value = nn.Linear(hidden, num_values)
+        self.value = nn.Linear(hidden, 1)
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.linear1):
             orthogonal(layer, math.sqrt(2))
         orthogonal(self.policy, 0.01)
         orthogonal(self.value, 1.0)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map normalised states (batch, C, H, W) to logits (batch, actions), values (batch, V)."""
+        """Map normalised states (batch, C, H, W) to logits (batch, actions), values (batch, 1)."""
         features = with_previous(self.features(x), previous, self.num_previous)
         hidden = self.activation(self.linear1(features))
         return self.policy(hidden), self.value(hidden)

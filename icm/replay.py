@@ -130,10 +130,16 @@ class Replay:
         # what belongs to the oldest states is already overwritten
         starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
+        return self.gather(self.head - self.size + starts, envs, length)
+
+    def gather(self, starts: Tensor, envs: Tensor, length: int) -> Sequences:
+        """Sequences of `length` slots from `starts` on, of `envs`: both int64 (B, 1), on the CPU.
+
+        What they and their first state reach to must still be stored, see `sample`.
+        """
         starts, envs = starts.to(self.device), envs.to(self.device)
-        oldest = self.head - self.size
         along = torch.arange(length + 1, device=self.device)
-        slots = (oldest + starts + along) % self.num_slots  # (B, L + 1)
+        slots = (starts + along) % self.num_slots  # (B, L + 1)
         look_back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)  # C-1 … 0
         age = self.age[slots, envs]
         back = torch.minimum(look_back, age.unsqueeze(-1))  # (B, L + 1, C)

@@ -15,7 +15,7 @@ from icm.compilation import WORTHWHILE, Compiler, resolve_compile
 from icm.factory import build_agent
 
 AGENTS = {
-    "dqn": ("agent.batch_size=32", "agent.replay_capacity=1000"),
+    "dqn": ("agent.batch_size=32",),
     "ppo": ("agent.rollout_steps=32",),
     "pqn": ("agent.rollout_steps=32",),
 }
@@ -24,7 +24,12 @@ AGENTS = {
 def make_agent(name: str, *overrides: str) -> Agent:
     """An agent with a memory of noise; the same whatever the overrides."""
     config = settings(
-        f"agent={name}", "env.num_envs=4", "agent.batch_size=4", *AGENTS[name], *overrides
+        f"agent={name}",
+        "env.num_envs=4",
+        "agent.batch_size=4",
+        "agent.replay_capacity=1000",
+        *AGENTS[name],
+        *overrides,
     )
     agent = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)

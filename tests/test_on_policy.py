@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import settings
 from test_dqn import Game, same, start, weights
 from torch import Tensor
 
-from icm.agents.on_policy import OnPolicy, lambda_returns
+from icm.agents.on_policy import Batch, OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
 from icm.errors import UserError
 from icm.factory import build_agent
@@ -29,6 +30,7 @@ SMALL = (
     "agent.sequence_length=4",
     "agent.batch_size=2",
     "agent.epochs=2",
+    "agent.replay_capacity=300",
     "agent.warmup_steps=0",
     "agent.max_grad_norm=1e9",
     "curiosity.hidden=16",
@@ -166,15 +168,16 @@ def test_batches_are_what_was_observed() -> None:
     for t, step in enumerate(steps):
         agent.observe(**step | {"values": torch.full((3, 1), float(t))})
     batch = agent.batch(torch.tensor([4, 2]))
+    rollout = batch.rollout
     for row, (env, first) in enumerate(((1, 4), (2, 0))):
         for t in range(5):
             step = steps[first + t]
-            assert torch.equal(batch.states[row, t], step["states"][env])
-            assert batch.previous[row, t] == step["previous"][env]
+            assert torch.equal(rollout.states[row, t], step["states"][env])
+            assert rollout.previous[row, t] == step["previous"][env]
             if t < 4:
-                assert batch.actions[row, t] == step["actions"][env]
-                assert batch.reset[row, t] == step["reset"][env]
-                assert torch.equal(batch.probabilities[row, t], step["probabilities"][env])
+                assert rollout.actions[row, t] == step["actions"][env]
+                assert rollout.reset[row, t] == step["reset"][env]
+                assert torch.equal(rollout.behaviour[row, t], step["probabilities"][env])
                 assert torch.equal(batch.returns[row, t], agent.returns[first + t, env])
                 assert batch.advantages[row, t] == agent.advantages[first + t, env]
 
@@ -183,15 +186,17 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
     agent = make_agent("ppo", *weights, "agent.discount=0.5")
     live(agent, 9)
-    rollout = agent.memory.full
-    raw = rollout.surprise * rollout.novelty
-    assert 0 < rollout.novelty[:8].min() < rollout.novelty[:8].max() < 1
-    plain = ~(rollout.reset | rollout.terminated | rollout.truncated)[:8]
-    plain[:-1] &= ~rollout.reset[1:8]
-    rewards = 2 * raw / agent.scale.std + 0.5 * rollout.rewards
-    wanted = rewards[:8] + 0.5 * rollout.values[1:, :, 0]
+    memory = agent.memory
+    novelty, reset = agent.stored(memory.novelty), agent.stored(memory.reset)
+    assert 0 < novelty.min() < novelty.max() < 1
+    plain = ~(reset | agent.stored(memory.terminated) | agent.stored(memory.truncated))
+    plain[:-1] &= ~reset[1:]
+    rewards = 2 * agent.surprise[:-1] * novelty / agent.scale.std
+    rewards += 0.5 * agent.stored(memory.rewards)
+    wanted = rewards + 0.5 * agent.values[1:, :, 0]
+    plain, wanted = plain[1:], wanted[1:]  # the first step is already that of the next rollout
     assert plain.sum() > 5
-    torch.testing.assert_close(agent.returns[..., 0][plain], wanted[plain])
+    torch.testing.assert_close(agent.returns[1:, :, 0][plain], wanted[plain])
 
 
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
@@ -200,7 +205,7 @@ def test_a_new_life_surprises_nobody(name: str) -> None:
     rollouts = ("agent.rollout_steps", "agent.epochs", "agent.batch_size")
     overrides = [s for s in SMALL if name == "ppo" or not s.startswith(rollouts)]
     if name == "dqn":
-        overrides += ["agent.replay_capacity=300", "agent.batch_size=64", "agent.n_step=1"]
+        overrides += ["agent.batch_size=64", "agent.n_step=1"]
     losses = []
     for respawned in (False, True):
         config = settings(f"agent={name}", *overrides)
@@ -215,18 +220,21 @@ def test_a_new_life_surprises_nobody(name: str) -> None:
         losses.append(agent.update())
     assert losses[0]["loss/inverse"] != losses[1]["loss/inverse"]
     assert losses[1]["loss/inverse"] > 0
-    if name == "ppo":
-        assert (agent.memory.full.novelty[:8:2] == 0).all()
+    assert (agent.memory.novelty[:8:2] == 0).all()
 
 
 def test_advantages_are_normalised_over_real_transitions() -> None:
     agent = make_agent("ppo")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
-    valid = ~agent.memory.full.reset[:8]
+    valid = ~agent.stored(agent.memory.reset)
     assert 0 < valid.sum() < valid.numel()
-    plain = (agent.returns - agent.memory.full.values[:8]).squeeze(2)[valid]
-    wanted = (plain - plain.mean()) / plain.std()
-    torch.testing.assert_close(agent.advantages[valid], wanted, rtol=1e-4, atol=1e-5)
+    found = agent.advantages[valid]
+    assert found.mean().item() == pytest.approx(0, abs=1e-5)
+    assert found.std().item() == pytest.approx(1, abs=1e-4)
+    plain = (agent.returns - agent.values[:-1]).squeeze(2)[1:]  # but for the next rollout's first
+    centred, wanted = agent.advantages[1:] - agent.advantages[1, 0], plain - plain[0, 0]
+    ratio = centred[wanted != 0] / wanted[wanted != 0]
+    assert ratio.std() < 1e-3 * ratio.mean()
 
 
 def test_what_a_random_agent_did_in_the_warm_up_is_not_learned() -> None:
@@ -258,19 +266,20 @@ def test_warm_up_is_uniform(name: str) -> None:
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def slow_ppo(agent: PPO, batch: Any) -> dict[str, float]:
+def slow_ppo(agent: PPO, batch: Batch) -> dict[str, float]:
     """Losses of PPO, one transition after the other."""
     gains, errors, entropies, clipped = [], [], [], []
     agent.actor_critic.requires_grad_(False)
     low, high = 1 - agent.config.clip, 1 + agent.config.clip
-    for b in range(len(batch.actions)):
-        for t in range(batch.actions.shape[1]):
-            if batch.reset[b, t]:
+    rollout = batch.rollout
+    for b in range(len(rollout.actions)):
+        for t in range(rollout.actions.shape[1]):
+            if rollout.reset[b, t]:
                 continue
-            x = agent.input_norm(batch.states[b, t].unsqueeze(0))
-            logits, value = agent.actor_critic(x, batch.previous[b, t].view(1))
-            policy, action = logits.softmax(1)[0], batch.actions[b, t]
-            ratio = float(policy[action] / batch.probabilities[b, t, action])
+            x = agent.input_norm(rollout.states[b, t].unsqueeze(0))
+            logits, value = agent.actor_critic(x, rollout.previous[b, t].view(1))
+            policy, action = logits.softmax(1)[0], rollout.actions[b, t]
+            ratio = float(policy[action] / rollout.behaviour[b, t, action])
             advantage = float(batch.advantages[b, t])
             gains.append(min(ratio * advantage, min(max(ratio, low), high) * advantage))
             errors.append(float(value - batch.returns[b, t]) ** 2)
@@ -285,7 +294,7 @@ def test_ppo_computes_the_losses_it_should() -> None:
     agent = make_agent("ppo", "agent.clip=0.6", "agent.entropy_coef=0.3", "curiosity=none")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
     batch = agent.batch(torch.tensor([0, 4]))
-    assert 0 < batch.reset.sum() < batch.reset.numel()
+    assert 0 < batch.rollout.reset.sum() < batch.rollout.reset.numel()
     loss, parts = agent.losses(batch)
     wanted = slow_ppo(agent, batch)
     assert parts["loss/policy"].item() == pytest.approx(-wanted["gain"], rel=1e-4)
@@ -298,22 +307,26 @@ def test_ppo_computes_the_losses_it_should() -> None:
 def test_pqn_computes_the_loss_it_should() -> None:
     agent = make_agent("pqn", "agent.advantage_learning=0.5", "curiosity=none")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
-    rollout = agent.memory.full
-    best = rollout.values.amax(2, keepdim=True)
+    values = agent.values.clone()
+    best = values.amax(2, keepdim=True)
     plain = agent.returns_of(best)
     batch = agent.batch(torch.tensor([0, 4]))
     squares, count = 0.0, 0
     for b, (env, first) in enumerate(((0, 0), (1, 4))):
         for t in range(4):
-            action = batch.actions[b, t]
-            gap = float(rollout.values[first + t, env, action] - best[first + t, env])
+            if first + t == 0:
+                continue  # its values are already those of the next rollout
+            action = batch.rollout.actions[b, t]
+            gap = float(values[first + t, env, action] - best[first + t, env])
             wanted = float(plain[first + t, env]) + 0.5 * gap
             assert float(batch.returns[b, t]) == pytest.approx(wanted, rel=1e-5)
-            if batch.reset[b, t]:
-                continue
-            x = agent.input_norm(batch.states[b, t].unsqueeze(0))
-            q = agent.qnetwork(x, batch.previous[b, t].view(1))[0, action].detach()
-            squares, count = squares + (float(q) - wanted) ** 2, count + 1
+    for b, t in itertools.product(range(2), range(4)):
+        if batch.rollout.reset[b, t]:
+            continue
+        x = agent.input_norm(batch.rollout.states[b, t].unsqueeze(0))
+        q = agent.qnetwork(x, batch.rollout.previous[b, t].view(1)).detach()
+        error = float(q[0, batch.rollout.actions[b, t]] - batch.returns[b, t])
+        squares, count = squares + error**2, count + 1
     loss, parts = agent.losses(batch)
     assert loss.item() == parts["loss/q"].item() == pytest.approx(0.5 * squares / count, rel=1e-4)
 
@@ -342,18 +355,19 @@ def test_clipped_gains_have_no_gradient() -> None:
     live(agent, 9)
     batch = agent.batch(torch.tensor([0, 4]))
     policy = agent.actor_critic.policy.weight
-    ratios = agent.losses(copy.copy(batch))[1]["policy/clipped"]
+    ratios = agent.losses(batch)[1]["policy/clipped"]
     assert ratios == 1  # a game that does as it likes: every ratio is far from 1
     loss, _ = agent.losses(batch)
     (gradient,) = torch.autograd.grad(loss, policy)
     assert gradient.abs().max() > 0  # those that move back towards the policy that acted
-    batch.advantages = torch.where(batch.reset, 0.0, 1.0)
-    x = agent.input_norm(batch.states[:, :-1].flatten(0, 1))
-    logits, _ = agent.actor_critic(x, batch.previous[:, :-1].flatten())
-    chosen = logits.softmax(1).gather(1, batch.actions.flatten().unsqueeze(1))
-    higher = chosen > batch.probabilities.flatten(0, 1).gather(1, batch.actions.view(-1, 1))
-    batch.reset |= ~higher.view(batch.reset.shape)
-    assert not batch.reset.all()
+    rollout = batch.rollout
+    batch.advantages = torch.ones_like(batch.advantages)
+    x = agent.input_norm(rollout.states[:, :-1].flatten(0, 1))
+    logits, _ = agent.actor_critic(x, rollout.previous[:, :-1].flatten())
+    chosen = logits.softmax(1).gather(1, rollout.actions.flatten().unsqueeze(1))
+    higher = chosen > rollout.behaviour.flatten(0, 1).gather(1, rollout.actions.view(-1, 1))
+    rollout.reset |= ~higher.view(rollout.reset.shape)
+    assert not rollout.reset.all()
     loss, _ = agent.losses(batch)
     (gradient,) = torch.autograd.grad(loss, policy)
     assert gradient.abs().max() == 0
@@ -377,7 +391,6 @@ def test_loaded_agent_goes_on_to_the_bit(name: str) -> None:
     live(second, 5, Game(3, 8))
     second.load_state_dict(through_a_file(first.state_dict()))
     second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
-    # returns and advantages follow from the rollout
     assert 0 < len(first.order) < UPDATES
     first.novelty = first.new_novelty(3)
     for agent in (first, second):
@@ -403,24 +416,6 @@ def test_without_its_memory_a_resumed_agent_begins_a_new_rollout() -> None:
     assert second.updates > done
 
 
-def test_rollouts_of_another_shape_are_refused() -> None:
-    first, second = make_agent("ppo"), make_agent("ppo", "agent.rollout_steps=16")
-    live(first, 5)
-    with pytest.raises(ValueError, match=r"rollout \(states \(9, 3.* does not fit \(17, 3"):
-        second.memory.load_state_dict(first.memory.state_dict())
-
-
-def test_cut_closes_the_running_episodes() -> None:
-    agent, game = make_agent("ppo"), Game(3, 3, episodes=(20, 30))
-    live(agent, 5, game)
-    agent.memory.cut()
-    rollout = agent.memory.filling
-    assert rollout.reset[4].all()
-    assert rollout.truncated[3].all()
-    assert not rollout.reset[:4].any()
-    assert not rollout.truncated[:3].any()
-
-
 # --- settings -----------------------------------------------------------------------------------
 
 
@@ -429,6 +424,7 @@ def test_cut_closes_the_running_episodes() -> None:
     [
         (("agent.rollout_steps=9",), r"rollout_steps=9: must be a multiple of .*length=4"),
         (("agent.batch_size=4",), r"batch_size=4: must divide the 6 sequences of a rollout"),
+        (("agent.replay_capacity=20",), r"replay_capacity=20: must be at least 57, env.num_envs"),
         (("agent.epochs=0",), r"epochs=0: must be at least 1"),
         (("agent.trace=1.5",), r"trace=1.5: must be between 0 and 1"),
         (("agent.clip=0",), r"clip=0.0: must be a positive number"),
@@ -479,6 +475,7 @@ def test_reward_of_the_game_is_learned(name: str) -> None:
         "env.num_envs=8",
         "agent.rollout_steps=16",
         "agent.batch_size=8",
+        "agent.replay_capacity=1000",
         "agent.lr=3e-3",
         "agent.discount=0.5",
         "agent.input_norm=scale",

@@ -122,7 +122,7 @@ def test_learners_from_rollouts_train_resume_and_play(agent: str, tmp_path: Path
     first, second = tmp_path / "first", tmp_path / "second"
     small = [
         f"agent={agent}",
-        *(s for s in SMALL[1:] if "replay" not in s and "steps_per_update" not in s),
+        *(s for s in SMALL[1:] if "steps_per_update" not in s),
         "agent.rollout_steps=16",
         "agent.epochs=1",
     ]
@@ -295,7 +295,7 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
 def test_help_shows_the_real_keys() -> None:
     done = run_script("train.py", "--help")
     assert done.returncode == 0
-    for key in ("total_steps", "action_repeat", "rollout_steps", "inverse_dropout"):
+    for key in ("total_steps", "action_repeat", "replay_capacity", "inverse_dropout"):
         assert key in done.stdout
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,7 @@ from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import EpisodicNovelty, Errors, RewardScale, Signal
 from icm.errors import UserError
 from icm.models import InputNorm
-
-
-class Memory(Protocol):
-    """What an agent remembers of its experience."""
-
-    def recent_frames(self, count: int) -> Tensor:
-        """The newest frames of all environments, at most about `count`, uint8 (n, H, W)."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs, in plain containers and tensors."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; ValueError: it does not fit, nothing has changed."""
-
-    def cut(self) -> None:
-        """Close all running episodes: the environments will start new ones."""
+from icm.replay import Replay
 
 
 @dataclass
@@ -59,8 +44,8 @@ class Common:
 class Agent(ABC):
     """Acts, observes and learns.
 
-    A subclass says how it chooses (`choose`, `policy`), what it keeps (`remember`) and how it
-    learns (`due`, `update`, `losses`).
+    A subclass says how it chooses (`choose`, `policy`) and how it learns (`due`, `update`,
+    `losses`).
 
     Args:
         networks: the learner's own, under the names they have in a checkpoint; those with
@@ -73,7 +58,7 @@ class Agent(ABC):
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
-        memory: Memory,
+        memory: Replay,
         agent: AgentConfig,
         common: Common,
     ) -> None:
@@ -268,9 +253,18 @@ class Agent(ABC):
         sums = {name: (value * valid).sum() for name, value in per_env.items()}
         return {**sums, "count": valid.sum()}
 
-    @abstractmethod
     def remember(self, **step: Tensor) -> None:
         """Keep one step of every environment: arguments of `observe`, `novelty` and `surprise`."""
+        self.memory.add(
+            step["states"],
+            step["actions"],
+            step["probabilities"],
+            step["rewards"],
+            step["terminated"],
+            step["truncated"],
+            step["reset"],
+            step["novelty"],
+        )
 
     def measure_input(self) -> None:
         """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""

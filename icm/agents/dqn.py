@@ -91,8 +91,6 @@ class DQN(Agent):
         common: everything else.
     """
 
-    memory: Replay
-
     def __init__(
         self, qnetwork: Qnetwork, memory: Replay, agent: DQNConfig, common: Common
     ) -> None:
@@ -122,19 +120,6 @@ class DQN(Agent):
     def policy_statistics(self, step: int) -> dict[str, float]:
         """Temperature and epsilon."""
         return self.softmax.statistics(step)
-
-    def remember(self, **step: Tensor) -> None:
-        """Put a step into the replay memory; surprise is computed anew when it is sampled."""
-        self.memory.add(
-            step["states"],
-            step["actions"],
-            step["probabilities"],
-            step["rewards"],
-            step["terminated"],
-            step["truncated"],
-            step["reset"],
-            step["novelty"],
-        )
 
     def due(self, step: int) -> int:
         """One update per `agent.steps_per_update` agent steps, once enough is stored."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from icm.agents.base import Agent, Common
 from icm.config import RolloutConfig
-from icm.rollouts import Rollouts
+from icm.replay import Replay, Sequences
 
 
 def lambda_returns(
@@ -55,85 +55,116 @@ def lambda_returns(
 
 @dataclass
 class Batch:
-    """B sequences of L consecutive steps of one environment each, and the state after the last."""
+    """What an update learns from, all on the device."""
 
-    states: Tensor  # uint8 (B, L + 1, C, H, W)
-    previous: Tensor  # int64 (B, L + 1)
-    actions: Tensor  # int64 (B, L)
-    probabilities: Tensor  # float32 (B, L, actions), the policy the actions were drawn from
-    reset: Tensor  # bool (B, L)
-    novelty: Tensor  # float32 (B, L), 0 where the signal has nothing to learn
-    returns: Tensor  # float32 (B, L, heads)
+    rollout: Sequences  # of the newest rollout, (B, L), for the learner
+    returns: Tensor  # float32 (B, L, 1)
     advantages: Tensor  # float32 (B, L)
+    replayed: Sequences  # of everything remembered, for the curiosity signal
 
 
 class OnPolicy(Agent):
-    """Learns from the newest rollout, in `epochs` passes, while the next one is made."""
+    """Learns from the newest rollout, in `epochs` passes, while the next one is made.
 
-    memory: Rollouts
+    So environments never wait for a learner that works through a whole rollout at once. Its
+    curiosity learns from everything remembered: what was once known shall not surprise again.
+
+    A rollout is `rollout_steps` (T) steps of every environment (N), and the step after them.
+    """
+
     config: RolloutConfig
 
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
-        memory: Rollouts,
+        heads: int,
+        memory: Replay,
         agent: RolloutConfig,
         common: Common,
     ) -> None:
         super().__init__(networks, memory, agent, common)
-        # of the full rollout
-        self.returns = torch.zeros(memory.steps, common.num_envs, 1)
-        self.advantages = torch.zeros(memory.steps, common.num_envs)
+        shape = agent.rollout_steps + 1, common.num_envs
+        self.collected = 0  # steps of the rollout that is being made
+        self.values = torch.zeros(*shape, heads)  # of its states, when it was made
+        self.surprise = torch.zeros(shape)  # of its transitions, when they were seen
+        # of the rollout that is being learned
+        self.first = 0  # its first slot in memory
+        self.returns = torch.zeros(agent.rollout_steps, common.num_envs, 1)
+        self.advantages = torch.zeros(agent.rollout_steps, common.num_envs)
         # sequences still to be learned, by their number: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
     def remember(self, **step: Tensor) -> None:
-        """Add a step to the rollout; a full one waits to be learned."""
-        if self.memory.add(step):
-            self.evaluate()
-            self.plan()
+        """Add a step to memory; a rollout that is complete with it waits to be learned."""
+        super().remember(**step)
+        self.values[self.collected] = step["values"]
+        self.surprise[self.collected] = step["surprise"]
+        self.collected += 1
+        if self.collected < len(self.values):
+            return
+        self.first = (self.memory.head - self.collected) % self.memory.num_slots
+        self.evaluate()
+        self.plan()
+        # the step after the last is the first of the next rollout
+        self.values[0], self.surprise[0] = self.values[-1], self.surprise[-1]
+        self.collected = 1
 
     @abstractmethod
     def evaluate(self) -> None:
-        """Set `returns` and `advantages` of the full rollout."""
+        """Set `returns` and `advantages` of the rollout that is complete."""
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """The rollout's part (T, N, ...) of one of the memory's tensors."""
+        slots = (self.first + torch.arange(self.config.rollout_steps)) % self.memory.num_slots
+        return tensor[slots.to(tensor.device)].cpu()
 
     def returns_of(self, values: Tensor) -> Tensor:
-        """Returns (T, N, heads) of the full rollout that build on values (T + 1, N, heads)."""
-        rollout, curiosity, steps = self.memory.full, self.curiosity, slice(self.memory.steps)
-        intrinsic = curiosity.coef * self.scale(rollout.surprise * rollout.novelty)
-        rewards = intrinsic + curiosity.extrinsic_coef * rollout.rewards
-        terminal = rollout.terminated & self.config.death_is_terminal
-        given = (rewards, terminal, rollout.truncated, rollout.reset)
-        rewards, terminal, truncated, reset = (x[steps].unsqueeze(2) for x in given)
+        """Returns (T, N, 1) of the rollout that build on values (T + 1, N, 1)."""
+        memory, curiosity = self.memory, self.curiosity
+        intrinsic = self.scale(self.surprise[:-1] * self.stored(memory.novelty))
+        rewards = curiosity.coef * intrinsic
+        rewards += curiosity.extrinsic_coef * self.stored(memory.rewards)
+        terminal = self.stored(memory.terminated) & self.config.death_is_terminal
         return lambda_returns(
-            rewards, values, terminal, truncated, reset, self.config.discount, self.config.trace
+            rewards.unsqueeze(2),
+            values,
+            terminal.unsqueeze(2),
+            self.stored(memory.truncated).unsqueeze(2),
+            self.stored(memory.reset).unsqueeze(2),
+            self.config.discount,
+            self.config.trace,
         )
 
     def plan(self) -> None:
-        """Draw the order in which the full rollout is learned."""
-        sequences = self.memory.steps // self.config.sequence_length * self.num_envs
+        """Draw the order in which the rollout is learned."""
         self.order = torch.cat(
             [
-                torch.randperm(sequences, generator=self.generator).view(-1, self.config.batch_size)
+                torch.randperm(self._sequences, generator=self.generator).view(
+                    -1, self.config.batch_size
+                )
                 for _ in range(self.config.epochs)
             ]
         )
 
+    @property
+    def _sequences(self) -> int:
+        """Sequences of a rollout."""
+        return self.config.rollout_steps // self.config.sequence_length * self.num_envs
+
     def measure_input(self) -> None:
-        """See `Agent.measure_input`; what a random agent did is not learned."""
+        """See `Agent.measure_input`; what a random agent did is not learned by the policy."""
         super().measure_input()
         self.forget(self.warmup_steps)
 
     def forget(self, step: int) -> None:
-        """See `Agent.forget`; the next rollout is learned."""
-        self.memory.clear()
+        """Begin a new rollout; a learner from rollouts needs no other memory."""
+        self.collected = 0
         self.order = self.order[:0]
 
     def due(self, step: int) -> int:
         """So many that a rollout is learned evenly, and all of it when the next one is full."""
-        sequences = self.memory.steps // self.config.sequence_length * self.num_envs
-        updates = self.config.epochs * sequences // self.config.batch_size
-        left = updates - updates * self.memory.size // self.memory.steps
+        updates = self.config.epochs * self._sequences // self.config.batch_size
+        left = updates - updates * self.collected // self.config.rollout_steps
         return max(0, len(self.order) - left)
 
     def update(self) -> dict[str, Tensor]:
@@ -142,47 +173,48 @@ class OnPolicy(Agent):
         return self.descend(self.batch(numbers))
 
     def batch(self, numbers: Tensor) -> Batch:
-        """Sequences of the full rollout by their number, on the device."""
-        rollout, length = self.memory.full, self.config.sequence_length
+        """Sequences of the rollout by their number, and as many drawn from memory."""
+        length = self.config.sequence_length
         envs = (numbers % self.num_envs).unsqueeze(1)
-        slots = (numbers // self.num_envs * length).unsqueeze(1) + torch.arange(length + 1)
-        at, ahead = (slots[:, :-1], envs), (slots, envs)
-        batch = Batch(
-            states=rollout.states[ahead],
-            previous=rollout.previous[ahead],
-            actions=rollout.actions[at],
-            probabilities=rollout.probabilities[at],
-            reset=rollout.reset[at],
-            novelty=rollout.novelty[at],
-            returns=self.returns[at],
-            advantages=self.advantages[at],
+        starts = (numbers // self.num_envs * length).unsqueeze(1)
+        at = starts + torch.arange(length), envs
+        replayed = self.memory.sample(len(numbers), length, self.generator)
+        return Batch(
+            rollout=self.memory.gather(self.first + starts, envs, length).to(self.device),
+            returns=self.returns[at].to(self.device),
+            advantages=self.advantages[at].to(self.device),
+            replayed=replayed.to(self.device),
         )
-        return Batch(**{name: tensor.to(self.device) for name, tensor in vars(batch).items()})
 
-    def signal_loss(self, x: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The curiosity signal's loss on network inputs (B * (L + 1), C, H, W), and its parts."""
+    def signal_loss(self, batch: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+        """The curiosity signal's loss, and its parts."""
+        x = self._input(batch.states.flatten(0, 1))
         features = self.signal.encode(x).unflatten(0, batch.previous.shape)
         errors = self.signal(
             features[:, :-1].flatten(0, 1),
             batch.actions.flatten(),
             features[:, 1:].flatten(0, 1),
-            batch.probabilities.flatten(0, 1),
+            batch.behaviour.flatten(0, 1),
             batch.previous[:, :-1].flatten(),
         )
         return self.signal.loss(errors, ((batch.novelty > 0) & ~batch.reset).flatten())
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Agent.state_dict`; what is still to be learned of a rollout is part of it."""
+        """See `Agent.state_dict`; the rollouts are part of it."""
         state = super().state_dict()
         state["agent"] |= {
-            "order": self.order.clone(),
+            "collected": self.collected,
+            "values": self.values,
+            "surprise": self.surprise,
+            "first": self.first,
             "returns": self.returns,
             "advantages": self.advantages,
+            "order": self.order.clone(),
         }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
-        self.order = state["agent"]["order"]
-        self.returns, self.advantages = state["agent"]["returns"], state["agent"]["advantages"]
+        for name in ("collected", "values", "surprise", "first", "returns", "advantages", "order"):
+            setattr(self, name, state["agent"][name])

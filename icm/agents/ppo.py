@@ -13,7 +13,7 @@ from icm.agents.on_policy import Batch, OnPolicy
 from icm.config import PPOConfig
 from icm.curiosity import masked_mean
 from icm.models import ActorCritic
-from icm.rollouts import Rollouts
+from icm.replay import Replay
 
 
 class PPO(OnPolicy):
@@ -21,7 +21,7 @@ class PPO(OnPolicy):
 
     Args:
         actor_critic: policy and value.
-        memory: rollouts.
+        memory: a replay memory.
         agent: settings of the learner.
         common: everything else.
     """
@@ -29,11 +29,11 @@ class PPO(OnPolicy):
     config: PPOConfig
 
     def __init__(
-        self, actor_critic: ActorCritic, memory: Rollouts, agent: PPOConfig, common: Common
+        self, actor_critic: ActorCritic, memory: Replay, agent: PPOConfig, common: Common
     ) -> None:
         self.config = agent
         self.actor_critic = actor_critic
-        super().__init__({"actor_critic": actor_critic}, memory, agent, common)
+        super().__init__({"actor_critic": actor_critic}, 1, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the policy and the values."""
@@ -52,26 +52,24 @@ class PPO(OnPolicy):
 
     def evaluate(self) -> None:
         """Returns, and advantages over the values of the time of acting, normalised."""
-        values, steps = self.memory.full.values, slice(self.memory.steps)
-        self.returns = self.returns_of(values)
-        advantages = (self.returns - values[steps]).sum(2)
-        valid = advantages[~self.memory.full.reset[steps]]
+        self.returns = self.returns_of(self.values)
+        advantages = (self.returns - self.values[:-1]).squeeze(2)
+        valid = advantages[~self.stored(self.memory.reset)]
         self.advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L_CLIP - c_1 L_VF + c_2 S of the paper's eq. 9, negated, and the signal's loss."""
         config = self.config
-        valid = ~batch.reset
-        size, length = batch.actions.shape
+        rollout = batch.rollout
+        valid, shape = ~rollout.reset, rollout.actions.shape
         with self._autocast():
-            x = self._input(batch.states.flatten(0, 1))
-            signal_loss, parts = self.signal_loss(x, batch)
-            acted = x.unflatten(0, (size, length + 1))[:, :-1].flatten(0, 1)
-            logits, values = self.actor_critic(acted, batch.previous[:, :-1].flatten())
-        log_policy = logits.float().log_softmax(1).unflatten(0, (size, length))
-        values = values.float().unflatten(0, (size, length))
-        chosen = batch.actions.unsqueeze(2)
-        log_ratio = log_policy.gather(2, chosen) - batch.probabilities.gather(2, chosen).log()
+            signal_loss, parts = self.signal_loss(batch.replayed)
+            x = self._input(rollout.states[:, :-1].flatten(0, 1))
+            logits, values = self.actor_critic(x, rollout.previous[:, :-1].flatten())
+        log_policy = logits.float().log_softmax(1).unflatten(0, shape)
+        values = values.float().unflatten(0, shape)
+        chosen = rollout.actions.unsqueeze(2)
+        log_ratio = log_policy.gather(2, chosen) - rollout.behaviour.gather(2, chosen).log()
         log_ratio = log_ratio.squeeze(2)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)

@@ -10,7 +10,6 @@ al. 2016, operator T_AL) widens the gaps between them, as in `icm.agents.dqn`.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from icm.agents.base import Common
@@ -19,7 +18,7 @@ from icm.agents.policy import ValuePolicy
 from icm.config import PQNConfig
 from icm.curiosity import masked_mean
 from icm.models import Qnetwork
-from icm.rollouts import Rollouts
+from icm.replay import Replay
 
 
 class PQN(OnPolicy):
@@ -27,7 +26,7 @@ class PQN(OnPolicy):
 
     Args:
         qnetwork: action values, with layer normalisation.
-        memory: rollouts, with a value per action.
+        memory: a replay memory.
         agent: settings of the learner.
         common: everything else.
     """
@@ -35,11 +34,13 @@ class PQN(OnPolicy):
     config: PQNConfig
 
     def __init__(
-        self, qnetwork: Qnetwork, memory: Rollouts, agent: PQNConfig, common: Common
+        self, qnetwork: Qnetwork, memory: Replay, agent: PQNConfig, common: Common
     ) -> None:
         self.config = agent
         self.qnetwork = qnetwork
-        super().__init__({"qnetwork": qnetwork}, memory, agent, common)
+        super().__init__(
+            {"qnetwork": qnetwork}, qnetwork.linear2.out_features, memory, agent, common
+        )
         self.softmax = ValuePolicy(agent.policy, agent.warmup_steps)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,25 +64,22 @@ class PQN(OnPolicy):
         return self.softmax.statistics(step)
 
     def evaluate(self) -> None:
-        """Q(lambda) returns of the full rollout, plus what widens the gaps between actions."""
-        rollout = self.memory.full
-        q, actions = rollout.values, rollout.actions.unsqueeze(2)
-        best = q.amax(2, keepdim=True)
-        gaps = (q.gather(2, actions) - best)[:-1]
+        """Q(lambda) returns of the rollout, plus what widens the gaps between actions."""
+        actions = self.stored(self.memory.actions).long().unsqueeze(2)
+        best = self.values.amax(2, keepdim=True)
+        gaps = self.values[:-1].gather(2, actions) - best[:-1]
         self.returns = self.returns_of(best) + self.config.advantage_learning * gaps
-        self.advantages = torch.zeros_like(gaps.squeeze(2))
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the mean squared error of the chosen actions' values, and the signal's loss."""
-        valid = ~batch.reset
-        size, length = batch.actions.shape
+        rollout = batch.rollout
+        valid = ~rollout.reset
         with self._autocast():
-            x = self._input(batch.states.flatten(0, 1))
-            signal_loss, parts = self.signal_loss(x, batch)
-            acted = x.unflatten(0, (size, length + 1))[:, :-1].flatten(0, 1)
-            q = self.qnetwork(acted, batch.previous[:, :-1].flatten())
-        q = q.float().unflatten(0, (size, length))
-        chosen = q.gather(2, batch.actions.unsqueeze(2))
+            signal_loss, parts = self.signal_loss(batch.replayed)
+            x = self._input(rollout.states[:, :-1].flatten(0, 1))
+            q = self.qnetwork(x, rollout.previous[:, :-1].flatten())
+        q = q.float().unflatten(0, rollout.actions.shape)
+        chosen = q.gather(2, rollout.actions.unsqueeze(2))
         loss = 0.5 * masked_mean((chosen - batch.returns).square().squeeze(2), valid)
         parts["loss/q"] = loss.detach()
         parts["q/mean"] = masked_mean(chosen.detach().squeeze(2), valid)
