@@ -29,6 +29,7 @@ class EnvConfig:
     emulator: str = "nes_py"
     core: str = "auto"
     num_workers: int | None = None
+    noisy_tv: str = "none"
 
 
 @dataclass
@@ -189,14 +190,25 @@ class Config:
 
 
 @dataclass
+class GameConfig:
+    """Settings of `EnvConfig` that an agent may be watched with; None: as it was trained."""
+
+    id: str | None
+    stuck_steps: int | None
+    sticky_probability: float | None
+    emulator: str | None
+    core: str | None
+
+
+@dataclass
 class EvaluateConfig:
     """See `conf/evaluate.yaml`."""
 
     ckpt: str
     episodes: int
     seed: int
-    stuck_steps: int | None
     device: str
+    env: GameConfig
 
 
 @dataclass
@@ -210,6 +222,7 @@ class PlayConfig:
     out: str | None
     seed: int
     device: str
+    env: GameConfig
 
 
 def parse_config(settings: DictConfig) -> Config:
@@ -331,6 +344,7 @@ def _check(config: Config) -> None:
     for name, choices in (
         ("env.actions", ("right_only", "simple", "complex")),
         ("env.emulator", ("nes_py", "libretro")),
+        ("env.noisy_tv", ("none", "always", "switched")),
         ("agent.input_norm", ("standard", "scale", "stack")),
         ("curiosity.reduction", ("mean", "sum")),
         ("precision", ("auto", "float32", "bf16")),

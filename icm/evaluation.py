@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from icm import checkpoint
 from icm.agents.base import Agent
-from icm.config import Config, parse_config
+from icm.config import Config, GameConfig, parse_config
 from icm.envs import action_count, episodes_in, make_env, make_vector_env
 from icm.envs.wrappers import Env
 from icm.factory import build_agent
@@ -22,14 +22,21 @@ THRESHOLDS = (200, 400, 600, 948)
 """Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
 
 
-def load_agent(path: Path, device: torch.device) -> tuple[Agent, Config, int]:
+def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agent, Config, int]:
     """Rebuild the agent of a checkpoint for playing: the agent, its settings, its agent step.
 
+    Args:
+        path: the checkpoint.
+        device: where to compute.
+        game: what the settings of its environment are replaced by.
+
     Raises:
-        UserError: the file is no checkpoint, or its networks do not fit its settings.
+        UserError: the file is no checkpoint, or its networks do not fit its settings or the game.
     """
     content = checkpoint.load(path)
     with checkpoint.restoring(path):
+        changes = {name: value for name, value in vars(game).items() if value is not None}
+        content["config"]["env"] |= changes
         config = parse_config(OmegaConf.create(content["config"]))
         env = make_env(config.env)
         shape: Any = env.observation_space.shape

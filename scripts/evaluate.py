@@ -1,4 +1,4 @@
-"""Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30] [stuck_steps=0]`."""
+"""Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30] [env.id=ID]`."""
 
 from omegaconf import DictConfig
 
@@ -8,7 +8,6 @@ from icm import cli
 def main(settings: DictConfig) -> None:
     """Play with the sampled and the greedy policy and at random; the last line is JSON."""
     import json
-    from dataclasses import replace
     from pathlib import Path
 
     from icm.config import EvaluateConfig, typed
@@ -19,12 +18,9 @@ def main(settings: DictConfig) -> None:
     options = typed(settings, EvaluateConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
-    if options.stuck_steps is not None and options.stuck_steps < 0:
-        raise UserError(f"stuck_steps={options.stuck_steps}: must be at least 0")
     share_cores()
-    agent, config, step = load_agent(Path(options.ckpt), resolve_device(options.device))
-    if options.stuck_steps is not None:
-        config = replace(config, env=replace(config.env, stuck_steps=options.stuck_steps))
+    device = resolve_device(options.device)
+    agent, config, step = load_agent(Path(options.ckpt), device, options.env)
     results = {}
     for policy in ("sampled", "greedy", "random"):
         player = None if policy == "random" else agent
@@ -32,7 +28,8 @@ def main(settings: DictConfig) -> None:
         results[policy] = summary(played, policy)
     print(table(list(results.values())))
     others = {policy: results[policy] for policy in ("greedy", "random")}
-    measured = {"ckpt": str(options.ckpt), "step": step, "stuck_steps": config.env.stuck_steps}
+    env = {name: getattr(config.env, name) for name in vars(options.env)}
+    measured = {"ckpt": str(options.ckpt), "step": step, "env": env}
     print(json.dumps({**measured, **results["sampled"], **others}))
 
 

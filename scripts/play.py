@@ -39,7 +39,7 @@ def main(settings: DictConfig) -> None:
 
     path = Path(options.ckpt)
     share_cores()
-    agent, config, step = load_agent(path, resolve_device(options.device))
+    agent, config, step = load_agent(path, resolve_device(options.device), options.env)
     beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
     out = Path(options.out) if options.out else beside
     pace = Pace()

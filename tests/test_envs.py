@@ -177,6 +177,31 @@ def test_progress_resets_the_stuck_limit() -> None:
     assert cut == [False] * 10 + [True]
 
 
+@pytest.mark.parametrize("kind", ["always", "switched"])
+def test_noisy_tv(kind: str) -> None:
+    """A third of the picture in each direction is noise; the rest of it, and the game, as ever."""
+    plain, noisy = (make_env(replace(ENV, noop_max=0, noisy_tv=tv)) for tv in ("none", kind))
+    (state, _), (shown, _) = plain.reset(seed=1), noisy.reset(seed=1)
+    patch = np.zeros((42, 42), dtype=bool)
+    patch[:14, :14] = True
+    noise = [shown[-1][patch]]
+    for action in (3, 3, 0, 3, 0, 0):
+        state, *outcome, info = plain.step(action)
+        shown, *noisy_outcome, noisy_info = noisy.step(action)
+        assert outcome == noisy_outcome
+        assert (info["cell"] == noisy_info["cell"]).all()
+        assert (state[:, ~patch] == shown[:, ~patch]).all()
+        changed = (shown[-1][patch] != noise[-1]).mean()
+        assert changed > 0.9 if kind == "always" or action == 0 else changed == 0
+        noise.append(shown[-1][patch])
+    assert 100 < np.mean(noise) < 155
+    assert np.std(noise) > 60
+    again = make_env(replace(ENV, noop_max=0, noisy_tv=kind))
+    assert (again.reset(seed=1)[0][-1][patch] == noise[0]).all()
+    for env in (plain, noisy, again):
+        env.close()
+
+
 def test_action_repeat_adds_rewards_and_stops_at_the_end() -> None:
     frames: list[int] = []
     env = ActionRepeat(Counter(), 6, lambda game: frames.append(len(game.unwrapped.actions)))  # type: ignore[attr-defined]

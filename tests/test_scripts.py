@@ -274,7 +274,8 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
         "evaluate.py",
         f"ckpt={trained / 'checkpoints' / 'latest.pt'}",
         "episodes=2",
-        "stuck_steps=1",
+        "env.stuck_steps=1",
+        "env.id=SuperMarioBros-1-2-v0",
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
@@ -282,8 +283,10 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
     result = json.loads(last)
     assert result["episodes"] == 2
     assert result["policy"] == "sampled"
-    assert result["levels"] == ["1-1"]
-    assert result["stuck_steps"] == 1  # trained with 20
+    assert result["levels"] == ["1-2"]
+    assert result["env"]["stuck_steps"] == 1  # trained with 20
+    assert result["env"]["id"] == "SuperMarioBros-1-2-v0"  # and on 1-1
+    assert result["env"]["sticky_probability"] == 0  # as trained
     assert result["random"]["length_mean"] == 1  # nobody runs 15 pixels in his first 6 frames
     for key in ("distance_mean", "distance_stderr", "flag_rate", "past_200", "past_948"):
         assert key in result
@@ -439,7 +442,8 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("evaluate.py", [], ["ckpt"]),
         ("play.py", ["episodes=0"], ["episodes=0"]),
         ("evaluate.py", ["episodes=-3"], ["episodes=-3"]),
-        ("evaluate.py", ["stuck_steps=-1"], ["stuck_steps=-1"]),
+        ("evaluate.py", ["env.stuck_steps=-1"], ["env.stuck_steps=-1"]),
+        ("play.py", ["env.id=CartPole-v1"], ["CartPole-v1"]),
         ("play.py", ["episodes=some"], ["episodes"]),
         ("play.py", ["render=film"], ["render=film", "video"]),
         ("play.py", ["render=human"], ["render=human", "display"]),

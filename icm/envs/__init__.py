@@ -33,6 +33,7 @@ from icm.envs.wrappers import (
     EpisodeStatistics,
     FrameStack,
     GreyImage,
+    NoisyTV,
     NoopStart,
     StickyActions,
 )
@@ -78,6 +79,8 @@ def make_env(
         env = MarioProgress(env)
     top, bottom, left, right = config.crop
     env = GreyImage(env, config.size, (top, bottom, left, right))
+    if config.noisy_tv != "none":
+        env = NoisyTV(env, switched=config.noisy_tv == "switched")
     env = FrameStack(env, config.frame_stack)
     spec = EnvSpec(
         f"icm/{config.id.replace(':', '/').replace('/', '-')}",

@@ -129,6 +129,44 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
         return np.maximum(np.maximum(red, green), blue)  # in a tenth of small.max(2)'s time
 
 
+class NoisyTV(gym.Wrapper[Any, Any, Any, Any]):
+    """Shows noise that nothing predicts in a corner of the image (Burda et al. 2018, section 5).
+
+    A control for curiosity: an agent paid for what it cannot predict may look at it for ever.
+
+    Args:
+        env: with observations uint8 (H, W).
+        switched: the noise changes by action 0 alone, and stands still otherwise; else always.
+    """
+
+    def __init__(self, env: Env, switched: bool) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Box)
+        height, width = env.observation_space.shape
+        self.shape = height // 3, width // 3
+        self.switched = switched
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Reset and show noise."""
+        image, info = self.env.reset(seed=seed, options=options)
+        self.noise = self._noise()
+        return self._show(image), info
+
+    def step(self, action: Any) -> Any:
+        """Step and show noise."""
+        image, reward, terminated, truncated, info = self.env.step(action)
+        if action == 0 or not self.switched:
+            self.noise = self._noise()
+        return self._show(image), reward, terminated, truncated, info
+
+    def _noise(self) -> np.ndarray:
+        return self.np_random.integers(0, 256, self.shape, dtype=np.uint8)
+
+    def _show(self, image: np.ndarray) -> np.ndarray:
+        image[: self.shape[0], : self.shape[1]] = self.noise
+        return image
+
+
 class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
     """Observes the latest `depth` images, oldest first; a new episode repeats its first image.
 
