@@ -122,11 +122,17 @@ class CuriosityConfig:
     lr: float
     reward_half_life: float
     episodic_ridge: float | None
+
+
+@dataclass
+class PredictorConfig(CuriosityConfig):
+    """What signals have that learn to predict, see `conf/curiosity/`."""
+
     hidden: int
 
 
 @dataclass
-class ICMConfig(CuriosityConfig):
+class ICMConfig(PredictorConfig):
     """See `conf/curiosity/icm.yaml`."""
 
     beta: float
@@ -141,7 +147,7 @@ class ICMConfig(CuriosityConfig):
 
 
 @dataclass
-class DisagreementConfig(CuriosityConfig):
+class DisagreementConfig(PredictorConfig):
     """See `conf/curiosity/disagreement.yaml`."""
 
     ensemble: int
@@ -150,8 +156,8 @@ class DisagreementConfig(CuriosityConfig):
 AGENTS: dict[str, type[AgentConfig]] = {"dqn": DQNConfig, "ppo": PPOConfig, "pqn": PQNConfig}
 CURIOSITIES: dict[str, type[CuriosityConfig]] = {
     "icm": ICMConfig,
-    "random_features": CuriosityConfig,
-    "rnd": CuriosityConfig,
+    "random_features": PredictorConfig,
+    "rnd": PredictorConfig,
     "disagreement": DisagreementConfig,
     "none": CuriosityConfig,
 }

@@ -15,6 +15,7 @@ from icm.config import (
     ICMConfig,
     PPOConfig,
     PQNConfig,
+    PredictorConfig,
 )
 from icm.curiosity import ICM, RND, Disagreement, NoCuriosity, RandomFeatures, Signal
 from icm.device import resolve_precision
@@ -73,15 +74,15 @@ def build_signal(
     config: CuriosityConfig, state_shape: tuple[int, int, int], num_actions: int, told: bool
 ) -> Signal:
     """Build a curiosity signal; `told` its models the previous action or not."""
-    if config.name == "none":
+    if not isinstance(config, PredictorConfig):
         return NoCuriosity()
-    phi = Phi(state_shape)
+    phi, hidden = Phi(state_shape), config.hidden
 
     def fnet() -> Fnet:
-        return Fnet(phi.num_features, num_actions, config.hidden, told)
+        return Fnet(phi.num_features, num_actions, hidden, told)
 
     if config.name == "rnd":
-        return RND(phi, Phi(state_shape), config.hidden)
+        return RND(phi, Phi(state_shape), hidden)
     if config.name == "random_features":
         return RandomFeatures(phi, fnet())
     if isinstance(config, DisagreementConfig):
@@ -90,7 +91,7 @@ def build_signal(
     return ICM(
         phi,
         fnet(),
-        InverseNet(phi.num_features, num_actions, config.hidden, config.inverse_dropout, told),
+        InverseNet(phi.num_features, num_actions, hidden, config.inverse_dropout, told),
         beta=config.beta,
         eta=config.eta,
         reduction=config.reduction,

@@ -38,9 +38,13 @@ SMALL = (
 UPDATES = 2 * (3 * 8 // 4) // 2
 
 
-def make_agent(name: str, *overrides: str, num_actions: int = ACTIONS) -> Any:
-    config = settings(f"agent={name}", *SMALL, *overrides)
-    return build_agent(config, (STACK, SIZE, SIZE), num_actions, torch.device("cpu"))
+def make_agent(name: str, *overrides: str) -> Any:
+    """An agent with small settings, as far as it has them."""
+    lacks = ("agent.rollout_steps", "agent.epochs") if name == "dqn" else ()
+    lacks += ("curiosity.hidden",) if "curiosity=none" in overrides else ()
+    small = [setting for setting in SMALL if not setting.startswith(lacks)]
+    config = settings(f"agent={name}", *small, *overrides)
+    return build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
 
 
 def live(agent: OnPolicy, steps: int, game: Game | None = None) -> Game:
@@ -202,14 +206,10 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
 def test_a_new_life_surprises_nobody(name: str) -> None:
     """The state after a life was lost is neither rewarded nor learned by the signal."""
-    rollouts = ("agent.rollout_steps", "agent.epochs", "agent.batch_size")
-    overrides = [s for s in SMALL if name == "ppo" or not s.startswith(rollouts)]
-    if name == "dqn":
-        overrides += ["agent.batch_size=64", "agent.n_step=1"]
+    more = ("agent.batch_size=64", "agent.n_step=1") if name == "dqn" else ()
     losses = []
     for respawned in (False, True):
-        config = settings(f"agent={name}", *overrides)
-        agent = build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
+        agent = make_agent(name, *more)
         game = Game(3, 3, episodes=(100, 100))
         for t in range(9):
             step = game.step() | {"values": torch.zeros(3, 1)}
@@ -334,11 +334,8 @@ def test_pqn_computes_the_loss_it_should() -> None:
 @pytest.mark.parametrize("signal", ["icm", "random_features", "rnd", "disagreement", "none"])
 @pytest.mark.parametrize("name", ["dqn", "ppo", "pqn"])
 def test_every_learner_with_every_signal(name: str, signal: str) -> None:
-    overrides = [s for s in SMALL if name != "dqn" or ("rollout" not in s and "epochs" not in s)]
-    if name == "dqn":
-        overrides += ["agent.replay_capacity=300", "agent.steps_per_update=3"]
-    config = settings(f"agent={name}", f"curiosity={signal}", *overrides)
-    agent = build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
+    more = ("agent.steps_per_update=3",) if name == "dqn" else ()
+    agent = make_agent(name, f"curiosity={signal}", *more)
     before = {k: weights(n) for k, n in agent.networks.items()}
     live(agent, 30)
     assert agent.updates > 10
