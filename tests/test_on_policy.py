@@ -252,6 +252,15 @@ def test_what_a_random_agent_did_in_the_warm_up_is_not_learned() -> None:
     assert agent.updates > done
 
 
+def test_nothing_is_learned_in_the_warm_up() -> None:
+    agent, game = make_agent("ppo", "agent.warmup_steps=100"), Game(3, 3)
+    for _ in range(16):
+        agent.observe(**game.step() | {"values": torch.zeros(3, 1)})
+    assert len(agent.order) == UPDATES
+    assert agent.due(99) == 0
+    assert agent.due(100) > 0
+
+
 @pytest.mark.parametrize("name", ["ppo", "pqn"])
 def test_warm_up_is_uniform(name: str) -> None:
     agent = make_agent(name, "agent.warmup_steps=100")

@@ -163,6 +163,8 @@ class OnPolicy(Agent):
 
     def due(self, step: int) -> int:
         """So many that a rollout is learned evenly, and all of it when the next one is full."""
+        if step < self.learn_from:
+            return 0
         updates = self.config.epochs * self._sequences // self.config.batch_size
         left = updates - updates * self.collected // self.config.rollout_steps
         return max(0, len(self.order) - left)
