@@ -1,6 +1,7 @@
 """Types of every setting and the checks that types cannot make; values stand in `conf/`."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class PolicyConfig:
 
 
 @dataclass
-class AgentConfig:
+class AgentConfig(ABC):
     """What all learners have, see `conf/agent/`."""
 
     name: str
@@ -59,9 +60,9 @@ class AgentConfig:
     death_is_terminal: bool
 
     @property
+    @abstractmethod
     def steps_between_updates(self) -> float:
         """Agent steps per update."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -280,16 +281,15 @@ def special(kind: type, settings: DictConfig) -> type:
 
 def _check(config: Config) -> None:
     env, agent, curiosity = config.env, config.agent, config.curiosity
-    sections = {"env": env, "agent": agent, "curiosity": curiosity, "": config}
+    sections = vars(config) | {"": config}
 
     def given(*names: str) -> list[tuple[str, Any]]:
         """Those of the settings that this agent and this curiosity have."""
         found = []
         for name in names:
             group, _, key = name.rpartition(".")
-            section = {"checkpoint": config.checkpoint, "log": config.log, **sections}[group]
-            if hasattr(section, key):
-                found.append((name, getattr(section, key)))
+            if hasattr(sections[group], key):
+                found.append((name, getattr(sections[group], key)))
         return found
 
     for name, value in given(

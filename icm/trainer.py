@@ -147,7 +147,7 @@ class Trainer:
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             states, reset = next_states, torch.from_numpy(ended)
             self.step += n
-            if self.step - n < agent.warmup_steps <= self.step:
+            if self.step - n < agent.config.warmup_steps <= self.step:
                 self._observe()
                 agent.measure_input()
             yield
@@ -175,7 +175,7 @@ class Trainer:
             metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
         metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
-        metrics |= self.agent.policy_statistics(self.step)
+        metrics |= self.agent.policy.statistics(self.step)
         self.tracker.write(self.step, metrics)
         self.tracker.progress(self.step, metrics)
 

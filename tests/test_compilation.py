@@ -39,17 +39,16 @@ def make_agent(name: str, *overrides: str) -> Agent:
 
     for _ in range(40):
         agent.remember(
+            torch.randn((4, 12 if name == "pqn" else 1), generator=generator),
+            torch.rand(4, generator=generator),
             states=torch.randint(0, 256, (4, 4, 42, 42), dtype=torch.uint8, generator=generator),
-            previous=torch.randint(0, 12, (4,), generator=generator),
-            probabilities=torch.full((4, 12), 1 / 12),
-            values=torch.randn((4, 12 if name == "pqn" else 1), generator=generator),
+            behaviour=torch.full((4, 12), 1 / 12),
             actions=torch.randint(0, 12, (4,), generator=generator),
             rewards=torch.randn(4, generator=generator),
             terminated=flags(),
             truncated=flags(),
             reset=flags(),
             novelty=torch.rand(4, generator=generator),
-            surprise=torch.rand(4, generator=generator),
         )
     agent.input_norm.measure(agent.memory.recent_frames(1000))
     return agent

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from icm.agents.base import Agent
 from icm.agents.dqn import DQN, n_step_targets
 from icm.agents.policy import TEMPERATURE_LR, action_probabilities, entropy, scheduled
 from icm.cli import CONF
@@ -786,11 +787,11 @@ def test_policy_follows_warm_up_and_schedules() -> None:
         q = agent.target(agent.input_norm(states), start(states))
     for step in (0, 99):
         assert agent.probabilities(states, start(states), step).tolist() == [[0.25] * 4] * 6
-        assert agent.softmax.settings(step)[1] == 1
+        assert agent.policy.settings(step)[1] == 1
     for step, temperature, epsilon in ((100, 0.95, 0.92), (500, 0.75, 0.6), (1_000, 0.5, 0.2)):
         expected = (1 - epsilon) * torch.softmax(q / temperature, 1) + epsilon / 4
         torch.testing.assert_close(agent.probabilities(states, start(states), step), expected)
-        assert agent.softmax.settings(step) == pytest.approx((temperature, epsilon))
+        assert agent.policy.settings(step) == pytest.approx((temperature, epsilon))
     best = torch.eye(4)[q.argmax(1)]
     torch.testing.assert_close(agent.probabilities(states, start(states), 5_000), 0.8 * best + 0.05)
     for step in (0, 5_000):
@@ -834,16 +835,16 @@ def test_temperature_follows_the_entropy() -> None:
         agent.target.linear2.weight.mul_(30)
         q = agent.target(agent.input_norm(states), start(states))
     assert agent.act(states, start(states), 49)[1].tolist() == [[0.25] * 4] * 6
-    assert agent.softmax.temperature == 1  # as it was: that was the warm-up
+    assert agent.policy.temperature == 1  # as it was: that was the warm-up
     for step, share in ((50, 0.9), (150, 0.7), (200, 0.5)):
-        before = agent.softmax.temperature
+        before = agent.policy.temperature
         _, probabilities, _ = agent.act(states, start(states), step)
         expected = 0.9 * torch.softmax(q / before, 1) + 0.1 / 4
         torch.testing.assert_close(probabilities, expected)
         missing = share * math.log(4) + (expected * expected.log()).sum(1).mean().item()
         wanted = before * math.exp(TEMPERATURE_LR * missing)
-        assert agent.softmax.temperature == pytest.approx(wanted, rel=1e-5)
-        assert agent.softmax.temperature != before
+        assert agent.policy.temperature == pytest.approx(wanted, rel=1e-5)
+        assert agent.policy.temperature != before
     for share, step in ((0.9, 100), (0.5, 200)):
         for _ in range(800):
             agent.act(states, start(states), step)
@@ -855,7 +856,7 @@ def test_temperature_of_a_schedule_stays() -> None:
     agent = make_agent(agent__policy=FIXED_POLICY)
     for _ in range(3):
         agent.act(random_states(6), start(random_states(6)), 100)
-    assert agent.softmax.temperature == 1
+    assert agent.policy.temperature == 1
     states = random_states(6)
     torch.testing.assert_close(
         agent.probabilities(states, start(states), 0),
@@ -1032,7 +1033,7 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
     for place, (one, other) in enumerate(zip(*histories, strict=True)):
         assert same(one, other), place
     assert first.scale.std == second.scale.std
-    assert first.softmax.temperature == second.softmax.temperature != 1
+    assert first.policy.temperature == second.policy.temperature != 1
 
 
 def test_loaded_agent_learns_at_its_own_rates() -> None:
@@ -1192,9 +1193,8 @@ class Chain:
         return arrived.float(), arrived, truncated
 
 
-def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
-    """Act, observe and learn as the trainer does; how often each cell was entered."""
-    visits = dict.fromkeys(range(world.cells), 0)
+def interact(agent: Agent, world: Any, steps: int) -> Iterator[Tensor]:
+    """Act, observe and learn as the trainer does; the rewards of every vector step."""
     n = world.num_envs
     previous = torch.full((n,), NO_ACTION)
     reset = torch.zeros(n, dtype=torch.bool)
@@ -1219,10 +1219,17 @@ def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
         )
         previous = actions.masked_fill(reset, NO_ACTION)
         reset = world.ended
-        for cell in world.at.tolist():
-            visits[cell] += 1
         if step < agent.config.warmup_steps <= step + n:
             agent.measure_input()
+        yield rewards
+
+
+def live(agent: DQN, world: Chain, steps: int) -> dict[int, int]:
+    """How often each cell was entered while the agent lived in the world."""
+    visits = dict.fromkeys(range(world.cells), 0)
+    for _ in interact(agent, world, steps):
+        for cell in world.at.tolist():
+            visits[cell] += 1
     return visits
 
 

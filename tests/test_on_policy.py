@@ -1,7 +1,6 @@
 """Learners from rollouts: returns, what is learned when, losses, state, and whether they learn."""
 
 import copy
-import io
 import itertools
 from typing import Any
 
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import settings
-from test_dqn import Game, same, start, weights
+from test_dqn import Game, interact, same, start, through_a_file, weights
 from torch import Tensor
 
 from icm.agents.on_policy import Batch, OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
 from icm.errors import UserError
 from icm.factory import build_agent
-from icm.models import NO_ACTION
 
 ACTIONS, SIZE, STACK = 4, 16, 2
 SMALL = (
@@ -182,8 +180,13 @@ def test_batches_are_what_was_observed() -> None:
                 assert rollout.actions[row, t] == step["actions"][env]
                 assert rollout.reset[row, t] == step["reset"][env]
                 assert torch.equal(rollout.behaviour[row, t], step["probabilities"][env])
-                assert torch.equal(batch.returns[row, t], agent.returns[first + t, env])
-                assert batch.advantages[row, t] == agent.advantages[first + t, env]
+                assert torch.equal(
+                    batch.targets["returns"][row, t], agent.targets["returns"][first + t, env]
+                )
+                assert (
+                    batch.targets["advantages"][row, t]
+                    == agent.targets["advantages"][first + t, env]
+                )
 
 
 def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
@@ -200,7 +203,7 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     wanted = rewards + 0.5 * agent.values[1:, :, 0]
     plain, wanted = plain[1:], wanted[1:]  # the first step is already that of the next rollout
     assert plain.sum() > 5
-    torch.testing.assert_close(agent.returns[1:, :, 0][plain], wanted[plain])
+    torch.testing.assert_close(agent.targets["returns"][1:, :, 0][plain], wanted[plain])
 
 
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
@@ -228,11 +231,16 @@ def test_advantages_are_normalised_over_real_transitions() -> None:
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
     valid = ~agent.stored(agent.memory.reset)
     assert 0 < valid.sum() < valid.numel()
-    found = agent.advantages[valid]
+    found = agent.targets["advantages"][valid]
     assert found.mean().item() == pytest.approx(0, abs=1e-5)
     assert found.std().item() == pytest.approx(1, abs=1e-4)
-    plain = (agent.returns - agent.values[:-1]).squeeze(2)[1:]  # but for the next rollout's first
-    centred, wanted = agent.advantages[1:] - agent.advantages[1, 0], plain - plain[0, 0]
+    plain = (agent.targets["returns"] - agent.values[:-1]).squeeze(2)[
+        1:
+    ]  # but for the next rollout's first
+    centred, wanted = (
+        agent.targets["advantages"][1:] - agent.targets["advantages"][1, 0],
+        plain - plain[0, 0],
+    )
     ratio = centred[wanted != 0] / wanted[wanted != 0]
     assert ratio.std() < 1e-3 * ratio.mean()
 
@@ -289,9 +297,9 @@ def slow_ppo(agent: PPO, batch: Batch) -> dict[str, float]:
             logits, value = agent.actor_critic(x, rollout.previous[b, t].view(1))
             policy, action = logits.softmax(1)[0], rollout.actions[b, t]
             ratio = float(policy[action] / rollout.behaviour[b, t, action])
-            advantage = float(batch.advantages[b, t])
+            advantage = float(batch.targets["advantages"][b, t])
             gains.append(min(ratio * advantage, min(max(ratio, low), high) * advantage))
-            errors.append(float(value - batch.returns[b, t]) ** 2)
+            errors.append(float(value - batch.targets["returns"][b, t]) ** 2)
             entropies.append(float(-(policy * policy.log()).sum()))
             clipped.append(not low <= ratio <= high)
     assert 0 < sum(clipped) < len(clipped)
@@ -328,13 +336,13 @@ def test_pqn_computes_the_loss_it_should() -> None:
             action = batch.rollout.actions[b, t]
             gap = float(values[first + t, env, action] - best[first + t, env])
             wanted = float(plain[first + t, env]) + 0.5 * gap
-            assert float(batch.returns[b, t]) == pytest.approx(wanted, rel=1e-5)
+            assert float(batch.targets["returns"][b, t]) == pytest.approx(wanted, rel=1e-5)
     for b, t in itertools.product(range(2), range(4)):
         if batch.rollout.reset[b, t]:
             continue
         x = agent.input_norm(batch.rollout.states[b, t].unsqueeze(0))
         q = agent.qnetwork(x, batch.rollout.previous[b, t].view(1)).detach()
-        error = float(q[0, batch.rollout.actions[b, t]] - batch.returns[b, t])
+        error = float(q[0, batch.rollout.actions[b, t]] - batch.targets["returns"][b, t])
         squares, count = squares + error**2, count + 1
     loss, parts = agent.losses(batch)
     assert loss.item() == parts["loss/q"].item() == pytest.approx(0.5 * squares / count, rel=1e-4)
@@ -367,7 +375,7 @@ def test_clipped_gains_have_no_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, policy)
     assert gradient.abs().max() > 0  # those that move back towards the policy that acted
     rollout = batch.rollout
-    batch.advantages = torch.ones_like(batch.advantages)
+    batch.targets["advantages"] = torch.ones_like(batch.targets["advantages"])
     x = agent.input_norm(rollout.states[:, :-1].flatten(0, 1))
     logits, _ = agent.actor_critic(x, rollout.previous[:, :-1].flatten())
     chosen = logits.softmax(1).gather(1, rollout.actions.flatten().unsqueeze(1))
@@ -380,14 +388,6 @@ def test_clipped_gains_have_no_gradient() -> None:
 
 
 # --- state ----------------------------------------------------------------------------------------
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    result: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return result
 
 
 @pytest.mark.parametrize("name", ["ppo", "pqn"])
@@ -406,7 +406,7 @@ def test_loaded_agent_goes_on_to_the_bit(name: str) -> None:
     for key, network in first.networks.items():
         assert same(weights(network), weights(second.networks[key])), key
     if name == "pqn":
-        assert first.softmax.temperature == second.softmax.temperature != 1
+        assert first.policy.temperature == second.policy.temperature != 1
 
 
 def test_without_its_memory_a_resumed_agent_begins_a_new_rollout() -> None:
@@ -462,16 +462,17 @@ class Lamp:
         self.generator = torch.Generator().manual_seed(seed)
         self.num_envs = num_envs
         self.states = self.look()
+        self.ended = torch.zeros(num_envs, dtype=torch.bool)  # never
 
     def look(self) -> Tensor:
         self.bright = torch.randint(0, 2, (self.num_envs,), generator=self.generator)
         grey = (self.bright * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1)
         return grey.expand(-1, STACK, SIZE, SIZE)
 
-    def step(self, actions: Tensor) -> Tensor:
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rewards = (actions == self.bright + 1).float()
         self.states = self.look()
-        return rewards
+        return rewards, self.ended, self.ended
 
 
 @pytest.mark.parametrize("name", ["ppo", "pqn"])
@@ -488,31 +489,9 @@ def test_reward_of_the_game_is_learned(name: str) -> None:
         "curiosity=none",
         "curiosity.extrinsic_coef=1.0",
     )
-    world, previous = Lamp(8, 1), torch.full((8,), NO_ACTION)
-    never = torch.zeros(8, dtype=torch.bool)
-    earned = []
-    for step in range(0, 6400, 8):
-        states = world.states
-        actions, probabilities, values = agent.act(states, previous, step)
-        for _ in range(agent.due(step)):
-            agent.update()
-        rewards = world.step(actions)
-        agent.observe(
-            states,
-            previous,
-            probabilities,
-            values,
-            actions,
-            world.states,
-            rewards,
-            never,
-            never,
-            never,
-            never,
-        )
-        previous = actions
-        earned.append(rewards.mean().item())
+    world = Lamp(8, 1)
+    earned = [rewards.mean().item() for rewards in interact(agent, world, 6400)]
     assert np.mean(earned[:20]) < 0.5
     states = world.states
-    best = agent.probabilities(states, previous, 6400, greedy=True).argmax(1)
+    best = agent.probabilities(states, start(states), 6400, greedy=True).argmax(1)
     assert torch.equal(best, world.bright + 1)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icm.agents.policy import entropy
+from icm.agents.policy import Policy, entropy
 from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import EpisodicNovelty, Errors, RewardScale, Signal
 from icm.errors import UserError
 from icm.models import InputNorm
-from icm.replay import Replay
+from icm.replay import Replay, Sequences
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Common:
 class Agent(ABC):
     """Acts, observes and learns.
 
-    A subclass says how it chooses (`choose`, `policy`) and how it learns (`due`, `update`,
-    `losses`).
+    A subclass says what it prefers (`choose`) and how it learns (`due`, `update`, `losses`).
 
     Args:
         networks: the learner's own, under the names they have in a checkpoint; those with
             gradients learn at the rate `agent.lr`.
+        policy: how it acts on what it prefers.
         memory: of experience.
         agent: settings of the learner.
         common: everything else.
@@ -58,13 +58,14 @@ class Agent(ABC):
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
+        policy: Policy,
         memory: Replay,
         agent: AgentConfig,
         common: Common,
     ) -> None:
         signal, curiosity, num_envs = common.signal, common.curiosity, common.num_envs
         device, compiler = common.device, common.compiler
-        self.curiosity, self.num_envs = curiosity, num_envs
+        self.config, self.curiosity, self.num_envs = agent, curiosity, num_envs
         self.device, self.bf16 = device, common.bf16
         # channels_last: a quarter less time per update on a CPU than the default layout
         for network in networks.values():
@@ -72,28 +73,28 @@ class Agent(ABC):
         self.signal = signal.to(device).to(memory_format=torch.channels_last)
         self.input_norm = common.input_norm.to(device)
         self.networks = {**signal.networks, **networks, "input_norm": self.input_norm}
-        self.memory = memory
+        self.policy, self.memory = policy, memory
         self.scale = RewardScale(num_envs, agent.discount, curiosity.reward_half_life / num_envs)
         self.novelty = self.new_novelty(num_envs)
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
         self._losses = compiler(self.losses)
-        rates = (agent.lr, list(networks.values())), (curiosity.lr, [signal])
+        groups = nn.ModuleList(networks.values()), signal
         self.optimizer = torch.optim.Adam(
             [
-                {
-                    "params": [p for m in modules for p in m.parameters() if p.requires_grad],
-                    "lr": lr,
-                }
-                for lr, modules in rates
+                {"params": [p for p in group.parameters() if p.requires_grad], "lr": lr}
+                for group, lr in zip(groups, self._learning_rates, strict=True)
             ],
             fused=True,
         )
-        self.max_grad_norm = agent.max_grad_norm
-        self.learning_rates = agent.lr, curiosity.lr
         self.generator = torch.Generator().manual_seed(common.seed)
-        self.warmup_steps = self.learn_from = agent.warmup_steps
+        self.learn_from = agent.warmup_steps
         self.updates = 0
+
+    @property
+    def _learning_rates(self) -> tuple[float, float]:
+        """Of the learner's own networks and of the signal."""
+        return self.config.lr, self.curiosity.lr
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -115,10 +116,6 @@ class Agent(ABC):
         Returns:
             logits or action values, float32 (batch, actions), and values, float32 (batch, heads).
         """
-
-    @abstractmethod
-    def policy(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
-        """Action probabilities (batch, actions) at an agent step, of what `choose` prefers."""
 
     @torch.no_grad()
     def probabilities(
@@ -147,12 +144,9 @@ class Agent(ABC):
         """
         preferences, values = self._choose(states.to(self.device), previous.to(self.device))
         probabilities = self.policy(preferences, step, False).cpu()
+        self.policy.adapt(probabilities, step)
         actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
         return actions, probabilities, values.cpu()
-
-    def policy_statistics(self, step: int) -> dict[str, float]:
-        """Settings of the policy at an agent step, for the log."""
-        return {}
 
     @torch.no_grad()
     def errors(
@@ -225,21 +219,21 @@ class Agent(ABC):
         errors, seen = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
         novelty = self.novelty(seen, reset).masked_fill(respawned, 0.0)
-        raw = errors.surprise.cpu() * novelty
+        surprise = errors.surprise.cpu()
+        raw = surprise * novelty
         valid = ~reset
         self.scale.update(raw, valid)
         self.remember(
+            values,
+            surprise,
             states=states,
-            previous=previous,
-            probabilities=probabilities,
-            values=values,
+            behaviour=probabilities,
             actions=actions,
             rewards=rewards,
             terminated=terminated,
             truncated=truncated & ~terminated,
             reset=reset,
             novelty=novelty,
-            surprise=errors.surprise.cpu(),
         )
         per_env = {
             "reward/intrinsic": self.scale(raw),
@@ -253,18 +247,9 @@ class Agent(ABC):
         sums = {name: (value * valid).sum() for name, value in per_env.items()}
         return {**sums, "count": valid.sum()}
 
-    def remember(self, **step: Tensor) -> None:
-        """Keep one step of every environment: arguments of `observe`, `novelty` and `surprise`."""
-        self.memory.add(
-            step["states"],
-            step["actions"],
-            step["probabilities"],
-            step["rewards"],
-            step["terminated"],
-            step["truncated"],
-            step["reset"],
-            step["novelty"],
-        )
+    def remember(self, values: Tensor, surprise: Tensor, **step: Tensor) -> None:
+        """Keep one step of every environment: arguments of `Replay.add`, values, and surprise."""
+        self.memory.add(**step)
 
     def measure_input(self) -> None:
         """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""
@@ -272,7 +257,7 @@ class Agent(ABC):
 
     def forget(self, step: int) -> None:
         """Begin without memory at an agent step: a resumed run whose memory is lost."""
-        self.learn_from = step + self.warmup_steps
+        self.learn_from = step + self.config.warmup_steps
 
     # --- learning -------------------------------------------------------------------------------
 
@@ -292,6 +277,23 @@ class Agent(ABC):
     def losses(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch on the device, and its parts."""
 
+    def signal_loss(self, x: Tensor, batch: Sequences) -> tuple[Errors, Tensor, dict[str, Tensor]]:
+        """The signal on sequences, of which x (B * (L + 1), C, H, W) are the network inputs.
+
+        Returns:
+            its errors on their transitions, (B * L,) each; its loss; and the parts of that.
+        """
+        features = self.signal.encode(x).unflatten(0, batch.previous.shape)
+        errors = self.signal(
+            features[:, :-1].flatten(0, 1),
+            batch.actions.flatten(),
+            features[:, 1:].flatten(0, 1),
+            batch.behaviour.flatten(0, 1),
+            batch.previous[:, :-1].flatten(),
+        )
+        learnable = ((batch.novelty > 0) & ~batch.reset).flatten()
+        return errors, *self.signal.loss(errors, learnable)
+
     def descend(self, *batch: Any) -> dict[str, Tensor]:
         """One gradient step on a batch for `losses`; the parts of the loss."""
         self.signal.train()
@@ -299,7 +301,7 @@ class Agent(ABC):
         loss, parts = self._losses(*batch)
         loss.backward()
         for group in self.optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
         self.optimizer.step()
         self.signal.update_target()
         self.updates += 1
@@ -314,7 +316,11 @@ class Agent(ABC):
             "models": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {"adam": self.optimizer.state_dict()},
             "curiosity": self.scale.state_dict(),
-            "agent": {"updates": self.updates, "generator": self.generator.get_state()},
+            "agent": {
+                "updates": self.updates,
+                "generator": self.generator.get_state(),
+                **self.policy.state_dict(),
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -322,7 +328,7 @@ class Agent(ABC):
         self.novelty = self.new_novelty(self.num_envs)
         self.load_to_play(state)
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
-        for group, lr in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+        for group, lr in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = lr  # a resumed run may have another one
         self.updates = state["agent"]["updates"]
         self.generator.set_state(state["agent"]["generator"])
@@ -331,6 +337,7 @@ class Agent(ABC):
         """Load what acting and judging need alone."""
         self.load_networks(state["models"])
         self.scale.load_state_dict(state["curiosity"])
+        self.policy.load_state_dict(state["agent"])
 
     def load_networks(self, models: dict[str, Any]) -> None:
         """Load the networks alone.

@@ -15,7 +15,6 @@ could keep. Averaged values change slowly.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,35 +90,22 @@ class DQN(Agent):
         common: everything else.
     """
 
+    config: DQNConfig
+
     def __init__(
         self, qnetwork: Qnetwork, memory: Replay, agent: DQNConfig, common: Common
     ) -> None:
-        self.config = agent
         self.qnetwork = qnetwork
         self.target = copy.deepcopy(qnetwork).requires_grad_(False)
         networks = {"qnetwork": self.qnetwork, "target": self.target}
-        super().__init__(networks, memory, agent, common)
-        self.softmax = ValuePolicy(agent.policy, agent.warmup_steps)
+        policy = ValuePolicy(agent.policy, agent.warmup_steps)
+        super().__init__(networks, policy, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Action values of the target network, and the greatest of each state."""
         with self._autocast():
             q = self.target(self._input(states), previous).float()
         return q, q.amax(1, keepdim=True)
-
-    def policy(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
-        """Action probabilities, see `ValuePolicy`."""
-        return self.softmax(preferences, step, greedy)
-
-    def act(self, states: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Agent.act`; the temperature adapts."""
-        actions, probabilities, values = super().act(states, previous, step)
-        self.softmax.adapt(probabilities, step)
-        return actions, probabilities, values
-
-    def policy_statistics(self, step: int) -> dict[str, float]:
-        """Temperature and epsilon."""
-        return self.softmax.statistics(step)
 
     def due(self, step: int) -> int:
         """One update per `agent.steps_per_update` agent steps, once enough is stored."""
@@ -148,16 +134,9 @@ class DQN(Agent):
         valid = ~batch.reset
         with self._autocast():
             x = self._input(batch.states.flatten(0, 1))
-            features = self.signal.encode(x).unflatten(0, (size, length + 1))
             previous = batch.previous.flatten()
             q = self.qnetwork(x, previous).unflatten(0, (size, length + 1)).float()
-            errors = self.signal(
-                features[:, :-1].flatten(0, 1),
-                batch.actions.flatten(),
-                features[:, 1:].flatten(0, 1),
-                batch.behaviour.flatten(0, 1),
-                batch.previous[:, :-1].flatten(),
-            )
+            errors, signal_loss, parts = self.signal_loss(x, batch)
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = errors.surprise.view(size, length)
@@ -187,18 +166,6 @@ class DQN(Agent):
         chosen = q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = masked_mean(td_error, learnable)
-        signal_loss, parts = self.signal.loss(errors, (valid & (batch.novelty > 0)).flatten())
         parts["loss/q"] = q_loss.detach()
         parts["q/mean"] = masked_mean(chosen.detach(), valid)
         return config.q_weight * q_loss + signal_loss, parts
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Agent.state_dict`; the temperature is part of it."""
-        state = super().state_dict()
-        state["agent"]["temperature"] = self.softmax.temperature
-        return state
-
-    def load_to_play(self, state: dict[str, Any]) -> None:
-        """See `Agent.load_to_play`."""
-        super().load_to_play(state)
-        self.softmax.temperature = state["agent"]["temperature"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icm.agents.base import Agent, Common
+from icm.agents.policy import Policy
 from icm.config import RolloutConfig
 from icm.replay import Replay, Sequences
 
@@ -58,8 +59,7 @@ class Batch:
     """What an update learns from, all on the device."""
 
     rollout: Sequences  # of the newest rollout, (B, L), for the learner
-    returns: Tensor  # float32 (B, L, 1)
-    advantages: Tensor  # float32 (B, L)
+    targets: dict[str, Tensor]  # what `OnPolicy.targets_of_rollout` gave of it, (B, L, ...)
     replayed: Sequences  # of everything remembered, for the curiosity signal
 
 
@@ -77,41 +77,41 @@ class OnPolicy(Agent):
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
+        policy: Policy,
         heads: int,
         memory: Replay,
         agent: RolloutConfig,
         common: Common,
     ) -> None:
-        super().__init__(networks, memory, agent, common)
+        super().__init__(networks, policy, memory, agent, common)
         shape = agent.rollout_steps + 1, common.num_envs
         self.collected = 0  # steps of the rollout that is being made
         self.values = torch.zeros(*shape, heads)  # of its states, when it was made
         self.surprise = torch.zeros(shape)  # of its transitions, when they were seen
         # of the rollout that is being learned
         self.first = 0  # its first slot in memory
-        self.returns = torch.zeros(agent.rollout_steps, common.num_envs, 1)
-        self.advantages = torch.zeros(agent.rollout_steps, common.num_envs)
+        self.targets: dict[str, Tensor] = {}  # (T, N, ...)
         # sequences still to be learned, by their number: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
-    def remember(self, **step: Tensor) -> None:
+    def remember(self, values: Tensor, surprise: Tensor, **step: Tensor) -> None:
         """Add a step to memory; a rollout that is complete with it waits to be learned."""
-        super().remember(**step)
-        self.values[self.collected] = step["values"]
-        self.surprise[self.collected] = step["surprise"]
+        super().remember(values, surprise, **step)
+        self.values[self.collected] = values
+        self.surprise[self.collected] = surprise
         self.collected += 1
         if self.collected < len(self.values):
             return
         self.first = (self.memory.head - self.collected) % self.memory.num_slots
-        self.evaluate()
+        self.targets = self.targets_of_rollout()
         self.plan()
         # the step after the last is the first of the next rollout
         self.values[0], self.surprise[0] = self.values[-1], self.surprise[-1]
         self.collected = 1
 
     @abstractmethod
-    def evaluate(self) -> None:
-        """Set `returns` and `advantages` of the rollout that is complete."""
+    def targets_of_rollout(self) -> dict[str, Tensor]:
+        """What is learned of the rollout that is complete, float32 (T, N, ...) by name."""
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The rollout's part (T, N, ...) of one of the memory's tensors."""
@@ -154,10 +154,14 @@ class OnPolicy(Agent):
     def measure_input(self) -> None:
         """See `Agent.measure_input`; what a random agent did is not learned by the policy."""
         super().measure_input()
-        self.forget(self.warmup_steps)
+        self.restart()
 
     def forget(self, step: int) -> None:
-        """Begin a new rollout; a learner from rollouts needs no other memory."""
+        """See `Agent.forget`; a new rollout is all that the learner needs."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new rollout, and learn nothing of those before it."""
         self.collected = 0
         self.order = self.order[:0]
 
@@ -183,23 +187,9 @@ class OnPolicy(Agent):
         replayed = self.memory.sample(len(numbers), length, self.generator)
         return Batch(
             rollout=self.memory.gather(self.first + starts, envs, length).to(self.device),
-            returns=self.returns[at].to(self.device),
-            advantages=self.advantages[at].to(self.device),
+            targets={name: target[at].to(self.device) for name, target in self.targets.items()},
             replayed=replayed.to(self.device),
         )
-
-    def signal_loss(self, batch: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
-        """The curiosity signal's loss, and its parts."""
-        x = self._input(batch.states.flatten(0, 1))
-        features = self.signal.encode(x).unflatten(0, batch.previous.shape)
-        errors = self.signal(
-            features[:, :-1].flatten(0, 1),
-            batch.actions.flatten(),
-            features[:, 1:].flatten(0, 1),
-            batch.behaviour.flatten(0, 1),
-            batch.previous[:, :-1].flatten(),
-        )
-        return self.signal.loss(errors, ((batch.novelty > 0) & ~batch.reset).flatten())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Agent.state_dict`; the rollouts are part of it."""
@@ -209,8 +199,7 @@ class OnPolicy(Agent):
             "values": self.values,
             "surprise": self.surprise,
             "first": self.first,
-            "returns": self.returns,
-            "advantages": self.advantages,
+            "targets": self.targets,
             "order": self.order.clone(),
         }
         return state
@@ -218,5 +207,5 @@ class OnPolicy(Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
-        for name in ("collected", "values", "surprise", "first", "returns", "advantages", "order"):
+        for name in ("collected", "values", "surprise", "first", "targets", "order"):
             setattr(self, name, state["agent"][name])

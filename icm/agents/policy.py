@@ -1,7 +1,9 @@
 """From action values to actions: greedy, epsilon-greedy and softmax in one formula."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,45 @@ def entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(1)
 
 
-class ValuePolicy:
+class Policy(ABC):
+    """Turns what a network prefers into action probabilities.
+
+    Args:
+        warmup_steps: agent steps of uniformly random actions.
+    """
+
+    def __init__(self, warmup_steps: int) -> None:
+        self.warmup_steps = warmup_steps
+
+    @abstractmethod
+    def __call__(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
+        """Action probabilities (batch, actions) of preferences of that shape, at an agent step."""
+
+    def adapt(self, probabilities: Tensor, step: int) -> None:  # noqa: B027 (few do)
+        """Take in the probabilities that were acted by at an agent step."""
+
+    def statistics(self, step: int) -> dict[str, float]:
+        """Settings at an agent step, under their names in the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, in plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (few have a state)
+        """Restore what `state_dict` gave."""
+
+
+class LogitPolicy(Policy):
+    """Softmax of the logits of a policy network."""
+
+    def __call__(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
+        """Action probabilities, see `Policy`."""
+        epsilon = 0.0 if greedy or step >= self.warmup_steps else 1.0
+        return action_probabilities(preferences, 0.0 if greedy else 1.0, epsilon)
+
+
+class ValuePolicy(Policy):
     """The policy of a learner of action values: uniform at first, then (temperature, epsilon).
 
     Where the configuration has no temperature, it follows from the entropy that the policy is to
@@ -55,14 +95,15 @@ class ValuePolicy:
     """
 
     def __init__(self, config: PolicyConfig, warmup_steps: int) -> None:
-        self.config, self.warmup_steps = config, warmup_steps
+        super().__init__(warmup_steps)
+        self.config = config
         self.temperature = 1.0
 
-    def __call__(self, q: Tensor, step: int, greedy: bool) -> Tensor:
-        """Action probabilities (batch, actions) of action values at an agent step."""
+    def __call__(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
+        """Action probabilities, see `Policy`."""
         if greedy:
-            return action_probabilities(q, temperature=0.0, epsilon=0.0)
-        return action_probabilities(q, *self.settings(step))
+            return action_probabilities(preferences, temperature=0.0, epsilon=0.0)
+        return action_probabilities(preferences, *self.settings(step))
 
     def settings(self, step: int) -> tuple[float, float]:
         """Temperature and epsilon at an agent step."""
@@ -74,7 +115,7 @@ class ValuePolicy:
         return scheduled(self.config.temperature, step), epsilon
 
     def statistics(self, step: int) -> dict[str, float]:
-        """The settings under their names in the log."""
+        """Temperature and epsilon."""
         temperature, epsilon = self.settings(step)
         return {"policy/temperature": temperature, "policy/epsilon": epsilon}
 
@@ -91,3 +132,11 @@ class ValuePolicy:
         self.temperature = max(
             MIN_TEMPERATURE, self.temperature * math.exp(TEMPERATURE_LR * missing)
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The temperature."""
+        return {"temperature": self.temperature}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.temperature = state["temperature"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icm.agents.base import Common
 from icm.agents.on_policy import Batch, OnPolicy
+from icm.agents.policy import LogitPolicy
 from icm.config import PPOConfig
 from icm.curiosity import masked_mean
 from icm.models import ActorCritic
@@ -31,9 +32,9 @@ class PPO(OnPolicy):
     def __init__(
         self, actor_critic: ActorCritic, memory: Replay, agent: PPOConfig, common: Common
     ) -> None:
-        self.config = agent
         self.actor_critic = actor_critic
-        super().__init__({"actor_critic": actor_critic}, 1, memory, agent, common)
+        policy = LogitPolicy(agent.warmup_steps)
+        super().__init__({"actor_critic": actor_critic}, policy, 1, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the policy and the values."""
@@ -41,21 +42,13 @@ class PPO(OnPolicy):
             logits, values = self.actor_critic(self._input(states), previous)
         return logits.float(), values.float()
 
-    def policy(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
-        """Softmax of the logits; uniform during the warm-up."""
-        if greedy:
-            best = preferences.argmax(1, keepdim=True)
-            return torch.zeros_like(preferences).scatter_(1, best, 1.0)
-        if step < self.config.warmup_steps:
-            return torch.full_like(preferences, 1 / preferences.shape[1])
-        return preferences.softmax(1)
-
-    def evaluate(self) -> None:
+    def targets_of_rollout(self) -> dict[str, Tensor]:
         """Returns, and advantages over the values of the time of acting, normalised."""
-        self.returns = self.returns_of(self.values)
-        advantages = (self.returns - self.values[:-1]).squeeze(2)
+        returns = self.returns_of(self.values)
+        advantages = (returns - self.values[:-1]).squeeze(2)
         valid = advantages[~self.stored(self.memory.reset)]
-        self.advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
+        advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
+        return {"returns": returns, "advantages": advantages}
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """L_CLIP - c_1 L_VF + c_2 S of the paper's eq. 9, negated, and the signal's loss."""
@@ -63,7 +56,8 @@ class PPO(OnPolicy):
         rollout = batch.rollout
         valid, shape = ~rollout.reset, rollout.actions.shape
         with self._autocast():
-            signal_loss, parts = self.signal_loss(batch.replayed)
+            seen = self._input(batch.replayed.states.flatten(0, 1))
+            _, signal_loss, parts = self.signal_loss(seen, batch.replayed)
             x = self._input(rollout.states[:, :-1].flatten(0, 1))
             logits, values = self.actor_critic(x, rollout.previous[:, :-1].flatten())
         log_policy = logits.float().log_softmax(1).unflatten(0, shape)
@@ -73,9 +67,10 @@ class PPO(OnPolicy):
         log_ratio = log_ratio.squeeze(2)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-        gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+        advantages, returns = batch.targets["advantages"], batch.targets["returns"]
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
         policy_loss = -masked_mean(gain, valid)
-        value_loss = masked_mean((values - batch.returns).square().sum(2), valid)
+        value_loss = masked_mean((values - returns).square().sum(2), valid)
         entropy = masked_mean(-(log_policy.exp() * log_policy).sum(2), valid)
         loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
         with torch.no_grad():

@@ -8,8 +8,6 @@ Actions differ by less than a network can tell apart; advantage learning (Baird 
 al. 2016, operator T_AL) widens the gaps between them, as in `icm.agents.dqn`.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from icm.agents.base import Common
@@ -36,12 +34,10 @@ class PQN(OnPolicy):
     def __init__(
         self, qnetwork: Qnetwork, memory: Replay, agent: PQNConfig, common: Common
     ) -> None:
-        self.config = agent
         self.qnetwork = qnetwork
-        super().__init__(
-            {"qnetwork": qnetwork}, qnetwork.linear2.out_features, memory, agent, common
-        )
-        self.softmax = ValuePolicy(agent.policy, agent.warmup_steps)
+        policy = ValuePolicy(agent.policy, agent.warmup_steps)
+        heads = qnetwork.linear2.out_features
+        super().__init__({"qnetwork": qnetwork}, policy, heads, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Action values, twice."""
@@ -49,49 +45,25 @@ class PQN(OnPolicy):
             q = self.qnetwork(self._input(states), previous).float()
         return q, q
 
-    def policy(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
-        """Action probabilities, see `ValuePolicy`."""
-        return self.softmax(preferences, step, greedy)
-
-    def act(self, states: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Agent.act`; the temperature adapts."""
-        actions, probabilities, values = super().act(states, previous, step)
-        self.softmax.adapt(probabilities, step)
-        return actions, probabilities, values
-
-    def policy_statistics(self, step: int) -> dict[str, float]:
-        """Temperature and epsilon."""
-        return self.softmax.statistics(step)
-
-    def evaluate(self) -> None:
-        """Q(lambda) returns of the rollout, plus what widens the gaps between actions."""
+    def targets_of_rollout(self) -> dict[str, Tensor]:
+        """Q(lambda) returns, plus what widens the gaps between actions."""
         actions = self.stored(self.memory.actions).long().unsqueeze(2)
         best = self.values.amax(2, keepdim=True)
         gaps = self.values[:-1].gather(2, actions) - best[:-1]
-        self.returns = self.returns_of(best) + self.config.advantage_learning * gaps
+        return {"returns": self.returns_of(best) + self.config.advantage_learning * gaps}
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the mean squared error of the chosen actions' values, and the signal's loss."""
         rollout = batch.rollout
         valid = ~rollout.reset
         with self._autocast():
-            signal_loss, parts = self.signal_loss(batch.replayed)
+            seen = self._input(batch.replayed.states.flatten(0, 1))
+            _, signal_loss, parts = self.signal_loss(seen, batch.replayed)
             x = self._input(rollout.states[:, :-1].flatten(0, 1))
             q = self.qnetwork(x, rollout.previous[:, :-1].flatten())
         q = q.float().unflatten(0, rollout.actions.shape)
         chosen = q.gather(2, rollout.actions.unsqueeze(2))
-        loss = 0.5 * masked_mean((chosen - batch.returns).square().squeeze(2), valid)
+        loss = 0.5 * masked_mean((chosen - batch.targets["returns"]).square().squeeze(2), valid)
         parts["loss/q"] = loss.detach()
         parts["q/mean"] = masked_mean(chosen.detach().squeeze(2), valid)
         return loss + signal_loss, parts
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Agent.state_dict`; the temperature is part of it."""
-        state = super().state_dict()
-        state["agent"]["temperature"] = self.softmax.temperature
-        return state
-
-    def load_to_play(self, state: dict[str, Any]) -> None:
-        """See `Agent.load_to_play`."""
-        super().load_to_play(state)
-        self.softmax.temperature = state["agent"]["temperature"]

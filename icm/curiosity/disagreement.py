@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.curiosity.signal import Errors, Signal
+from icm.curiosity.signal import Errors, Signal, random_features
 from icm.models import Fnet, Phi
 
 
@@ -29,11 +29,9 @@ class Disagreement(Signal):
         """Every network under the name it has in a checkpoint."""
         return {"phi": self.phi, "ensemble": self.ensemble}
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Normalised random features, (batch, 1, F)."""
-        features = self.phi(x).float()
-        return F.layer_norm(features, features.shape[1:]).unsqueeze(1)
+        """Random features, (batch, 1, F)."""
+        return random_features(self.phi, x).unsqueeze(1)
 
     def forward(
         self,

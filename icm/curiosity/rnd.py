@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.curiosity.signal import Errors, Signal
+from icm.curiosity.signal import Errors, Signal, random_features
 from icm.models import Phi
 
 
@@ -35,10 +34,7 @@ class RND(Signal):
 
     def encode(self, x: Tensor) -> Tensor:
         """What the predictor makes of a state, and its random features: (batch, 2, F)."""
-        with torch.no_grad():
-            target = self.phi(x).float()
-            target = F.layer_norm(target, target.shape[1:])
-        return torch.stack((self.predictor(x).float(), target), dim=1)
+        return torch.stack((self.predictor(x).float(), random_features(self.phi, x)), dim=1)
 
     def forward(
         self,

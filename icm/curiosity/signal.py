@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the usual name)
+
+from icm.models import Phi
 
 
 @dataclass
@@ -71,6 +74,16 @@ class Signal(nn.Module, ABC):
 
     def update_target(self) -> None:
         """Let averaged weights follow by one update."""
+
+
+@torch.no_grad()
+def random_features(phi: Phi, x: Tensor) -> Tensor:
+    """Features (batch, F) of a phi that never learns, normalised to mean 0 and variance 1.
+
+    Of normalised states (batch, C, H, W); Burda et al. 2018 (Large-Scale Study), section 2.1.
+    """
+    features = phi(x).float()
+    return F.layer_norm(features, features.shape[1:])
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
