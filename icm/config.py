@@ -51,6 +51,7 @@ class AgentConfig(ABC):
     previous_action: bool
     hidden: int
     lr: float
+    lr_final: float
     discount: float
     batch_size: int
     sequence_length: int
@@ -122,7 +123,8 @@ class CuriosityConfig:
     extrinsic_coef: float
     lr: float
     reward_half_life: float
-    episodic_ridge: float | None
+    episodic_scale: float | None
+    surprise_limit: float | None
 
 
 @dataclass
@@ -329,11 +331,16 @@ def _check(config: Config) -> None:
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
-    if curiosity.episodic_ridge is not None and not 0 < curiosity.episodic_ridge < math.inf:
+    if curiosity.episodic_scale is not None and not 0 < curiosity.episodic_scale < math.inf:
         raise UserError(
-            f"curiosity.episodic_ridge={curiosity.episodic_ridge}: must be positive, or null"
+            f"curiosity.episodic_scale={curiosity.episodic_scale}: must be positive, or null"
+        )
+    if curiosity.surprise_limit is not None and not 1 <= curiosity.surprise_limit < math.inf:
+        raise UserError(
+            f"curiosity.surprise_limit={curiosity.surprise_limit}: must be at least 1, or null"
         )
     for name, share in given(
+        "agent.lr_final",
         "agent.discount",
         "agent.trace",
         "agent.target_tau",

@@ -105,7 +105,7 @@ def play(
     """Play one episode after the other; yields each one's statistics as it ends.
 
     Like those of `rollouts`, with `game_reward` for its `reward`, and `intrinsic_reward`: the
-    episode's scaled surprise.
+    episode's scaled intrinsic reward.
     `on_frame` is called with the game after every emulator frame.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -124,8 +124,9 @@ def play(
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors, seen = agent.judge(state, previous, action, next_state, probabilities)
-                raw = errors.surprise.cpu() * novelty(seen, opens)
-                intrinsic += float(agent.scale(raw))
+                respawned = torch.tensor([info.get("life_lost", False) and "episode" not in info])
+                new = novelty(seen, opens | respawned).masked_fill(respawned, 0.0)
+                intrinsic += float(agent.scale(agent.worth(errors.surprise.cpu(), new)))
                 opens = torch.tensor([False])
                 state, previous = next_state, action
             episode = info["episode"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from icm.curiosity import ICM, EpisodicNovelty, Errors, RewardScale, masked_mean
+from icm.curiosity import ICM, EpisodicNovelty, Errors, Interest, RewardScale, masked_mean
+from icm.curiosity.novelty import CAPACITY
 from icm.models import Fnet, InverseNet, Phi
 
 FEATURES, ACTIONS, HIDDEN = 2, 3, 4
@@ -456,52 +457,87 @@ def test_scale_of_another_number_of_environments() -> None:
     assert new.std == pytest.approx(old.std, rel=0.5)
 
 
-# --- novelty in an episode ------------------------------------------------------------------------
+# --- what a surprise counts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ridge", [0.1, 10.0])
-def test_novelty_is_the_leverage_over_the_episode(ridge: float) -> None:
+def test_a_surprise_counts_by_how_unusual_it_is() -> None:
+    """By hand: mean 3, std 2."""
+    interest = Interest(4.0, half_life=1e9)
+    interest.update(torch.tensor([1.0, 5.0]))
+    surprise = torch.tensor([[0.0, 3.0, 4.0], [5.0, 9.0, 10.0]])
+    found = interest(surprise, interest.usual())
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, 1.5], [2.0, 4.0, 4.0]]))
+
+
+def test_what_is_usual_follows_the_surprises() -> None:
+    interest = Interest(5.0, half_life=2.0)
+    for _ in range(40):
+        interest.update(torch.tensor([0.0, 8.0]))
+    for _ in range(2):
+        interest.update(torch.tensor([0.0, 2.0]))
+    torch.testing.assert_close(interest.usual()[0], torch.tensor(2.5))
+    interest.update(torch.tensor([]))  # a step in which all environments were reset
+    torch.testing.assert_close(interest.usual()[0], torch.tensor(2.5))
+
+
+def test_without_a_limit_a_surprise_counts_as_it_is() -> None:
+    interest = Interest(None, half_life=10.0)
+    interest.update(torch.tensor([1.0, 5.0]))
+    assert interest(torch.tensor([0.25, 70.0]), interest.usual()).tolist() == [0.25, 70.0]
+
+
+# --- novelty in a life ----------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_novelty_is_the_distance_from_all_that_was_seen(scale: float) -> None:
     rng = np.random.default_rng(3)
-    novelty, seen = EpisodicNovelty(3, 6, ridge), [np.zeros((0, 6))] * 3
-    found, expected = [], []
+    novelty, seen = EpisodicNovelty(3, 6, scale, CPU), [np.zeros((0, 6))] * 3
     for step in range(60):
-        features = rng.normal(size=(3, 6)) * (1, 1, 1, 1, 0.1, 0)
-        opens = rng.random(3) < 0.1 if step else np.zeros(3, dtype=bool)
+        features = rng.normal(size=(3, 6)).astype(np.float32)
+        opens = rng.random(3) < 0.1 if step else np.ones(3, dtype=bool)
+        found = novelty(torch.from_numpy(features), torch.from_numpy(opens)).tolist()
         for env in range(3):
             before = np.zeros((0, 6)) if opens[env] else seen[env]
-            c = ridge * np.eye(6) + before.T @ before
-            bonus = features[env] @ np.linalg.solve(c, features[env])
-            expected.append(bonus / (1 + bonus))
+            squared = ((before - features[env]) ** 2).mean(1)
+            expected = 1.0 if opens[env] else squared.min() / (squared.min() + scale)
+            assert found[env] == pytest.approx(expected, rel=1e-4)
             seen[env] = np.vstack((before, features[env]))
-        found += novelty(torch.from_numpy(features).float(), torch.from_numpy(opens)).tolist()
-    assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_novelty_of_what_is_seen_again_and_again() -> None:
-    """A direction seen n times is worth 1 / (n + 1), a new one as much as ever."""
-    novelty, no = EpisodicNovelty(1, 3, 1e-3), torch.tensor([False])
+def test_what_was_seen_before_is_not_new() -> None:
+    novelty, no = EpisodicNovelty(1, 3, 0.5, CPU), torch.tensor([False])
     one, other = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
-    found = [novelty(one, no).item() for _ in range(5)]
-    assert found == pytest.approx([1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5], abs=1e-3)
-    assert novelty(other, no).item() == pytest.approx(1.0, abs=1e-3)
-    assert novelty(one, torch.tensor([True])).item() == pytest.approx(1.0, abs=1e-3)
+    assert novelty(one, no).item() == 1
+    assert novelty(one, no).item() == 0
+    assert novelty(other, no).item() == pytest.approx(50 / 3 / (50 / 3 + 0.5))
+    for _ in range(CAPACITY - 2):
+        assert novelty(other, no).item() == 0
+    assert novelty(one, no).item() == 0  # the first of as many as are remembered
+    assert novelty(other, torch.tensor([True])).item() == 1
 
 
-def test_without_a_ridge_every_state_is_new() -> None:
-    novelty, no = EpisodicNovelty(2, 3, None), torch.zeros(2, dtype=torch.bool)
+def test_the_oldest_are_forgotten() -> None:
+    novelty, no = EpisodicNovelty(1, 3, 0.5, CPU), torch.tensor([False])
+    one, other = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
+    novelty(one, no)
+    for _ in range(CAPACITY):
+        novelty(other, no)
+    assert novelty(one, no).item() > 0.9
+
+
+def test_without_a_scale_every_state_is_new() -> None:
+    novelty, no = EpisodicNovelty(2, 3, None, CPU), torch.zeros(2, dtype=torch.bool)
     for _ in range(3):
         assert novelty(torch.ones(2, 3), no).tolist() == [1.0, 1.0]
 
 
-def test_novelty_stays_sound_over_a_long_episode() -> None:
-    """Rounding must not turn it negative or great."""
+def test_rounding_makes_nothing_negative() -> None:
     generator = torch.Generator().manual_seed(5)
-    novelty, no = EpisodicNovelty(2, 16, 0.01), torch.zeros(2, dtype=torch.bool)
-    directions = torch.randn(16, 16, generator=generator) * torch.logspace(-2, 1, 16)
-    for _ in range(5_000):
-        features = torch.randn(2, 16, generator=generator) @ directions
-        assert ((found := novelty(features, no)) >= 0).all()
-        assert (found <= 1).all()
-    matrix = torch.linalg.eigvalsh(novelty.inverse.double())
-    assert (matrix > 0).all()
-    assert found.max() < 0.05
+    novelty, no = EpisodicNovelty(2, 16, 0.01, CPU), torch.zeros(2, dtype=torch.bool)
+    near = 1000 + torch.randn(2, 16, generator=generator)
+    for _ in range(200):
+        found = novelty(near, no)
+        assert ((found >= 0) & (found <= 1)).all()

@@ -330,22 +330,29 @@ def scaled(agent: DQN, raw: float) -> float:
     return raw / agent.scale.std
 
 
+def interest(agent: DQN, surprise: float) -> float:
+    """What a surprise counts."""
+    limit, usual = agent.curiosity.surprise_limit, agent.interest.moments
+    if limit is None:
+        return surprise
+    return min(max(1 + (surprise - usual.mean) / usual.std, 1.0), limit)
+
+
 class SlowNovelty:
-    """Novelty in an episode, from all features seen in it."""
+    """Novelty in a life, from all features seen in it."""
 
     def __init__(self, agent: DQN) -> None:
-        assert agent.curiosity.episodic_ridge is not None
-        self.ridge = agent.curiosity.episodic_ridge
+        assert agent.curiosity.episodic_scale is not None
+        self.scale = agent.curiosity.episodic_scale
         self.seen: list[list[np.ndarray]] = [[] for _ in range(agent.memory.num_envs)]
 
     def __call__(self, env: int, features: Tensor, opens: bool) -> float:
         if opens:
             self.seen[env].clear()
         f = features.detach().double().numpy()
-        c = self.ridge * np.eye(len(f)) + sum(np.outer(x, x) for x in self.seen[env])
+        nearest = min((np.mean((f - x) ** 2) for x in self.seen[env]), default=np.inf)
         self.seen[env].append(f)
-        bonus = f @ np.linalg.solve(c, f)
-        return float(bonus / (1 + bonus))
+        return float(1 - self.scale / (nearest + self.scale))
 
 
 def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
@@ -391,7 +398,9 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
                 )
             rewards.append(
                 curiosity.coef
-                * scaled(agent, curiosity.eta * surprising * batch.novelty[b, t].item())
+                * scaled(
+                    agent, interest(agent, curiosity.eta * surprising) * batch.novelty[b, t].item()
+                )
                 + curiosity.extrinsic_coef * batch.rewards[b, t].item()
             )
             if not reset[t]:
@@ -587,7 +596,7 @@ def test_no_gradient_through_targets_and_rewards() -> None:
                 )
                 best = agent.qnetwork(following, action_before[on : on + 1]).argmax()
                 judged = agent.target(following, action_before[on : on + 1])
-                reward = scaled(agent, raw * batch.novelty[b, t].item())
+                reward = scaled(agent, interest(agent, raw) * batch.novelty[b, t].item())
                 goal = reward + agent.config.discount * judged[0, best]
                 best = agent.qnetwork(now, action_before[t : t + 1]).argmax()
                 judged = agent.target(now, action_before[t : t + 1])
@@ -879,7 +888,7 @@ def test_observed_statistics() -> None:
     seen = {0: 0, 3: 0}
     for _ in range(25):
         step = played.step()
-        raw, losses, hits, entropies = [], [], [], []
+        surprises, new, losses, hits, entropies = [], [], [], [], []
         for env in range(3):
             now, after = (
                 agent.signal.encode(agent.input_norm(step[name][env : env + 1]))
@@ -887,8 +896,8 @@ def test_observed_statistics() -> None:
             )
             action = step["actions"][env : env + 1]
             previous = step["previous"][env : env + 1]
-            new = novelty(env, after[0, 1], bool(step["reset"][env]))
-            raw.append(2 * new * surprise(agent, now, action, after, previous))
+            new.append(novelty(env, after[0, 1], bool(step["reset"][env])))
+            surprises.append(2 * surprise(agent, now, action, after, previous))
             logits = guess(agent, now, after, step["probabilities"][env], previous)
             total = sum(math.exp(x) for x in logits)
             losses.append(-math.log(math.exp(logits[int(action)]) / total))
@@ -900,7 +909,9 @@ def test_observed_statistics() -> None:
         seen[sum(valid)] = seen.get(sum(valid), 0) + 1
         assert found.pop("count").item() == sum(valid)
         expected = {
-            "reward/intrinsic": [scaled(agent, x) for x in raw],
+            "reward/intrinsic": [
+                scaled(agent, interest(agent, s) * n) for s, n in zip(surprises, new, strict=True)
+            ],
             "reward/extrinsic": step["rewards"].tolist(),
             "icm/inverse_accuracy": hits,
             "icm/inverse_heldout": losses,
@@ -935,9 +946,11 @@ def test_dropout_is_for_the_inverse_model_while_it_learns() -> None:
 
 def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
     agent = make_agent(agent__discount=0.9, curiosity__reward_half_life=30)
-    assert agent.scale.decay == pytest.approx(0.5 ** (3 / 30))  # steps of all three environments
+    for moments in (agent.scale.moments, agent.interest.moments):
+        assert moments.decay == pytest.approx(0.5 ** (3 / 30))  # steps of all three environments
     assert agent.scale.discount == 0.9
     played, sums, novelty = Game(3, 8, episodes=(2, 4)), [0.0] * 3, SlowNovelty(agent)
+    surprises, weights = [], []
     for _ in range(20):
         step = played.step()
         errors, seen = agent.judge(
@@ -946,11 +959,21 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
                 for name in ("states", "previous", "actions", "next_states", "probabilities")
             )
         )
+        agent.observe(**step)
+        real = [env for env in range(3) if not step["reset"][env]]
+        if real:
+            surprises.append([errors.surprise[env].item() for env in real])
+            weights = [0.9330329915368074 * w for w in weights] + [1.0]
+        of_each = [w / len(s) for w, s in zip(weights, surprises, strict=True) for _ in s]
+        flat = [x for s in surprises for x in s]
+        mean = np.average(flat, weights=of_each)
+        std = np.average((np.array(flat) - mean) ** 2, weights=of_each) ** 0.5
+        assert agent.interest.moments.mean == pytest.approx(mean)
+        assert agent.interest.moments.std == pytest.approx(std, rel=1e-4)
         for env in range(3):
             new = novelty(env, seen[env], bool(step["reset"][env]))
-            if not step["reset"][env]:
-                sums[env] = 0.9 * sums[env] + errors.surprise[env].item() * new
-        agent.observe(**step)
+            if env in real:
+                sums[env] = 0.9 * sums[env] + interest(agent, errors.surprise[env].item()) * new
         assert agent.scale.sums.tolist() == pytest.approx(sums, rel=1e-4, abs=1e-7)
     assert max(sums) > 0
 
@@ -1043,7 +1066,27 @@ def test_loaded_agent_learns_at_its_own_rates() -> None:
     play(first)
     first.update()
     second.load_state_dict(through_a_file(first.state_dict()))
+    play(second)
+    second.update()
     assert [group["lr"] for group in second.optimizer.param_groups] == [3e-5, 7e-5]
+
+
+def test_learning_rate_falls_to_its_final_share() -> None:
+    """That of the curiosity does not: it has to follow what the agent finds, to the end."""
+    agent = make_agent(
+        total_steps=48,
+        agent__steps_per_update=12,
+        agent__lr=1e-3,
+        agent__lr_final=0.2,
+        curiosity__lr=2e-3,
+    )
+    play(agent)
+    rates = []
+    for _ in range(6):
+        agent.update()
+        rates.append([group["lr"] for group in agent.optimizer.param_groups])
+    assert [learner for learner, _ in rates] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4, 2e-4])
+    assert [signal for _, signal in rates] == [2e-3] * 6
 
 
 def test_every_part_of_the_state_matters() -> None:

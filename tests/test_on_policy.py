@@ -195,10 +195,14 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     live(agent, 9)
     memory = agent.memory
     novelty, reset = agent.stored(memory.novelty), agent.stored(memory.reset)
-    assert 0 < novelty.min() < novelty.max() < 1
+    assert 0 < novelty.min() < novelty.max() <= 1
     plain = ~(reset | agent.stored(memory.terminated) | agent.stored(memory.truncated))
     plain[:-1] &= ~reset[1:]
-    rewards = 2 * agent.surprise[:-1] * novelty / agent.scale.std
+    # a surprise counts 1 to 2 times the novelty
+    assert (agent.raw[1:-1] >= novelty[1:]).all()
+    assert (agent.raw[1:-1] <= 2 * novelty[1:]).all()
+    assert (agent.raw[1:-1] > novelty[1:]).any()
+    rewards = 2 * agent.raw[:-1] / agent.scale.std
     rewards += 0.5 * agent.stored(memory.rewards)
     wanted = rewards + 0.5 * agent.values[1:, :, 0]
     plain, wanted = plain[1:], wanted[1:]  # the first step is already that of the next rollout

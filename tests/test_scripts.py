@@ -108,7 +108,7 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     after = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
     assert after["step"] == 160
     assert after["agent"]["updates"] == before["agent"]["updates"] + 64 // 8
-    assert after["curiosity"]["weight"] > before["curiosity"]["weight"]
+    assert after["curiosity"]["scale"]["weight"] > before["curiosity"]["scale"]["weight"]
     # settings of the checkpoint, not the defaults, but for what was overridden
     assert after["config"]["env"]["num_envs"] == 1
     assert after["config"]["total_steps"] == 160

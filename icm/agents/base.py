@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from icm.agents.policy import Policy, entropy
 from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
-from icm.curiosity import EpisodicNovelty, Errors, RewardScale, Signal
+from icm.curiosity import EpisodicNovelty, Errors, Interest, RewardScale, Signal
 from icm.errors import UserError
 from icm.models import InputNorm
 from icm.replay import Replay, Sequences
@@ -29,6 +29,7 @@ class Common:
     bf16: run the networks under bfloat16 autocast.
     compiler: of what is computed in every step.
     seed: of action sampling and of drawing from memory.
+    total_updates: of the whole run.
     """
 
     signal: Signal
@@ -39,6 +40,7 @@ class Common:
     bf16: bool
     compiler: Compiler
     seed: int
+    total_updates: int
 
 
 class Agent(ABC):
@@ -74,7 +76,9 @@ class Agent(ABC):
         self.input_norm = common.input_norm.to(device)
         self.networks = {**signal.networks, **networks, "input_norm": self.input_norm}
         self.policy, self.memory = policy, memory
-        self.scale = RewardScale(num_envs, agent.discount, curiosity.reward_half_life / num_envs)
+        half_life = curiosity.reward_half_life / num_envs
+        self.interest = Interest(curiosity.surprise_limit, half_life)
+        self.scale = RewardScale(num_envs, agent.discount, half_life)
         self.novelty = self.new_novelty(num_envs)
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
@@ -83,18 +87,14 @@ class Agent(ABC):
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [p for p in group.parameters() if p.requires_grad], "lr": lr}
-                for group, lr in zip(groups, self._learning_rates, strict=True)
+                for group, lr in zip(groups, (agent.lr, curiosity.lr), strict=True)
             ],
             fused=True,
         )
+        self.total_updates = common.total_updates
         self.generator = torch.Generator().manual_seed(common.seed)
         self.learn_from = agent.warmup_steps
         self.updates = 0
-
-    @property
-    def _learning_rates(self) -> tuple[float, float]:
-        """Of the learner's own networks and of the signal."""
-        return self.config.lr, self.curiosity.lr
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -181,8 +181,13 @@ class Agent(ABC):
         return self._errors(*(tensor.to(self.device) for tensor in given))
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
-        """The novelty of states in episodes of `num_envs` environments that begin now."""
-        return EpisodicNovelty(num_envs, self.signal.num_features, self.curiosity.episodic_ridge)
+        """The novelty of states in lives of `num_envs` environments that begin now."""
+        scale = self.curiosity.episodic_scale
+        return EpisodicNovelty(num_envs, self.signal.num_features, scale, self.device)
+
+    def worth(self, surprise: Tensor, novelty: Tensor) -> Tensor:
+        """Raw intrinsic rewards of surprises and of what they led to, (batch,) on the CPU."""
+        return self.interest(surprise, self.interest.usual()) * novelty
 
     # --- remembering ----------------------------------------------------------------------------
 
@@ -218,14 +223,15 @@ class Agent(ABC):
         """
         errors, seen = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(seen, reset).masked_fill(respawned, 0.0)
+        novelty = self.novelty(seen, reset | respawned).masked_fill(respawned, 0.0)
         surprise = errors.surprise.cpu()
-        raw = surprise * novelty
         valid = ~reset
+        self.interest.update(surprise[valid & ~respawned])
+        raw = self.worth(surprise, novelty)
         self.scale.update(raw, valid)
         self.remember(
             values,
-            surprise,
+            raw,
             states=states,
             behaviour=probabilities,
             actions=actions,
@@ -247,8 +253,8 @@ class Agent(ABC):
         sums = {name: (value * valid).sum() for name, value in per_env.items()}
         return {**sums, "count": valid.sum()}
 
-    def remember(self, values: Tensor, surprise: Tensor, **step: Tensor) -> None:
-        """Keep one step of every environment: arguments of `Replay.add`, values, and surprise."""
+    def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
+        """Keep one step of every environment: arguments of `Replay.add`, values, raw rewards."""
         self.memory.add(**step)
 
     def measure_input(self) -> None:
@@ -294,8 +300,15 @@ class Agent(ABC):
         learnable = ((batch.novelty > 0) & ~batch.reset).flatten()
         return errors, *self.signal.loss(errors, learnable)
 
+    def learning_rate(self) -> float:
+        """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it."""
+        done = min(self.updates / self.total_updates, 1.0)
+        return self.config.lr * (1 - done * (1 - self.config.lr_final))
+
     def descend(self, *batch: Any) -> dict[str, Tensor]:
         """One gradient step on a batch for `losses`; the parts of the loss."""
+        learner, signal = self.optimizer.param_groups
+        learner["lr"], signal["lr"] = self.learning_rate(), self.curiosity.lr
         self.signal.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss, parts = self._losses(*batch)
@@ -315,7 +328,10 @@ class Agent(ABC):
         return {
             "models": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {"adam": self.optimizer.state_dict()},
-            "curiosity": self.scale.state_dict(),
+            "curiosity": {
+                "scale": self.scale.state_dict(),
+                "surprise": self.interest.moments.state_dict(),
+            },
             "agent": {
                 "updates": self.updates,
                 "generator": self.generator.get_state(),
@@ -328,15 +344,14 @@ class Agent(ABC):
         self.novelty = self.new_novelty(self.num_envs)
         self.load_to_play(state)
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
-        for group, lr in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
-            group["lr"] = lr  # a resumed run may have another one
         self.updates = state["agent"]["updates"]
         self.generator.set_state(state["agent"]["generator"])
 
     def load_to_play(self, state: dict[str, Any]) -> None:
         """Load what acting and judging need alone."""
         self.load_networks(state["models"])
-        self.scale.load_state_dict(state["curiosity"])
+        self.scale.load_state_dict(state["curiosity"]["scale"])
+        self.interest.moments.load_state_dict(state["curiosity"]["surprise"])
         self.policy.load_state_dict(state["agent"])
 
     def load_networks(self, models: dict[str, Any]) -> None:

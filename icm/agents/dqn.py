@@ -118,16 +118,23 @@ class DQN(Agent):
         """One gradient step, see `Agent.update`."""
         config = self.config
         batch = self.memory.sample(config.batch_size, config.sequence_length, self.generator)
-        parts = self.descend(batch.to(self.device), self.scale(batch.novelty).to(self.device))
+        parts = self.descend(
+            batch.to(self.device),
+            self.scale(batch.novelty).to(self.device),
+            self.interest.usual().to(self.device),
+        )
         follow(self.target, self.qnetwork, config.target_tau)
         return parts
 
-    def losses(self, batch: Sequences, worth: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, batch: Sequences, novelty: Tensor, usual: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7), and its parts.
 
         Args:
             batch: on the device.
-            worth: what the surprise of each transition counts, float32 (B, L): the scaled novelty.
+            novelty: scaled, float32 (B, L).
+            usual: see `Interest.usual`; the surprise is today's, so that what is known bores.
         """
         config = self.config
         size, length = batch.actions.shape
@@ -140,7 +147,7 @@ class DQN(Agent):
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = errors.surprise.view(size, length)
-        rewards = self.curiosity.coef * surprise * worth
+        rewards = self.curiosity.coef * self.interest(surprise, usual) * novelty
         rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
 
         with torch.no_grad():

@@ -87,18 +87,18 @@ class OnPolicy(Agent):
         shape = agent.rollout_steps + 1, common.num_envs
         self.collected = 0  # steps of the rollout that is being made
         self.values = torch.zeros(*shape, heads)  # of its states, when it was made
-        self.surprise = torch.zeros(shape)  # of its transitions, when they were seen
+        self.raw = torch.zeros(shape)  # intrinsic rewards of its transitions, before scaling
         # of the rollout that is being learned
         self.first = 0  # its first slot in memory
         self.targets: dict[str, Tensor] = {}  # (T, N, ...)
         # sequences still to be learned, by their number: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
-    def remember(self, values: Tensor, surprise: Tensor, **step: Tensor) -> None:
+    def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
         """Add a step to memory; a rollout that is complete with it waits to be learned."""
-        super().remember(values, surprise, **step)
+        super().remember(values, raw, **step)
         self.values[self.collected] = values
-        self.surprise[self.collected] = surprise
+        self.raw[self.collected] = raw
         self.collected += 1
         if self.collected < len(self.values):
             return
@@ -106,7 +106,7 @@ class OnPolicy(Agent):
         self.targets = self.targets_of_rollout()
         self.plan()
         # the step after the last is the first of the next rollout
-        self.values[0], self.surprise[0] = self.values[-1], self.surprise[-1]
+        self.values[0], self.raw[0] = self.values[-1], self.raw[-1]
         self.collected = 1
 
     @abstractmethod
@@ -121,8 +121,7 @@ class OnPolicy(Agent):
     def returns_of(self, values: Tensor) -> Tensor:
         """Returns (T, N, 1) of the rollout that build on values (T + 1, N, 1)."""
         memory, curiosity = self.memory, self.curiosity
-        intrinsic = self.scale(self.surprise[:-1] * self.stored(memory.novelty))
-        rewards = curiosity.coef * intrinsic
+        rewards = curiosity.coef * self.scale(self.raw[:-1])
         rewards += curiosity.extrinsic_coef * self.stored(memory.rewards)
         terminal = self.stored(memory.terminated) & self.config.death_is_terminal
         return lambda_returns(
@@ -197,7 +196,7 @@ class OnPolicy(Agent):
         state["agent"] |= {
             "collected": self.collected,
             "values": self.values,
-            "surprise": self.surprise,
+            "raw": self.raw,
             "first": self.first,
             "targets": self.targets,
             "order": self.order.clone(),
@@ -207,5 +206,5 @@ class OnPolicy(Agent):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
-        for name in ("collected", "values", "surprise", "first", "targets", "order"):
+        for name in ("collected", "values", "raw", "first", "targets", "order"):
             setattr(self, name, state["agent"][name])

@@ -6,7 +6,7 @@ from icm.curiosity.none import NoCuriosity
 from icm.curiosity.novelty import EpisodicNovelty
 from icm.curiosity.random_features import RandomFeatures
 from icm.curiosity.rnd import RND
-from icm.curiosity.scale import RewardScale
+from icm.curiosity.scale import Interest, RewardScale
 from icm.curiosity.signal import Errors, Signal, masked_mean
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Disagreement",
     "EpisodicNovelty",
     "Errors",
+    "Interest",
     "NoCuriosity",
     "RandomFeatures",
     "RewardScale",

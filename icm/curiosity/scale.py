@@ -6,13 +6,83 @@ import torch
 from torch import Tensor
 
 
+class Moments:
+    """Mean and standard deviation of a stream of numbers in which older ones fade.
+
+    Averaging over all history would keep the huge first errors of a signal in its scale for
+    hundreds of thousands of steps, and learning would stall.
+
+    Args:
+        half_life: updates after which a number counts half.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        self.decay = 0.5 ** (1.0 / half_life)
+        self.weight = 0.0
+        self.mean = 0.0  # of the numbers, and of their squares
+        self.square = 0.0
+
+    def update(self, numbers: Tensor) -> None:
+        """Add float64 numbers (n,) that count as much as any other n; none at all is no update."""
+        if not len(numbers):
+            return
+        self.weight = self.decay * self.weight + 1.0
+        step = 1.0 / self.weight
+        self.mean += step * (numbers.mean().item() - self.mean)
+        self.square += step * (numbers.square().mean().item() - self.square)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 1 as long as the numbers do not vary."""
+        variance = self.square - self.mean**2
+        return variance**0.5 if variance > 1e-16 else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs, in plain containers."""
+        return {"weight": self.weight, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+
+
+class Interest:
+    """What surprise counts: as it is, or as a factor from 1 (usual) to `limit` (extraordinary).
+
+    The factor is clip(1 + (surprise - mean) / std, 1, limit), by which Never Give Up (Badia et al.
+    2020, eq. 1 and section 2) weighs its episodic novelty with a lifelong one: where nothing
+    surprises any more, a new place is still worth something.
+
+    Args:
+        limit: the paper's L; None: surprise counts as it is.
+        half_life: updates after which a surprise counts half in mean and std.
+    """
+
+    def __init__(self, limit: float | None, half_life: float) -> None:
+        self.limit = limit
+        self.moments = Moments(half_life)
+
+    def update(self, surprise: Tensor) -> None:
+        """Add the surprises (n,) of one step."""
+        self.moments.update(surprise.double().cpu())
+
+    def usual(self) -> Tensor:
+        """Mean and std of surprise, float32 (2,)."""
+        return torch.tensor((self.moments.mean, self.moments.std))
+
+    def __call__(self, surprise: Tensor, usual: Tensor) -> Tensor:
+        """What surprises count, of any shape, on their device, where `usual()` is too."""
+        if self.limit is None:
+            return surprise
+        mean, std = usual
+        return (1 + (surprise - mean) / std).clamp(1, self.limit)
+
+
 class RewardScale:
-    """Turns raw intrinsic rewards into ones of steady size, by statistics over a *decaying* window.
+    """Turns raw intrinsic rewards into ones of steady size.
 
     Burda et al. 2018 (section 2.4) divide the intrinsic reward by the running standard deviation of
-    its discounted sum so that the scale of features does not matter. Averaging over all history
-    keeps the huge first errors in the scale for hundreds of thousands of steps and stalls learning,
-    so older values fade with a half-life.
+    its discounted sum so that the scale of features does not matter.
 
     Args:
         num_envs: environments whose discounted sums run side by side, each over its own time.
@@ -22,20 +92,14 @@ class RewardScale:
 
     def __init__(self, num_envs: int, discount: float, half_life: float) -> None:
         self.discount = discount
-        self.decay = 0.5 ** (1.0 / half_life)
         self.sums = torch.zeros(num_envs, dtype=torch.float64)
-        self.weight = 0.0
-        self.mean = 0.0  # of the sums, and of their squares
-        self.square = 0.0
+        self.moments = Moments(half_life)
 
     def update(self, rewards: Tensor, valid: Tensor) -> None:
         """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands."""
         rewards, valid = rewards.double().cpu(), valid.cpu()
-        self.weight = self.decay * self.weight + 1.0
-        step = 1.0 / self.weight
         self.sums = torch.where(valid, self.sums * self.discount + rewards, self.sums)
-        self.mean += step * (self.sums.mean().item() - self.mean)
-        self.square += step * (self.sums.square().mean().item() - self.square)
+        self.moments.update(self.sums)
 
     def __call__(self, rewards: Tensor) -> Tensor:
         """Scaled rewards of raw ones, of the same shape."""
@@ -44,20 +108,14 @@ class RewardScale:
     @property
     def std(self) -> float:
         """Standard deviation of the discounted sums; 1 as long as they do not vary."""
-        variance = self.square - self.mean**2
-        return variance**0.5 if variance > 1e-16 else 1.0
+        return self.moments.std
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""
-        return {
-            "sums": self.sums,
-            "weight": self.weight,
-            "mean": self.mean,
-            "square": self.square,
-        }
+        return {"sums": self.sums, **self.moments.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; with another number of envs the sums restart."""
         if state["sums"].shape == self.sums.shape:
             self.sums = state["sums"].clone()
-        self.weight, self.mean, self.square = state["weight"], state["mean"], state["square"]
+        self.moments.load_state_dict(state)
