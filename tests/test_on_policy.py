@@ -230,6 +230,23 @@ def test_a_new_life_surprises_nobody(name: str) -> None:
     assert (agent.memory.novelty[:8:2] == 0).all()
 
 
+def test_a_new_life_has_seen_nothing() -> None:
+    agent = make_agent("ppo")
+    step = Game(3, 3, episodes=(100, 100)).step() | {"values": torch.zeros(3, 1)}
+    for respawned in (False, False, True, False, False):
+        agent.observe(**step | {"respawned": torch.tensor([respawned, False, False])})
+    # the same state again and again, and in the first environment a new life in the midst
+    assert agent.memory.novelty[:5, 1].tolist() == pytest.approx([1, 0, 0, 0, 0], abs=1e-6)
+    other = step["next_states"].flip(2)
+    agent.observe(**step | {"next_states": other})
+    seen_in_the_old_life = agent.memory.novelty[5]
+    assert (seen_in_the_old_life > 0.01).all()
+    agent.observe(**step | {"respawned": torch.tensor([True, False, False])})
+    agent.observe(**step | {"next_states": other})
+    assert agent.memory.novelty[7, 0] == seen_in_the_old_life[0]
+    assert agent.memory.novelty[7, 1] == pytest.approx(0, abs=1e-6)
+
+
 def test_advantages_are_normalised_over_real_transitions() -> None:
     agent = make_agent("ppo")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
