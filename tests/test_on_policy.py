@@ -504,7 +504,7 @@ def test_reward_of_the_game_is_learned(name: str) -> None:
         "agent.rollout_steps=16",
         "agent.batch_size=8",
         "agent.replay_capacity=1000",
-        "agent.lr=3e-3",
+        "agent.lr=1e-3",
         "agent.discount=0.5",
         "agent.input_norm=scale",
         "curiosity=none",
