@@ -125,7 +125,7 @@ def play(
                 next_state = torch.from_numpy(observation).unsqueeze(0)
                 errors, seen = agent.judge(state, previous, action, next_state, probabilities)
                 respawned = torch.tensor([info.get("life_lost", False) and "episode" not in info])
-                new = novelty(seen, opens | respawned).masked_fill(respawned, 0.0)
+                new = novelty(seen, opens, respawned)
                 intrinsic += float(agent.scale(agent.worth(errors.surprise.cpu(), new)))
                 opens = torch.tensor([False])
                 state, previous = next_state, action

@@ -498,7 +498,9 @@ def test_novelty_is_the_distance_from_all_that_was_seen(scale: float) -> None:
     for step in range(60):
         features = rng.normal(size=(3, 6)).astype(np.float32)
         opens = rng.random(3) < 0.1 if step else np.ones(3, dtype=bool)
-        found = novelty(torch.from_numpy(features), torch.from_numpy(opens)).tolist()
+        found = novelty(
+            torch.from_numpy(features), torch.from_numpy(opens), torch.zeros(3, dtype=torch.bool)
+        ).tolist()
         for env in range(3):
             before = np.zeros((0, 6)) if opens[env] else seen[env]
             squared = ((before - features[env]) ** 2).mean(1)
@@ -510,28 +512,34 @@ def test_novelty_is_the_distance_from_all_that_was_seen(scale: float) -> None:
 def test_what_was_seen_before_is_not_new() -> None:
     novelty, no = EpisodicNovelty(1, 3, 0.5, CPU), torch.tensor([False])
     one, other = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
-    assert novelty(one, no).item() == 1
-    assert novelty(one, no).item() == 0
-    assert novelty(other, no).item() == pytest.approx(50 / 3 / (50 / 3 + 0.5))
+    assert novelty(one, no, no).item() == 1
+    assert novelty(one, no, no).item() == 0
+    assert novelty(other, no, no).item() == pytest.approx(50 / 3 / (50 / 3 + 0.5))
     for _ in range(CAPACITY - 2):
-        assert novelty(other, no).item() == 0
-    assert novelty(one, no).item() == 0  # the first of as many as are remembered
-    assert novelty(other, torch.tensor([True])).item() == 1
+        assert novelty(other, no, no).item() == 0
+    assert novelty(one, no, no).item() == 0  # the first of as many as are remembered
+    assert novelty(other, torch.tensor([True]), no).item() == 1
+
+
+@pytest.mark.parametrize("scale", [0.5, None])
+def test_where_a_new_life_begins_is_worth_nothing(scale: float | None) -> None:
+    novelty, no = EpisodicNovelty(2, 3, scale, CPU), torch.zeros(2, dtype=torch.bool)
+    assert novelty(torch.ones(2, 3), no, torch.tensor([True, False])).tolist() == [0, 1]
 
 
 def test_the_oldest_are_forgotten() -> None:
     novelty, no = EpisodicNovelty(1, 3, 0.5, CPU), torch.tensor([False])
     one, other = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 5.0]])
-    novelty(one, no)
+    novelty(one, no, no)
     for _ in range(CAPACITY):
-        novelty(other, no)
-    assert novelty(one, no).item() > 0.9
+        novelty(other, no, no)
+    assert novelty(one, no, no).item() > 0.9
 
 
 def test_without_a_scale_every_state_is_new() -> None:
     novelty, no = EpisodicNovelty(2, 3, None, CPU), torch.zeros(2, dtype=torch.bool)
     for _ in range(3):
-        assert novelty(torch.ones(2, 3), no).tolist() == [1.0, 1.0]
+        assert novelty(torch.ones(2, 3), no, no).tolist() == [1.0, 1.0]
 
 
 def test_rounding_makes_nothing_negative() -> None:
@@ -539,5 +547,5 @@ def test_rounding_makes_nothing_negative() -> None:
     novelty, no = EpisodicNovelty(2, 16, 0.01, CPU), torch.zeros(2, dtype=torch.bool)
     near = 1000 + torch.randn(2, 16, generator=generator)
     for _ in range(200):
-        found = novelty(near, no)
+        found = novelty(near, no, no)
         assert ((found >= 0) & (found <= 1)).all()

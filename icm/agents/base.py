@@ -85,11 +85,8 @@ class Agent(ABC):
         self._losses = compiler(self.losses)
         groups = nn.ModuleList(networks.values()), signal
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": [p for p in group.parameters() if p.requires_grad], "lr": lr}
-                for group, lr in zip(groups, (agent.lr, curiosity.lr), strict=True)
-            ],
-            fused=True,
+            [{"params": [p for p in group.parameters() if p.requires_grad]} for group in groups],
+            fused=True,  # `descend` sets the learning rates
         )
         self.total_updates = common.total_updates
         self.generator = torch.Generator().manual_seed(common.seed)
@@ -223,7 +220,7 @@ class Agent(ABC):
         """
         errors, seen = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(seen, reset | respawned).masked_fill(respawned, 0.0)
+        novelty = self.novelty(seen, reset, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset
         self.interest.update(surprise[valid & ~respawned])
@@ -301,7 +298,10 @@ class Agent(ABC):
         return errors, *self.signal.loss(errors, learnable)
 
     def learning_rate(self) -> float:
-        """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it."""
+        """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it.
+
+        By updates; the warm-up has none, so a little more than that share is left in the end.
+        """
         done = min(self.updates / self.total_updates, 1.0)
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 

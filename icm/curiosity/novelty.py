@@ -36,18 +36,20 @@ class EpisodicNovelty:
         self.count = torch.zeros(num_envs, dtype=torch.int64)  # states of the running lives
 
     @torch.no_grad()
-    def __call__(self, features: Tensor, opens: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, opens: Tensor, respawned: Tensor) -> Tensor:
         """Novelty of the states that a step has led to; they are seen from then on.
 
         Args:
             features: of these states, float32 (num_envs, F).
-            opens: whether they open a life, bool (num_envs,), on the CPU.
+            opens: whether they open an episode, bool (num_envs,), on the CPU.
+            respawned: whether they open a new life within one, bool (num_envs,), on the CPU.
 
         Returns:
-            float32 (num_envs,), on the CPU.
+            float32 (num_envs,), on the CPU; 0 where `respawned`: no action led there.
         """
         if self.scale is None:
-            return torch.ones(len(opens))
+            return torch.ones(len(opens)).masked_fill(respawned, 0.0)
+        opens = opens | respawned
         self.count[opens] = 0
         self.squares.masked_fill_(opens.to(self.squares.device).unsqueeze(1), torch.inf)
         filled = min(max(int(self.count.max()), 1), CAPACITY)
@@ -59,4 +61,5 @@ class EpisodicNovelty:
         at = torch.arange(len(opens)), self.count % CAPACITY
         self.seen[at], self.squares[at] = features, square
         self.count += 1
-        return (1 - self.scale / (distance + self.scale)).cpu()
+        novelty = (1 - self.scale / (distance + self.scale)).cpu()
+        return novelty.masked_fill(respawned, 0.0)
