@@ -10,7 +10,7 @@ import torch
 
 from icm.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

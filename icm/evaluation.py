@@ -123,9 +123,9 @@ def play(
                 action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
                 observation, _, _, _, info = env.step(int(action))
                 next_state = torch.from_numpy(observation).unsqueeze(0)
-                errors, seen = agent.judge(state, previous, action, next_state, probabilities)
+                errors, places = agent.judge(state, previous, action, next_state, probabilities)
                 respawned = torch.tensor([info.get("life_lost", False) and "episode" not in info])
-                new = novelty(seen, opens, respawned)
+                new = novelty(places, opens, respawned)
                 intrinsic += float(agent.scale(agent.worth(errors.surprise.cpu(), new)))
                 opens = torch.tensor([False])
                 state, previous = next_state, action

@@ -51,6 +51,7 @@ def build_agent(
     updates = int(config.total_steps / agent.steps_between_updates)
     common = Common(
         build_signal(config.curiosity, state_shape, num_actions, told),
+        None if config.curiosity.episodic_scale is None else Phi(state_shape),
         InputNorm(agent.input_norm, state_shape[1:]),
         config.curiosity,
         num_envs,

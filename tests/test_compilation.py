@@ -83,7 +83,8 @@ def test_updates_agree_with_plain_float32(
     losses, gradient = updated(name, *mode)
     expected, plain = updated(name, "precision=float32", "compile=off")
     for found, wanted in zip(losses, expected, strict=True):
-        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-4 * tolerance)
+        # q/mean is a difference of values a hundred times as large
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-2 * tolerance)
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
     cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)
     assert cosine.item() > 1 - angle**2 / 2
@@ -100,8 +101,8 @@ def test_compiled_acting_and_judging_agree_with_plain() -> None:
     for compiling in ("on", "off"):
         agent = make_agent("ppo", "precision=float32", f"compile={compiling}")
         policy = agent.probabilities(states, previous, step=100_000)
-        errors, seen = agent.judge(states, previous, actions, next_states, policy)
-        found.append((policy, errors.forward, errors.inverse, errors.logits, seen))
+        errors, places = agent.judge(states, previous, actions, next_states, policy)
+        found.append((policy, errors.forward, errors.inverse, errors.logits, places))
     for compiled, plain in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 

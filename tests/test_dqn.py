@@ -896,7 +896,8 @@ def test_observed_statistics() -> None:
             )
             action = step["actions"][env : env + 1]
             previous = step["previous"][env : env + 1]
-            new.append(novelty(env, after[0, 1], bool(step["reset"][env])))
+            place = agent.places(agent.input_norm(step["next_states"][env : env + 1]))[0]
+            new.append(novelty(env, place, bool(step["reset"][env])))
             surprises.append(2 * surprise(agent, now, action, after, previous))
             logits = guess(agent, now, after, step["probabilities"][env], previous)
             total = sum(math.exp(x) for x in logits)
@@ -953,7 +954,7 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
     surprises, weights = [], []
     for _ in range(20):
         step = played.step()
-        errors, seen = agent.judge(
+        errors, places = agent.judge(
             *(
                 step[name]
                 for name in ("states", "previous", "actions", "next_states", "probabilities")
@@ -971,7 +972,7 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
         assert agent.interest.moments.mean == pytest.approx(mean)
         assert agent.interest.moments.std == pytest.approx(std, rel=1e-4)
         for env in range(3):
-            new = novelty(env, seen[env], bool(step["reset"][env]))
+            new = novelty(env, places[env], bool(step["reset"][env]))
             if env in real:
                 sums[env] = 0.9 * sums[env] + interest(agent, errors.surprise[env].item()) * new
         assert agent.scale.sums.tolist() == pytest.approx(sums, rel=1e-4, abs=1e-7)

@@ -377,7 +377,7 @@ def test_every_learner_with_every_signal(name: str, signal: str) -> None:
     before = {k: weights(n) for k, n in agent.networks.items()}
     live(agent, 30)
     assert agent.updates > 10
-    fixed = {"icm": set(), "none": set()}.get(signal, {"phi"}) | {"input_norm"}
+    fixed = {"icm": set(), "none": set()}.get(signal, {"phi"}) | {"input_norm", "novelty_phi"}
     for key, network in agent.networks.items():
         assert same(weights(network), before[key]) == (key in fixed), key
     statistics = agent.observe(**Game(3, 1).step())
@@ -406,6 +406,40 @@ def test_clipped_gains_have_no_gradient() -> None:
     loss, _ = agent.losses(batch)
     (gradient,) = torch.autograd.grad(loss, policy)
     assert gradient.abs().max() == 0
+
+
+# --- novelty --------------------------------------------------------------------------------------
+
+
+def places(agent: OnPolicy) -> tuple[Tensor, Tensor]:
+    """States, and the features by which the agent knows them."""
+    step = Game(3, 8).step()
+    given = ("states", "previous", "actions", "next_states", "probabilities")
+    _, features = agent.judge(*(step[name] for name in given))
+    return step["next_states"], features
+
+
+@pytest.mark.parametrize("curiosity", ["icm", "rnd", "random_features"])
+def test_states_are_new_or_known_by_random_features_that_stand_still(curiosity: str) -> None:
+    """Whatever the signal, and however much it learns."""
+    agent = make_agent("ppo", f"curiosity={curiosity}")
+    states, before = places(agent)
+    features = agent.novelty_phi(agent.input_norm(states)).detach()
+    centred = features - features.mean(1, keepdim=True)
+    wanted = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(before, wanted, rtol=1e-4, atol=1e-5)
+    live(agent, 20)
+    assert agent.updates > 0
+    assert torch.equal(places(agent)[1], before)
+
+
+def test_without_an_episodic_scale_every_state_is_new() -> None:
+    agent = make_agent("ppo", "curiosity.episodic_scale=null")
+    assert "novelty_phi" not in agent.networks
+    assert places(agent)[1].shape == (3, 0)
+    live(agent, 20)
+    assert agent.updates > 0
+    assert agent.memory.novelty[:20].tolist() == [[1.0] * 3] * 20
 
 
 # --- state ----------------------------------------------------------------------------------------

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from icm.agents.policy import Policy, entropy
 from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
-from icm.curiosity import EpisodicNovelty, Errors, Interest, RewardScale, Signal
+from icm.curiosity import (
+    EpisodicNovelty,
+    Errors,
+    Interest,
+    RewardScale,
+    Signal,
+    random_features,
+)
 from icm.errors import UserError
-from icm.models import InputNorm
+from icm.models import InputNorm, Phi
 from icm.replay import Replay, Sequences
 
 
@@ -22,6 +29,8 @@ class Common:
     """What an agent is built from, whatever its learner.
 
     signal: what makes it curious.
+    novelty_phi: encoder of the features by which a state is new or known; it never learns. None:
+        every state is new.
     input_norm: turns uint8 states into network input, shared by all networks.
     curiosity: settings of the reward.
     num_envs: environments that it acts in side by side.
@@ -33,6 +42,7 @@ class Common:
     """
 
     signal: Signal
+    novelty_phi: Phi | None
     input_norm: InputNorm
     curiosity: CuriosityConfig
     num_envs: int
@@ -75,6 +85,10 @@ class Agent(ABC):
         self.signal = signal.to(device).to(memory_format=torch.channels_last)
         self.input_norm = common.input_norm.to(device)
         self.networks = {**signal.networks, **networks, "input_norm": self.input_norm}
+        self.novelty_phi = common.novelty_phi
+        if self.novelty_phi is not None:
+            self.novelty_phi.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+            self.networks["novelty_phi"] = self.novelty_phi
         self.policy, self.memory = policy, memory
         half_life = curiosity.reward_half_life / num_envs
         self.interest = Interest(curiosity.surprise_limit, half_life)
@@ -159,7 +173,7 @@ class Agent(ABC):
             both = self._input(torch.cat((states, next_states)))
             features, next_features = self.signal.encode(both).chunk(2)
             errors = self.signal(features, actions, next_features, probabilities, previous)
-            return errors, self.signal.seen(next_features)
+            return errors, self.places(both[len(states) :])
 
     def judge(
         self,
@@ -169,7 +183,7 @@ class Agent(ABC):
         next_states: Tensor,
         probabilities: Tensor,
     ) -> tuple[Errors, Tensor]:
-        """The signal's errors on transitions, and the features (batch, F) it sees their ends by.
+        """The signal's errors on transitions, and where these led, see `places`.
 
         Shapes as in `observe`.
         """
@@ -177,10 +191,19 @@ class Agent(ABC):
         given = (states, previous, actions, next_states, probabilities)
         return self._errors(*(tensor.to(self.device) for tensor in given))
 
+    def places(self, x: Tensor) -> Tensor:
+        """Features (batch, F) of network inputs (batch, C, H, W) by which states are new or known.
+
+        F is 0 where every state is new.
+        """
+        if self.novelty_phi is None:
+            return x.new_empty((len(x), 0))
+        return random_features(self.novelty_phi, x)
+
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
         """The novelty of states in lives of `num_envs` environments that begin now."""
-        scale = self.curiosity.episodic_scale
-        return EpisodicNovelty(num_envs, self.signal.num_features, scale, self.device)
+        size = 0 if self.novelty_phi is None else self.novelty_phi.num_features
+        return EpisodicNovelty(num_envs, size, self.curiosity.episodic_scale, self.device)
 
     def worth(self, surprise: Tensor, novelty: Tensor) -> Tensor:
         """Raw intrinsic rewards of surprises and of what they led to, (batch,) on the CPU."""
@@ -218,9 +241,9 @@ class Agent(ABC):
         Returns:
             sums over the valid transitions of each statistic, and their number `count`.
         """
-        errors, seen = self.judge(states, previous, actions, next_states, probabilities)
+        errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(seen, reset, respawned)
+        novelty = self.novelty(places, reset, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset
         self.interest.update(surprise[valid & ~respawned])

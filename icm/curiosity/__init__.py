@@ -7,7 +7,7 @@ from icm.curiosity.novelty import EpisodicNovelty
 from icm.curiosity.random_features import RandomFeatures
 from icm.curiosity.rnd import RND
 from icm.curiosity.scale import Interest, RewardScale
-from icm.curiosity.signal import Errors, Signal, masked_mean
+from icm.curiosity.signal import Errors, Signal, masked_mean, random_features
 
 __all__ = [
     "ICM",
@@ -21,4 +21,5 @@ __all__ = [
     "RewardScale",
     "Signal",
     "masked_mean",
+    "random_features",
 ]

@@ -22,7 +22,6 @@ class Disagreement(Signal):
     def __init__(self, phi: Phi, ensemble: list[Fnet]) -> None:
         super().__init__()
         self.phi, self.ensemble = phi.requires_grad_(False), nn.ModuleList(ensemble)
-        self.num_features = phi.num_features
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -61,7 +61,6 @@ class ICM(Signal):
         self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
         self.target_tau, self.normalize_features = target_tau, normalize_features
         self.policy_prior = policy_prior
-        self.num_features = phi.num_features
 
     @property
     def networks(self) -> dict[str, nn.Module]:

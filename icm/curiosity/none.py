@@ -9,8 +9,6 @@ from icm.curiosity.signal import Errors, Signal
 class NoCuriosity(Signal):
     """Nothing surprises, so that only the game's reward, if any, is left."""
 
-    num_features = 1
-
     @property
     def networks(self) -> dict[str, nn.Module]:
         """There are none."""

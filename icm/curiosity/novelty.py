@@ -17,10 +17,14 @@ class EpisodicNovelty:
     Surprise alone does not tell a new place from one where something keeps moving: an agent that
     waits among enemies is surprised for ever. Weighted with this, what pays is to move on.
 
+    The features are random ones that never learn, whatever the signal: a life's memory needs them
+    to stand still, and those of an inverse model tell less well where one is, because they are made
+    to tell what an action did (docs/results.md).
+
     Args:
         num_envs: environments whose lives run side by side.
         num_features: length F of the features.
-        scale: see above; None: every state is new.
+        scale: see above; None: every state is new, and features are not needed.
         device: where all of it is kept.
     """
 

@@ -16,7 +16,6 @@ class RandomFeatures(Signal):
     def __init__(self, phi: Phi, fnet: Fnet) -> None:
         super().__init__()
         self.phi, self.fnet = phi.requires_grad_(False), fnet
-        self.num_features = phi.num_features
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ class RND(Signal):
     def __init__(self, phi: Phi, predictor: Phi, hidden: int) -> None:
         super().__init__()
         self.phi = phi.requires_grad_(False)
-        self.num_features = size = phi.num_features
+        size = phi.num_features
         self.predictor = nn.Sequential(
             predictor, nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, size)
         )

@@ -23,9 +23,6 @@ class Errors:
 class Signal(nn.Module, ABC):
     """Judges how surprising transitions are, and learns from them so that they surprise less."""
 
-    num_features: int
-    """Length F of the features by which a state counts as new or known, see `seen`."""
-
     @property
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
@@ -57,10 +54,6 @@ class Signal(nn.Module, ABC):
             behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
             previous: the actions before, int64 (batch,); for models that are told them.
         """
-
-    def seen(self, features: Tensor) -> Tensor:
-        """The features (batch, F) of a state that count for its novelty, of what `encode` gave."""
-        return features[:, -1]
 
     def loss(self, errors: Errors, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What learning makes small, and its parts for the log.
