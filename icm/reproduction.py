@@ -1,0 +1,173 @@
+"""Redoes the rows of docs/results.md with the scripts that a user runs, seed by seed."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icm.errors import UserError
+from icm.evaluation import standard_error
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+METRICS = (
+    "episode/distance",
+    "episode/length",
+    "episode/flag",
+    "episode/levels_passed",
+    "explore/cells",
+    "explore/levels",
+    "explore/distance_max",
+    "icm/inverse_gain",
+    "icm/inverse_accuracy",
+    "policy/entropy",
+    "policy/kl",
+    "loss/forward",
+    "reward/intrinsic",
+    "speed/agent_steps_per_s",
+)
+"""What a summary keeps of every log interval."""
+
+
+@dataclass
+class Row:
+    """See `conf/reproduce.yaml`."""
+
+    train: list[str]
+    evaluate: dict[str, list[str]]
+    after: str | None = None  # the row whose checkpoint of the same seed the training continues
+
+
+@dataclass
+class ReproduceConfig:
+    """See `conf/reproduce.yaml`."""
+
+    row: str
+    seeds: list[int]
+    folder: str
+    device: str
+    rows: dict[str, Row]
+
+
+def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
+    """Train and evaluate what of a row is not there yet.
+
+    A training that was interrupted is resumed. Beside the runs are written, for every seed,
+    `<row>_seed<seed>.metrics.jsonl` and, for every evaluation, `<row>_seed<seed>.<name>.json`.
+
+    Returns:
+        the results of every evaluation, one per seed.
+
+    Raises:
+        UserError: there is no such row, or a script failed.
+    """
+    if config.row not in config.rows:
+        raise UserError(f"row={config.row}: must be one of {', '.join(config.rows)}")
+    row, folder = config.rows[config.row], Path(config.folder)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in row.evaluate}
+    for seed in config.seeds:
+        name = f"{config.row}_seed{seed}"
+        given = [*row.train, f"seed={seed}", f"device={config.device}"]
+        runs = folder / name
+        metrics = folder / f"{name}.metrics.jsonl"
+        if not metrics.exists():
+            start = newest(folder / f"{row.after}_seed{seed}") if row.after else None
+            if row.after and start is None:
+                raise UserError(f"row={config.row}: needs row={row.after} of seed {seed} first")
+            train(runs, given, start)
+            write(metrics, "".join(json.dumps(line) + "\n" for line in summarised(runs)))
+        for kind, overrides in row.evaluate.items():
+            out = folder / f"{name}.{kind}.json"
+            if not out.exists():
+                arguments = [f"ckpt={newest(runs)}", f"device={config.device}", *overrides]
+                printed = script("evaluate.py", arguments, capture=True)
+                write(out, printed.splitlines()[-1] + "\n")
+            results[kind].append(json.loads(out.read_text()))
+    return results
+
+
+def attempts(runs: Path) -> list[Path]:
+    """The run folders of a training, in order: one, and one more for each time it was resumed."""
+    return sorted(runs.glob("[0-9]*"), key=lambda folder: int(folder.name))
+
+
+def newest(runs: Path) -> Path | None:
+    """The newest checkpoint of a training; None if there is none."""
+    saved = [folder / "checkpoints/latest.pt" for folder in attempts(runs)]
+    return next((path for path in reversed(saved) if path.exists()), None)
+
+
+def train(runs: Path, overrides: list[str], start: Path | None) -> None:
+    """Train in a numbered folder under `runs`, from the newest checkpoint there or from `start`."""
+    checkpoint = newest(runs) or start
+    resume = [f"resume={checkpoint}"] if checkpoint else []
+    number = max((int(folder.name) for folder in attempts(runs)), default=0) + 1
+    script("train.py", [*overrides, *resume, f"hydra.run.dir={runs / str(number)}"])
+
+
+def summarised(runs: Path) -> Iterator[dict[str, float]]:
+    """The log intervals of a training, whatever number of times it was resumed, in short."""
+    intervals: dict[int, dict[str, Any]] = {}
+    for folder in attempts(runs):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if lines:  # what an interrupted run did after its last checkpoint was done again
+            intervals = {s: line for s, line in intervals.items() if s < lines[0]["step"]}
+        intervals |= {line["step"]: line for line in lines}
+    for step, line in intervals.items():
+        kept = {k: round(line[k], 4) for k in METRICS if line.get(k) is not None}
+        yield {"step": step, **kept}
+
+
+def script(name: str, arguments: list[str], capture: bool = False) -> str:
+    """Run a script of this program; what it prints, if captured.
+
+    Raises:
+        UserError: it failed. Its own message has been printed.
+        SystemExit: a signal stopped it; a training has saved itself then.
+    """
+    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    print("$", name, *arguments, flush=True)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
+    # a training takes its time to save; Ctrl-C reaches it without our help
+    before = [
+        signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.signal(signal.SIGTERM, lambda number, frame: running.terminate()),
+    ]
+    printed, _ = running.communicate()
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    status = running.returncode
+    if status < 0 or status > 128:
+        sys.exit(128 - status if status < 0 else status)
+    if status:
+        raise UserError(f"{name} ended with status {status}")
+    return printed or ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Distance and share of episodes that passed a level: of each seed, and mean and its error."""
+    lines = []
+    for kind, of_seeds in results.items():
+        for policy in ("sampled", "greedy", "random"):
+            found = [result if policy == "sampled" else result[policy] for result in of_seeds]
+            if "distance_mean" not in found[0]:
+                continue
+            distances, flags = ([f[key] for f in found] for key in ("distance_mean", "flag_rate"))
+            cells = [f"{x:6.0f} ({share:.2f})" for x, share in zip(distances, flags, strict=True)]
+            mean, error = np.mean(distances), standard_error(np.array(distances))
+            cells.append(f"mean {mean:.0f} ± {error:.0f} ({np.mean(flags):.2f})")
+            lines.append(f"{kind:10}{policy:10}" + "  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Redoing a row of the results with the real scripts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, run_script
+
+TINY = [s for s in SMALL if s != "device=cpu"] + ["total_steps=96"]
+ROWS = (
+    f"+rows.tiny.train={json.dumps(TINY)}".replace('"', "'"),
+    "+rows.tiny.evaluate={plain:['episodes=1'],sticky:['episodes=1','env.sticky_probability=0.25']}",
+    "+rows.on.train=['total_steps=128']",
+    "+rows.on.evaluate={}",
+    "+rows.on.after=tiny",
+)
+
+
+def reproduce(folder: Path, row: str, *seeds: int) -> str:
+    given = f"seeds=[{','.join(map(str, seeds))}]"
+    done = run_script(
+        "reproduce.py", f"row={row}", given, f"folder={folder}", "device=cpu", *ROWS, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def steps(path: Path) -> list[int]:
+    """Those of a summary, in which every interval is there once, the one of the last attempt."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line["policy/entropy"] > 0 for line in lines)
+    return [line["step"] for line in lines]
+
+
+def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
+    # a training that was interrupted half way, and did a little after its last checkpoint
+    half = [s if s != "total_steps=96" else "total_steps=64" for s in TINY]
+    folder = tmp_path / "tiny_seed1" / "1"
+    done = run_script("train.py", *half, "seed=1", "device=cpu", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 96, "policy/entropy": 0.0}\n{"step": 128}\n')
+
+    printed = reproduce(tmp_path, "tiny", 1, 2)
+    assert printed.count("$ train.py") == 2
+    assert printed.count("resume=") == 1
+    assert printed.count("$ evaluate.py") == 4
+    for seed in (1, 2):
+        assert steps(tmp_path / f"tiny_seed{seed}.metrics.jsonl") == [32, 64, 96]
+        plain = json.loads((tmp_path / f"tiny_seed{seed}.plain.json").read_text())
+        sticky = json.loads((tmp_path / f"tiny_seed{seed}.sticky.json").read_text())
+        assert plain["step"] == sticky["step"] == 96
+        assert sticky["env"]["sticky_probability"] == 0.25
+    table = printed.splitlines()[-6:]
+    assert [line.split()[:2] for line in table] == [
+        [kind, policy] for kind in ("plain", "sticky") for policy in ("sampled", "greedy", "random")
+    ]
+    assert reproduce(tmp_path, "tiny", 1, 2).splitlines() == table  # nothing is run again
+
+    assert f"resume={tmp_path}/tiny_seed2/1/checkpoints/latest.pt" in reproduce(tmp_path, "on", 2)
+    assert steps(tmp_path / "on_seed2.metrics.jsonl") == [128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["row", "must be given"]),
+        (["row=levels"], ["row=levels", "level, level_random_features"]),
+        (["row=tuned_1_2", "seeds=[7]"], ["row=tuned_1_2", "row=level of seed 7"]),
+        (["row=tiny", "+rows.tiny.train=['total_steps=0']"], ["rows.tiny.evaluate"]),
+        (
+            ["row=tiny", "+rows.tiny.train=['total_steps=0']", "+rows.tiny.evaluate={}"],
+            ["train.py ended with status 2"],
+        ),
+    ],
+)
+def test_reproduce_refuses(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    done = run_script("reproduce.py", *arguments, f"folder={tmp_path}", "device=cpu")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("reproduce.py: error: ")
+    assert all(word in last for word in words), last
+    assert "Traceback" not in done.stderr
