@@ -62,6 +62,17 @@ class InputNorm(nn.Module):
         return F.normalize(x, dim=-3)
 
 
+def contrast_normalised(states: Tensor) -> Tensor:
+    """Float32 of uint8 states (..., C, H, W), each with mean 0 and std 1 over all its pixels.
+
+    A dark level is seen as well as a bright one then; by the statistics of a bright one, as of
+    `InputNorm`, all pictures of a dark one look much the same.
+    """
+    x = states.to(torch.float32)
+    variance, mean = torch.var_mean(x, (-3, -2, -1), correction=0, keepdim=True)
+    return (x - mean) / variance.sqrt().clamp_min(1.0)  # a blank picture stays blank
+
+
 def one_hot(actions: Tensor, num_actions: int) -> Tensor:
     """Float32 (batch, num_actions) of int64 actions (batch,); zeros for NO_ACTION."""
     return F.one_hot(actions - NO_ACTION, num_actions + 1)[:, 1:].float()

@@ -896,7 +896,7 @@ def test_observed_statistics() -> None:
             )
             action = step["actions"][env : env + 1]
             previous = step["previous"][env : env + 1]
-            place = agent.places(agent.input_norm(step["next_states"][env : env + 1]))[0]
+            place = agent.places(step["next_states"][env : env + 1])[0]
             new.append(novelty(env, place, bool(step["reset"][env])))
             surprises.append(2 * surprise(agent, now, action, after, previous))
             logits = guess(agent, now, after, step["probabilities"][env], previous)

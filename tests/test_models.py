@@ -17,6 +17,7 @@ from icm.models import (
     InverseNet,
     Phi,
     Qnetwork,
+    contrast_normalised,
     conv_features,
     elu,
 )
@@ -341,6 +342,21 @@ def test_convolutions_in_numpy() -> None:
 
 
 # --- input ----------------------------------------------------------------------------------------
+
+
+def test_contrast_normalised_states_have_mean_0_and_std_1_each() -> None:
+    states = random_states(2, 3, 5, 4)
+    x = contrast_normalised(states)
+    assert x.dtype == torch.float32
+    for i in range(2):
+        pixels = states[i].numpy().astype(np.float64)
+        wanted = (pixels - pixels.mean()) / pixels.std()
+        np.testing.assert_allclose(x[i].numpy(), wanted, rtol=1e-4, atol=1e-5)
+    dark = states // 4
+    darker, brighter = contrast_normalised(dark), contrast_normalised(3 * dark + 60)
+    torch.testing.assert_close(brighter, darker, rtol=1e-4, atol=1e-4)
+    blank = torch.full((1, 3, 5, 4), 7, dtype=torch.uint8)
+    assert torch.equal(contrast_normalised(blank), torch.zeros(1, 3, 5, 4))
 
 
 def test_scale_divides_by_255() -> None:

@@ -15,6 +15,7 @@ from icm.agents.on_policy import Batch, OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
 from icm.errors import UserError
 from icm.factory import build_agent
+from icm.models import contrast_normalised
 
 ACTIONS, SIZE, STACK = 4, 16, 2
 SMALL = (
@@ -424,7 +425,7 @@ def test_states_are_new_or_known_by_random_features_that_stand_still(curiosity: 
     """Whatever the signal, and however much it learns."""
     agent = make_agent("ppo", f"curiosity={curiosity}")
     states, before = places(agent)
-    features = agent.novelty_phi(agent.input_norm(states)).detach()
+    features = agent.novelty_phi(contrast_normalised(states)).detach()
     centred = features - features.mean(1, keepdim=True)
     wanted = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(before, wanted, rtol=1e-4, atol=1e-5)

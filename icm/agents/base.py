@@ -20,7 +20,7 @@ from icm.curiosity import (
     random_features,
 )
 from icm.errors import UserError
-from icm.models import InputNorm, Phi
+from icm.models import InputNorm, Phi, contrast_normalised
 from icm.replay import Replay, Sequences
 
 
@@ -173,7 +173,7 @@ class Agent(ABC):
             both = self._input(torch.cat((states, next_states)))
             features, next_features = self.signal.encode(both).chunk(2)
             errors = self.signal(features, actions, next_features, probabilities, previous)
-            return errors, self.places(both[len(states) :])
+            return errors, self.places(next_states)
 
     def judge(
         self,
@@ -191,13 +191,14 @@ class Agent(ABC):
         given = (states, previous, actions, next_states, probabilities)
         return self._errors(*(tensor.to(self.device) for tensor in given))
 
-    def places(self, x: Tensor) -> Tensor:
-        """Features (batch, F) of network inputs (batch, C, H, W) by which states are new or known.
+    def places(self, states: Tensor) -> Tensor:
+        """Features (batch, F) of uint8 states (batch, C, H, W) by which they are new or known.
 
         F is 0 where every state is new.
         """
         if self.novelty_phi is None:
-            return x.new_empty((len(x), 0))
+            return torch.empty((len(states), 0), device=states.device)
+        x = contrast_normalised(states).contiguous(memory_format=torch.channels_last)
         return random_features(self.novelty_phi, x)
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:

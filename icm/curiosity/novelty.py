@@ -19,7 +19,8 @@ class EpisodicNovelty:
 
     The features are random ones that never learn, whatever the signal: a life's memory needs them
     to stand still, and those of an inverse model tell less well where one is, because they are made
-    to tell what an action did (docs/results.md).
+    to tell what an action did (docs/search.md). They see every state in its own contrast, or a
+    dark level would look like one place.
 
     Args:
         num_envs: environments whose lives run side by side.
