@@ -191,6 +191,8 @@ class Trainer:
             UserError: the checkpoint cannot be read, is complete, or does not fit.
         """
         content = checkpoint.load(path)
+        if "optimizers" not in content:
+            raise UserError(f"{path}: exported for playing; resume what it was exported from")
         self.step = content["step"]
         if self.step >= self.config["total_steps"]:
             raise UserError(

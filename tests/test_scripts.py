@@ -294,6 +294,33 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
     assert any(line.startswith("distance") and "±" in line for line in table)
 
 
+def test_an_exported_checkpoint_is_small_and_plays_but_is_not_resumed(
+    trained: Path, tmp_path: Path
+) -> None:
+    latest, out = trained / "checkpoints" / "latest.pt", tmp_path / "new" / "small.pt"
+    done = run_script("export.py", f"ckpt={latest}", f"out={out}", "env.stuck_steps=10")
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: {out.stat().st_size / 1e6:.2f} MB" in done.stdout
+    assert out.stat().st_size < 0.35 * latest.stat().st_size
+    small, whole = (torch.load(path, weights_only=True) for path in (out, latest))
+    assert small["config"]["env"] == whole["config"]["env"] | {"stuck_steps": 10}
+    for name, model in whole["models"].items():
+        for key, value in model.items():
+            torch.testing.assert_close(
+                small["models"][name][key].float(), value, rtol=1e-3, atol=1e-6
+            )
+    done = run_script("play.py", f"ckpt={out}", "render=none")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["intrinsic_reward"] > 0
+
+    before = out.read_bytes()
+    assert_refused(run_script("export.py", f"ckpt={latest}", f"out={out}"), f"out={out}: exists")
+    assert out.read_bytes() == before
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    done = run_script("train.py", f"resume={out}", "total_steps=200", folder)
+    assert_refused(done, str(out), "exported for playing")
+
+
 def test_help_shows_the_real_keys() -> None:
     done = run_script("train.py", "--help")
     assert done.returncode == 0

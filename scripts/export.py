@@ -1,0 +1,31 @@
+"""Make a small file of a checkpoint, to share: `python scripts/export.py ckpt=PATH out=PATH`."""
+
+from omegaconf import DictConfig
+
+from icm import cli
+
+
+def main(settings: DictConfig) -> None:
+    """Keep what playing needs; `env.*` changes the game that it will be played in."""
+    from pathlib import Path
+
+    import torch
+
+    from icm import checkpoint
+    from icm.config import ExportConfig, typed
+    from icm.errors import UserError
+    from icm.evaluation import load_agent
+
+    options = typed(settings, ExportConfig)
+    path, out = Path(options.ckpt), Path(options.out)
+    if out.exists():
+        raise UserError(f"out={out}: exists; give another name")
+    load_agent(path, torch.device("cpu"), options.env)  # what does not play is not exported
+    content = checkpoint.load(path)
+    content["config"]["env"] |= options.env.given()
+    checkpoint.save(out, checkpoint.for_playing(content))
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for playing; {path} can be resumed too")
+
+
+if __name__ == "__main__":
+    cli.run(main, "export")
