@@ -1,10 +1,10 @@
 """Checkpoints: written whole or not at all, loaded without executing anything."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -14,7 +14,12 @@ FORMAT = 3
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (plain containers and tensors) so that `path` never holds half a file.
+    """Write `content` (plain containers and tensors), see `write_whole`."""
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file so that `path` never holds half of it.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -23,7 +28,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -208,10 +208,6 @@ class GameConfig:
     emulator: str | None
     core: str | None
 
-    def given(self) -> dict[str, Any]:
-        """Those that are not None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
 
 @dataclass
 class ExportConfig:

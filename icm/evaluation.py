@@ -35,7 +35,8 @@ def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agen
     """
     content = checkpoint.load(path)
     with checkpoint.restoring(path):
-        content["config"]["env"] |= game.given()
+        changes = {name: value for name, value in vars(game).items() if value is not None}
+        content["config"]["env"] |= changes
         config = parse_config(OmegaConf.create(content["config"]))
         env = make_env(config.env)
         shape: Any = env.observation_space.shape

@@ -4,13 +4,14 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from icm.checkpoint import write_whole
 from icm.errors import UserError
 from icm.evaluation import standard_error
 
@@ -81,13 +82,13 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
             if row.after and start is None:
                 raise UserError(f"row={config.row}: needs row={row.after} of seed {seed} first")
             train(runs, given, start)
-            write(metrics, "".join(json.dumps(line) + "\n" for line in summarised(runs)))
+            write_lines(metrics, map(json.dumps, summarised(runs)))
         for kind, overrides in row.evaluate.items():
             out = folder / f"{name}.{kind}.json"
             if not out.exists():
                 arguments = [f"ckpt={newest(runs)}", f"device={config.device}", *overrides]
                 printed = script("evaluate.py", arguments, capture=True)
-                write(out, printed.splitlines()[-1] + "\n")
+                write_lines(out, printed.splitlines()[-1:])
             results[kind].append(json.loads(out.read_text()))
     return results
 
@@ -150,11 +151,10 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
     return printed or ""
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file, see `checkpoint.write_whole`."""
+    text = "".join(f"{line}\n" for line in lines)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -7,6 +7,7 @@ from icm import cli
 
 def main(settings: DictConfig) -> None:
     """Keep what playing needs; `env.*` changes the game that it will be played in."""
+    from dataclasses import asdict
     from pathlib import Path
 
     import torch
@@ -20,9 +21,9 @@ def main(settings: DictConfig) -> None:
     path, out = Path(options.ckpt), Path(options.out)
     if out.exists():
         raise UserError(f"out={out}: exists; give another name")
-    load_agent(path, torch.device("cpu"), options.env)  # what does not play is not exported
-    content = checkpoint.load(path)
-    content["config"]["env"] |= options.env.given()
+    # what does not play is not exported
+    _, config, _ = load_agent(path, torch.device("cpu"), options.env)
+    content = checkpoint.load(path) | {"config": asdict(config)}
     checkpoint.save(out, checkpoint.for_playing(content))
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for playing; {path} can be resumed too")
 

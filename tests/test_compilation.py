@@ -56,7 +56,9 @@ def make_agent(name: str, *overrides: str) -> Agent:
 
 def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]:
     """Losses of three updates, and the gradient of the first."""
-    agent = make_agent(name, *overrides)
+    # weights for which no mean is near 0 by chance, where bfloat16 is not within a share of it
+    weights = "curiosity.hidden=256", "curiosity.episodic_scale=null"
+    agent = make_agent(name, *weights, *overrides)
     torch.manual_seed(5)  # of dropout
     losses = [{name: value.item() for name, value in agent.update().items()}]
     parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
@@ -83,8 +85,7 @@ def test_updates_agree_with_plain_float32(
     losses, gradient = updated(name, *mode)
     expected, plain = updated(name, "precision=float32", "compile=off")
     for found, wanted in zip(losses, expected, strict=True):
-        # q/mean is a difference of values a hundred times as large
-        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-2 * tolerance)
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-4 * tolerance)
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
     cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)
     assert cosine.item() > 1 - angle**2 / 2
