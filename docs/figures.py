@@ -2,26 +2,37 @@
 # requires-python = ">=3.13"
 # dependencies = ["matplotlib", "numpy", "imageio[ffmpeg]"]
 # ///
-"""Draws docs/images/run.png: `uv run docs/figures.py EPISODE.mp4`, a video of scripts/play.py.
+"""Draws docs/images from docs/results: `uv run docs/figures.py [EPISODE.mp4]`.
 
-Above frames of the episode, below the training curves of docs/results/level_seed*.metrics.jsonl.
+level.png and game.png show the rows of these names, means over their seeds and standard errors.
+Given a video of scripts/play.py, run.png shows frames of it above the curves of the row `level`.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 DOCS = Path(__file__).parent
-SEEDS = {42: "#1f4e8c", 4: "#c8641b", 5: "#3a9158"}
-CURVES = (
-    ("episode/distance", "distance of an episode, pixels", 711, "711"),
-    ("explore/cells", "cells discovered", None, ""),
-    ("icm/inverse_gain", "inverse gain, nats", None, ""),
-)
+DISTANCE = ("episode/distance", "distance of an episode, pixels")
+CELLS = ("explore/cells", "cells discovered")
+GAIN = ("icm/inverse_gain", "inverse gain, nats")
+PASSED = ("episode/flag", "share of games past 1-1")
+LEVELS = ("explore/levels", "levels reached")
+LEVEL_ROWS = {
+    "level": ("ICM", "#1f4e8c"),
+    "level_random_features": ("random features", "#c8641b"),
+    "level_none": ("no curiosity", "#808080"),
+}
+GAME_ROWS = {
+    "game": ("ICM", "#1f4e8c"),
+    "game_random_features": ("random features", "#c8641b"),
+}
 FPS = 60
 FRAMES = 6
 SMOOTH = 5  # log intervals on either side
@@ -32,8 +43,65 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.array([np.nanmean(y[max(0, i - SMOOTH) : i + SMOOTH + 1]) for i in range(len(y))])
 
 
-def main(video: Path) -> None:
-    """Draw the figure."""
+def read(row: str) -> list[list[dict[str, float]]]:
+    """The log intervals of every seed of a row, all as long as the shortest."""
+    seeds = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((DOCS / "results").glob(f"{row}_seed*.metrics.jsonl"))
+    ]
+    shortest = min((len(lines) for lines in seeds), default=0)
+    return [lines[:shortest] for lines in seeds]
+
+
+def minutes(lines: list[dict[str, float]]) -> np.ndarray:
+    """Time since the start of training at the end of every log interval."""
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    return np.cumsum(steps / [line["speed/agent_steps_per_s"] for line in lines]) / 60
+
+
+def curves(
+    axes: Axes,
+    rows: dict[str, tuple[str, str]],
+    metric: tuple[str, str],
+    by_minutes: bool = False,
+) -> None:
+    """Means over seeds and their standard errors, a line for each row."""
+    name, title = metric
+    for row, (label, colour) in rows.items():
+        seeds = read(row)
+        if not seeds or name not in seeds[0][-1]:
+            continue
+        if by_minutes:
+            x = np.mean([minutes(lines) for lines in seeds], axis=0)
+        else:
+            x = np.array([line["step"] for line in seeds[0]]) / 1000
+        ys = [[line.get(name, np.nan) for line in lines] for lines in seeds]
+        each = np.array([smoothed(np.array(y, dtype=float)) for y in ys])
+        mean = each.mean(0)
+        error = each.std(0, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.zeros(len(mean))
+        axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        plural = "s" if len(each) > 1 else ""
+        axes.plot(x, mean, color=colour, label=f"{label}, {len(each)} seed{plural}")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("minutes" if by_minutes else "agent steps, thousands")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def compare(
+    file: str, rows: dict[str, tuple[str, str]], metrics: Sequence[tuple[str, str]]
+) -> None:
+    """Draw metrics of rows, above against agent steps and below against minutes."""
+    figure, all_axes = plt.subplots(2, len(metrics), figsize=(12.4, 6.6), layout="constrained")
+    for line, by_minutes in zip(all_axes, (False, True), strict=True):
+        for axes, metric in zip(line, metrics, strict=True):
+            curves(axes, rows, metric, by_minutes)
+    all_axes[0, 0].legend(frameon=False)
+    figure.savefig(DOCS / "images" / file, dpi=100)
+
+
+def show_run(video: Path) -> None:
+    """Draw frames of an episode above the curves of the default on 1-1."""
     figure = plt.figure(figsize=(12.4, 5.9))
     frames = iio.imread(video)
     top = figure.subplots(
@@ -46,26 +114,18 @@ def main(video: Path) -> None:
         axes.set_title(f"{index / FPS:.0f} s", fontsize=10)
         axes.axis("off")
     bottom = figure.subplots(
-        1, len(CURVES), gridspec_kw={"bottom": 0.1, "top": 0.52, "left": 0.05, "right": 0.98}
+        1, 3, gridspec_kw={"bottom": 0.1, "top": 0.52, "left": 0.05, "right": 0.98}
     )
-    for axes, (name, title, level, label) in zip(bottom, CURVES, strict=True):
-        for seed, colour in SEEDS.items():
-            lines = (DOCS / f"results/level_seed{seed}.metrics.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            x = np.array([row["step"] for row in rows]) / 1000
-            y = np.array([row.get(name, np.nan) for row in rows], dtype=float)
-            axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(x, smoothed(y), color=colour, linewidth=1.8, label=f"seed {seed}")
-        if level is not None:
-            axes.axhline(level, color="grey", linestyle="--", linewidth=1)
-            axes.text(x[-1], level, f" {label}", va="bottom", ha="right", color="grey")
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("agent steps, thousands")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, metric in zip(bottom, (DISTANCE, CELLS, GAIN), strict=True):
+        curves(axes, {"level": LEVEL_ROWS["level"]}, metric)
+    bottom[0].axhline(711, color="grey", linestyle="--", linewidth=1)
+    bottom[0].text(0, 711, " 711: Pathak et al. 2017", va="bottom", color="grey", fontsize=9)
     bottom[0].legend(frameon=False)
     figure.savefig(DOCS / "images/run.png", dpi=100)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    compare("level.png", LEVEL_ROWS, (DISTANCE, CELLS, GAIN))
+    compare("game.png", GAME_ROWS, (PASSED, CELLS, LEVELS))
+    for argument in sys.argv[1:]:
+        show_run(Path(argument))

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -90,6 +90,8 @@ class RolloutConfig(AgentConfig):
     rollout_steps: int
     epochs: int
     trace: float
+    # checkpoints from before this setting were made with this value
+    replayed: int = field(default=6, kw_only=True)
 
     @property
     def steps_between_updates(self) -> float:
@@ -104,6 +106,7 @@ class PPOConfig(RolloutConfig):
     clip: float
     entropy_coef: float
     value_coef: float
+    convolutions: int = 4  # checkpoints from before this setting were made with this value
 
 
 @dataclass
@@ -282,7 +285,7 @@ def special(kind: type, settings: DictConfig) -> type:
     """
     types = []
     for group, kinds in (("agent", AGENTS), ("curiosity", CURIOSITIES)):
-        if group in {field.name for field in fields(kind)}:
+        if group in {setting.name for setting in fields(kind)}:
             name = OmegaConf.select(settings, f"{group}.name")
             if name not in kinds:
                 raise UserError(f"{group}.name={name}: must be one of {', '.join(kinds)}")
@@ -319,6 +322,8 @@ def _check(config: Config) -> None:
         "agent.steps_per_update",
         "agent.rollout_steps",
         "agent.epochs",
+        "agent.replayed",
+        "agent.convolutions",
         "curiosity.hidden",
         "curiosity.ensemble",
     ):

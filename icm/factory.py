@@ -63,7 +63,8 @@ def build_agent(
     )
     replay = build_replay(config, state_shape, num_actions, device, remember)
     if isinstance(agent, PPOConfig):
-        return PPO(ActorCritic(state_shape, num_actions, agent.hidden, told), replay, agent, common)
+        body = ActorCritic(state_shape, num_actions, agent.hidden, told, agent.convolutions)
+        return PPO(body, replay, agent, common)
     parallel = isinstance(agent, PQNConfig)
     qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=parallel)
     if isinstance(agent, PQNConfig):

@@ -130,30 +130,34 @@ def elu(x: Tensor, /) -> Tensor:
     return _ELU.apply(x)
 
 
-def conv_features(height: int, width: int) -> int:
-    """Length of the flattened output of the four convolutions (42x42 -> 3x3x32 = 288)."""
-    for _ in range(4):
+def conv_features(height: int, width: int, convolutions: int = 4) -> int:
+    """Length of the flattened output of so many convolutions (42x42 -> 3x3x32 = 288)."""
+    for _ in range(convolutions):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     return height * width * 32
 
 
 class _ConvBody(nn.Module):
-    """Four 3x3 convolutions of stride 2, each followed by ELU, then flattened."""
+    """3x3 convolutions of stride 2 (conv1, conv2, ...), each followed by ELU, then flattened."""
 
     activation: Callable[[Tensor], Tensor] = staticmethod(elu)
 
-    def __init__(self, state_shape: tuple[int, int, int]) -> None:
+    def __init__(self, state_shape: tuple[int, int, int], convolutions: int = 4) -> None:
         super().__init__()
         channels, height, width = state_shape
-        self.conv1 = nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
-        self.conv4 = nn.Conv2d(32, 32, kernel_size=3, stride=2, padding=1)
-        self.num_features = conv_features(height, width)
+        for number in range(convolutions):
+            conv = nn.Conv2d(32 if number else channels, 32, kernel_size=3, stride=2, padding=1)
+            self.add_module(f"conv{number + 1}", conv)
+        self.num_features = conv_features(height, width, convolutions)
+
+    @property
+    def convs(self) -> list[nn.Conv2d]:
+        """All of them, in order."""
+        return [module for module in self.children() if isinstance(module, nn.Conv2d)]
 
     def features(self, x: Tensor) -> Tensor:
         """Map (batch, C, H, W) to (batch, num_features)."""
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.convs:
             x = self.activation(conv(x))
         return x.flatten(start_dim=1)
 
@@ -167,7 +171,7 @@ class Phi(_ConvBody):
 
     def __init__(self, state_shape: tuple[int, int, int]) -> None:
         super().__init__(state_shape)
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in self.convs:
             orthogonal(conv, math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -256,6 +260,8 @@ class Qnetwork(_ConvBody):
 class ActorCritic(_ConvBody):
     """A policy and the value of a state, from one body.
 
+    A body of three convolutions sees a 42x42 picture as 6x6 fields, one of four as 3x3.
+
     Orthogonal weights; the policy's last layer is small, so that it begins nearly uniform
     (Andrychowicz et al. 2021, section 3.2).
     """
@@ -266,14 +272,16 @@ class ActorCritic(_ConvBody):
         num_actions: int,
         hidden: int,
         previous_action: bool = False,
+        convolutions: int = 4,
     ) -> None:
-        super().__init__(state_shape)
+        super().__init__(state_shape, convolutions)
         self.num_previous = num_actions if previous_action else 0
         self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.policy = nn.Linear(hidden, num_actions)
         self.value = nn.Linear(hidden, 1)
-        for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.linear1):
-            orthogonal(layer, math.sqrt(2))
+        for conv in self.convs:
+            orthogonal(conv, math.sqrt(2))
+        orthogonal(self.linear1, math.sqrt(2))
         orthogonal(self.policy, 0.01)
         orthogonal(self.value, 1.0)
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 from icm.models import (
     INPUT_NORMS,
     NO_ACTION,
+    ActorCritic,
     Fnet,
     InputNorm,
     InverseNet,
@@ -492,3 +493,20 @@ def test_elu_lets_what_is_not_finite_through() -> None:
     y = elu(torch.tensor([math.nan, math.inf, -math.inf]))
     assert y[0].isnan()
     assert y[1:].tolist() == [math.inf, -1.0]
+
+
+# --- policy and values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("convolutions", "fields"), [(3, 6), (4, 3)])
+def test_actor_critic_sees_fields_as_fine_as_its_convolutions_leave(
+    convolutions: int, fields: int
+) -> None:
+    network = ActorCritic((4, 42, 42), 12, 256, convolutions=convolutions)
+    names = {f"conv{number + 1}" for number in range(convolutions)} | {"linear1", "policy", "value"}
+    assert {key.partition(".")[0] for key in network.state_dict()} == names
+    assert network.linear1.in_features == fields * fields * 32
+    logits, values = network(torch.randn(5, 4, 42, 42))
+    assert logits.shape == (5, 12)
+    assert values.shape == (5, 1)
+    assert logits.detach().softmax(1).max() < 0.1  # nearly uniform before it has learned

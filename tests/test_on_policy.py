@@ -190,6 +190,17 @@ def test_batches_are_what_was_observed() -> None:
                 )
 
 
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_curiosity_learns_from_as_many_sequences_as_it_is_told(name: str) -> None:
+    agent = make_agent(name, "agent.replayed=5")
+    live(agent, 10)
+    batch = agent.batch(agent.order[0])
+    assert batch.rollout.actions.shape == (2, 4)
+    assert batch.replayed.actions.shape == (5, 4)
+    losses = agent.update()
+    assert losses["loss/inverse"] > 0
+
+
 def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
     agent = make_agent("ppo", *weights, "agent.discount=0.5")

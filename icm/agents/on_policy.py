@@ -178,12 +178,12 @@ class OnPolicy(Agent):
         return self.descend(self.batch(numbers))
 
     def batch(self, numbers: Tensor) -> Batch:
-        """Sequences of the rollout by their number, and as many drawn from memory."""
+        """Sequences of the rollout by their number, and some drawn from memory."""
         length = self.config.sequence_length
         envs = (numbers % self.num_envs).unsqueeze(1)
         starts = (numbers // self.num_envs * length).unsqueeze(1)
         at = starts + torch.arange(length), envs
-        replayed = self.memory.sample(len(numbers), length, self.generator)
+        replayed = self.memory.sample(self.config.replayed, length, self.generator)
         return Batch(
             rollout=self.memory.gather(self.first + starts, envs, length).to(self.device),
             targets={name: target[at].to(self.device) for name, target in self.targets.items()},

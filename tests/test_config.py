@@ -1,0 +1,30 @@
+"""Values out of their range are refused by name; test_scripts.py shows what a user sees of it."""
+
+import pytest
+from conftest import settings
+
+from icm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("agent.discount=1.5", ["agent.discount=1.5", "between 0 and 1"]),
+        ("agent.advantage_learning=1", ["agent.advantage_learning=1.0", "below 1"]),
+        ("agent.lr=nan", ["agent.lr=nan"]),
+        ("agent.lr_final=2", ["agent.lr_final=2.0", "between 0 and 1"]),
+        ("curiosity.episodic_scale=0", ["curiosity.episodic_scale=0.0", "positive, or null"]),
+        ("curiosity.surprise_limit=0.5", ["curiosity.surprise_limit=0.5", "at least 1, or null"]),
+        ("agent.policy.epsilon=0.1", ["agent.policy.epsilon"]),
+        ("agent.policy.epsilon=[[5,1],[0,1]]", ["agent.policy.epsilon", "in order"]),
+        ("agent.replay_capacity=5", ["agent.replay_capacity=5", "at least"]),
+        ("env.actions=all", ["env.actions=all", "complex"]),
+        ("env.crop=[1,2,3]", ["env.crop=[1, 2, 3]", "in pixels"]),
+        ("env.size=8", ["env.size=8", "at least 16"]),
+        ("agent=ppo agent.convolutions=0", ["agent.convolutions=0", "at least 1"]),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        settings("agent=dqn", *override.split())
+    assert all(word in str(refusal.value) for word in words), refusal.value
