@@ -106,7 +106,9 @@ class PPOConfig(RolloutConfig):
     clip: float
     entropy_coef: float
     value_coef: float
-    convolutions: int = 4  # checkpoints from before this setting were made with this value
+    # checkpoints from before these settings were made with these values
+    convolutions: int = 4
+    extrinsic_discount: float = 0.95
 
 
 @dataclass
@@ -356,6 +358,7 @@ def _check(config: Config) -> None:
     for name, share in given(
         "agent.lr_final",
         "agent.discount",
+        "agent.extrinsic_discount",
         "agent.trace",
         "agent.target_tau",
         "curiosity.target_tau",

@@ -63,8 +63,9 @@ def build_agent(
     )
     replay = build_replay(config, state_shape, num_actions, device, remember)
     if isinstance(agent, PPOConfig):
-        body = ActorCritic(state_shape, num_actions, agent.hidden, told, agent.convolutions)
-        return PPO(body, replay, agent, common)
+        heads = 2 if config.curiosity.extrinsic_coef else 1  # the game's reward has one of its own
+        sizes = agent.hidden, told, agent.convolutions, heads
+        return PPO(ActorCritic(state_shape, num_actions, *sizes), replay, agent, common)
     parallel = isinstance(agent, PQNConfig)
     qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=parallel)
     if isinstance(agent, PQNConfig):

@@ -258,7 +258,7 @@ class Qnetwork(_ConvBody):
 
 
 class ActorCritic(_ConvBody):
-    """A policy and the value of a state, from one body.
+    """A policy and the value of a state, or several values (`heads`, h), from one body.
 
     A body of three convolutions sees a 42x42 picture as 6x6 fields, one of four as 3x3.
 
@@ -273,12 +273,13 @@ class ActorCritic(_ConvBody):
         hidden: int,
         previous_action: bool = False,
         convolutions: int = 4,
+        heads: int = 1,
     ) -> None:
         super().__init__(state_shape, convolutions)
         self.num_previous = num_actions if previous_action else 0
         self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.policy = nn.Linear(hidden, num_actions)
-        self.value = nn.Linear(hidden, 1)
+        self.value = nn.Linear(hidden, heads)
         for conv in self.convs:
             orthogonal(conv, math.sqrt(2))
         orthogonal(self.linear1, math.sqrt(2))
@@ -286,7 +287,7 @@ class ActorCritic(_ConvBody):
         orthogonal(self.value, 1.0)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map normalised states (batch, C, H, W) to logits (batch, actions), values (batch, 1)."""
+        """Map normalised states (batch, C, H, W) to logits (batch, actions), values (batch, h)."""
         features = with_previous(self.features(x), previous, self.num_previous)
         hidden = self.activation(self.linear1(features))
         return self.policy(hidden), self.value(hidden)

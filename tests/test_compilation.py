@@ -56,9 +56,7 @@ def make_agent(name: str, *overrides: str) -> Agent:
 
 def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]:
     """Losses of three updates, and the gradient of the first."""
-    # weights for which no mean is near 0 by chance, where bfloat16 is not within a share of it
-    weights = "curiosity.hidden=256", "curiosity.episodic_scale=null"
-    agent = make_agent(name, *weights, *overrides)
+    agent = make_agent(name, *overrides)
     torch.manual_seed(5)  # of dropout
     losses = [{name: value.item() for name, value in agent.update().items()}]
     parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
@@ -81,11 +79,19 @@ def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]
 def test_updates_agree_with_plain_float32(
     name: str, mode: tuple[str, str], tolerance: float, angle: float
 ) -> None:
-    """Losses within `tolerance` of each other, the first gradients within `angle` (radians)."""
+    """Losses within `tolerance` of each other, the first gradients within `angle` (radians).
+
+    Means of what is positive and negative are near 0 by chance: a hundredth of `tolerance` is
+    enough for them.
+    """
     losses, gradient = updated(name, *mode)
     expected, plain = updated(name, "precision=float32", "compile=off")
     for found, wanted in zip(losses, expected, strict=True):
-        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-4 * tolerance)
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            smallest = 1e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
+            expected_value = pytest.approx(value, rel=tolerance, abs=smallest * tolerance)
+            assert found[key] == expected_value, key
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
     cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)
     assert cosine.item() > 1 - angle**2 / 2

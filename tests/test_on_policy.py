@@ -203,7 +203,7 @@ def test_curiosity_learns_from_as_many_sequences_as_it_is_told(name: str) -> Non
 
 def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
-    agent = make_agent("ppo", *weights, "agent.discount=0.5")
+    agent = make_agent("ppo", *weights, "agent.discount=0.5", "agent.extrinsic_discount=0.25")
     live(agent, 9)
     memory = agent.memory
     novelty, reset = agent.stored(memory.novelty), agent.stored(memory.reset)
@@ -217,12 +217,17 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     assert (agent.raw[1:-1] >= novelty[1:]).all()
     assert (agent.raw[1:-1] <= 2 * novelty[1:]).all()
     assert (agent.raw[1:-1] > novelty[1:]).any()
-    rewards = 2 * agent.raw[:-1] / agent.scale.std
-    rewards += 0.5 * agent.stored(memory.rewards)
-    wanted = rewards + 0.5 * agent.values[1:, :, 0]
+    curious = 2 * agent.raw[:-1] / agent.scale.std + 0.5 * agent.values[1:, :, 0]
+    game = 0.5 * agent.stored(memory.rewards) + 0.25 * agent.values[1:, :, 1]
+    wanted = torch.stack((curious, game), dim=2)
     plain, wanted = plain[1:], wanted[1:]  # the first step is already that of the next rollout
     assert plain.sum() > 5
-    torch.testing.assert_close(agent.targets["returns"][1:, :, 0][plain], wanted[plain])
+    torch.testing.assert_close(agent.targets["returns"][1:][plain], wanted[plain])
+    # the advantages of both count alike
+    gain = (agent.targets["returns"][1:] - agent.values[1:-1]).sum(2)[plain]
+    found = agent.targets["advantages"][1:][plain]
+    slopes = found.diff()[gain.diff() != 0] / gain.diff()[gain.diff() != 0]
+    assert slopes.std() < 1e-3 * slopes.mean()
 
 
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
@@ -359,7 +364,7 @@ def test_pqn_computes_the_loss_it_should() -> None:
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
     values = agent.values.clone()
     best = values.amax(2, keepdim=True)
-    plain = agent.returns_of(best)
+    plain = agent.returns_of(sum(agent.rewards()), best.squeeze(2), agent.config.discount)
     batch = agent.batch(torch.tensor([0, 4]))
     squares, count = 0.0, 0
     for b, (env, first) in enumerate(((0, 0), (1, 4))):

@@ -118,19 +118,22 @@ class OnPolicy(Agent):
         slots = (self.first + torch.arange(self.config.rollout_steps)) % self.memory.num_slots
         return tensor[slots.to(tensor.device)].cpu()
 
-    def returns_of(self, values: Tensor) -> Tensor:
-        """Returns (T, N, 1) of the rollout that build on values (T + 1, N, 1)."""
-        memory, curiosity = self.memory, self.curiosity
-        rewards = curiosity.coef * self.scale(self.raw[:-1])
-        rewards += curiosity.extrinsic_coef * self.stored(memory.rewards)
-        terminal = self.stored(memory.terminated) & self.config.death_is_terminal
+    def rewards(self) -> tuple[Tensor, Tensor]:
+        """Those of the rollout, weighted, each (T, N): curiosity's and the game's."""
+        curiosity = self.curiosity
+        intrinsic = curiosity.coef * self.scale(self.raw[:-1])
+        return intrinsic, curiosity.extrinsic_coef * self.stored(self.memory.rewards)
+
+    def returns_of(self, rewards: Tensor, values: Tensor, discount: float) -> Tensor:
+        """Returns (T, N) of rewards (T, N) of the rollout that build on values (T + 1, N)."""
+        memory = self.memory
         return lambda_returns(
-            rewards.unsqueeze(2),
+            rewards,
             values,
-            terminal.unsqueeze(2),
-            self.stored(memory.truncated).unsqueeze(2),
-            self.stored(memory.reset).unsqueeze(2),
-            self.config.discount,
+            self.stored(memory.terminated) & self.config.death_is_terminal,
+            self.stored(memory.truncated),
+            self.stored(memory.reset),
+            discount,
             self.config.trace,
         )
 

@@ -34,7 +34,8 @@ class PPO(OnPolicy):
     ) -> None:
         self.actor_critic = actor_critic
         policy = LogitPolicy(agent.warmup_steps)
-        super().__init__({"actor_critic": actor_critic}, policy, 1, memory, agent, common)
+        heads = actor_critic.value.out_features
+        super().__init__({"actor_critic": actor_critic}, policy, heads, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the policy and the values."""
@@ -43,9 +44,17 @@ class PPO(OnPolicy):
         return logits.float(), values.float()
 
     def targets_of_rollout(self) -> dict[str, Tensor]:
-        """Returns, and advantages over the values of the time of acting, normalised."""
-        returns = self.returns_of(self.values)
-        advantages = (returns - self.values[:-1]).squeeze(2)
+        """Returns, and advantages over the values of the time of acting, normalised.
+
+        Where the game's reward is learned too, it has a discount and a head of its own (Burda et
+        al. 2018b, section 2.3), and the advantages of both count.
+        """
+        rewards, values = self.rewards(), self.values.unbind(2)
+        discounts = self.config.discount, self.config.extrinsic_discount
+        returns = torch.stack(
+            [self.returns_of(rewards[h], values[h], discounts[h]) for h in range(len(values))], 2
+        )
+        advantages = (returns - self.values[:-1]).sum(2)
         valid = advantages[~self.stored(self.memory.reset)]
         advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
         return {"returns": returns, "advantages": advantages}

@@ -50,7 +50,9 @@ class PQN(OnPolicy):
         actions = self.stored(self.memory.actions).long().unsqueeze(2)
         best = self.values.amax(2, keepdim=True)
         gaps = self.values[:-1].gather(2, actions) - best[:-1]
-        return {"returns": self.returns_of(best) + self.config.advantage_learning * gaps}
+        intrinsic, extrinsic = self.rewards()
+        returns = self.returns_of(intrinsic + extrinsic, best.squeeze(2), self.config.discount)
+        return {"returns": returns.unsqueeze(2) + self.config.advantage_learning * gaps}
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the mean squared error of the chosen actions' values, and the signal's loss."""
