@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -49,6 +50,11 @@ class Tracker:
             self.writer.add_scalar(name, value, step)
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **clean}) + "\n")
+
+    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Show images, RGB uint8 (H, W, 3), at an agent step in TensorBoard."""
+        for name, image in images.items():
+            self.writer.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """Show the progress line."""

@@ -17,40 +17,10 @@ from icm.agents.base import Agent
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
+from icm.exploration import Exploration
 from icm.models import NO_ACTION
 from icm.tracking import Tracker
-
-
-class Exploration:
-    """What a run has found so far: cells, levels, and the greatest distance."""
-
-    def __init__(self) -> None:
-        self.cells: set[tuple[int, ...]] = set()
-        self.distance_max = 0.0
-
-    def visit(self, infos: dict[str, Any]) -> None:
-        """Add the cells of one vector step."""
-        if "cell" in infos:
-            self.cells.update(map(tuple, infos["cell"][infos["_cell"]].tolist()))
-
-    def statistics(self) -> dict[str, float]:
-        """The `explore/` metrics; none for an environment without cells."""
-        if not self.cells:
-            return {}
-        return {
-            "explore/cells": len(self.cells),
-            "explore/levels": len({cell[:2] for cell in self.cells}),
-            "explore/distance_max": self.distance_max,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return {"cells": torch.tensor(sorted(self.cells)), "distance_max": self.distance_max}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self.cells = set(map(tuple, state["cells"].tolist()))
-        self.distance_max = state["distance_max"]
+from icm.viz.map import draw_maps
 
 
 class Trainer:
@@ -107,7 +77,7 @@ class Trainer:
         agent, envs = self.agent, self.envs
         n = envs.num_envs
         observations, infos = envs.reset(seed=self.config["seed"] + self.step)
-        self.exploration.visit(infos)
+        self.exploration.visit(self.step, infos, np.zeros(n, bool))
         states = torch.from_numpy(observations)
         previous = torch.full((n,), NO_ACTION)
         reset = torch.zeros(n, dtype=torch.bool)
@@ -141,7 +111,7 @@ class Trainer:
                 reset,
                 torch.from_numpy(life_lost & ~ended),
             )
-            self.exploration.visit(infos)
+            self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos):
                 self._episode(episode)
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
@@ -155,8 +125,9 @@ class Trainer:
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
         if self.unobserved is not None:
-            statistics = self.agent.observe(*self.unobserved)
+            statistics, surprise = self.agent.observe(*self.unobserved)
             self.tracker.add(statistics, statistics.pop("count"))
+            self.exploration.judge(surprise.tolist())
             self.unobserved = None
 
     def _episode(self, episode: dict[str, Any]) -> None:
@@ -216,7 +187,7 @@ class Trainer:
         self.agent.memory.cut()
 
     def save(self) -> None:
-        """Write step_<agent steps>.pt, latest.pt and the replay memory beside them."""
+        """Write step_<agent steps>.pt, latest.pt and the replay memory beside them, and maps."""
         self._observe()
         content = {
             "format": checkpoint.FORMAT,
@@ -232,6 +203,8 @@ class Trainer:
         )
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)
+        maps = draw_maps(self.exploration, self.folder / "maps")
+        self.tracker.images(self.step, {f"map/{name}": image for name, image in maps.items()})
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

@@ -11,13 +11,16 @@ def main(settings: DictConfig) -> None:
     from pathlib import Path
 
     from icm.config import EvaluateConfig, typed
-    from icm.device import resolve_device, share_cores
     from icm.errors import UserError
-    from icm.evaluation import load_agent, rollouts, summary, table
 
     options = typed(settings, EvaluateConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
+
+    # only now, because torch takes its time to import
+    from icm.device import resolve_device, share_cores
+    from icm.evaluation import load_agent, rollouts, summary, table
+
     share_cores()
     device = resolve_device(options.device)
     agent, config, step = load_agent(Path(options.ckpt), device, options.env)

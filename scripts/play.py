@@ -16,14 +16,8 @@ def main(settings: DictConfig) -> None:
     from contextlib import nullcontext
     from pathlib import Path
 
-    import numpy as np
-
     from icm.config import PlayConfig, typed
-    from icm.device import resolve_device, share_cores
-    from icm.envs.wrappers import Env
     from icm.errors import UserError
-    from icm.evaluation import load_agent, play
-    from icm.viz.video import Pace, VideoWriter
 
     options = typed(settings, PlayConfig)
     if options.episodes < 1:
@@ -36,6 +30,14 @@ def main(settings: DictConfig) -> None:
         raise UserError(f"render={render}: must be one of auto, human, video, none")
     if render == "human" and not has_display:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
+
+    # only now, because torch takes its time to import
+    import numpy as np
+
+    from icm.device import resolve_device, share_cores
+    from icm.envs.wrappers import Env
+    from icm.evaluation import load_agent, play
+    from icm.viz.video import Pace, VideoWriter
 
     path = Path(options.ckpt)
     share_cores()

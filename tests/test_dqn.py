@@ -905,8 +905,12 @@ def test_observed_statistics() -> None:
             hits.append(float(logits.index(max(logits)) == int(action)))
             p = step["probabilities"][env].tolist()
             entropies.append(-sum(x * math.log(x) for x in p))
-        found = agent.observe(**step)
+        found, surprised = agent.observe(**step)
         valid = [not r for r in step["reset"].tolist()]
+        real = [v and not r for v, r in zip(valid, step["respawned"].tolist(), strict=True)]
+        assert surprised.tolist() == pytest.approx(
+            [s * is_real for s, is_real in zip(surprises, real, strict=True)], rel=1e-4
+        )
         seen[sum(valid)] = seen.get(sum(valid), 0) + 1
         assert found.pop("count").item() == sum(valid)
         expected = {
@@ -935,7 +939,7 @@ def test_dropout_is_for_the_inverse_model_while_it_learns() -> None:
         losses = agent.update()
         step = Game(3, 8).step()
         agent.load_networks(make_agent().state_dict()["models"])
-        results.append((losses, agent.observe(**step), agent.observe(**step)))
+        results.append((losses, agent.observe(**step)[0], agent.observe(**step)[0]))
     (first, seen, again), (twin, *_), (other, seen_by_other, _) = results
     assert same(first, twin)
     assert first["loss/inverse"] != other["loss/inverse"]
@@ -1052,7 +1056,7 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
             step = game.step()
             actions, probabilities, _ = agent.act(step["states"], step["previous"], 15_000)
             step |= {"probabilities": probabilities, "actions": actions}
-            history.append(agent.observe(**step) | {"actions": step["actions"]})
+            history.append(agent.observe(**step)[0] | {"actions": step["actions"]})
         histories.append(history)
     for place, (one, other) in enumerate(zip(*histories, strict=True)):
         assert same(one, other), place

@@ -60,7 +60,7 @@ def test_all_four_games_give_states_cells_and_progress(env_id: str) -> None:
     assert state.shape == (4, 42, 42)
     assert state.dtype == np.uint8
     assert state.std() > 5  # a picture, not a blank
-    assert info["cell"].shape == (4,)
+    assert info["cell"].shape == (5,)
     states = [env.step(RIGHT)[0] for _ in range(12)]
     assert any((states[0] != other).any() for other in states[1:])
     env.close()
@@ -289,7 +289,7 @@ def test_vector_environments_equal_single_ones_and_reset_on_the_next_step() -> N
     vector_states, infos = envs.reset(seed=3)
     state, _ = single.reset(seed=4)  # the second environment's seed
     assert (vector_states[1] == state).all()
-    assert infos["cell"].shape == (2, 4)
+    assert infos["cell"].shape == (2, 5)
     ended = False
     for step in range(1, 8):
         vector_states, _, _, truncated, infos = envs.step(np.array([0, 0]))

@@ -241,7 +241,7 @@ def test_a_new_life_surprises_nobody(name: str) -> None:
         for t in range(9):
             step = game.step() | {"values": torch.zeros(3, 1)}
             step["respawned"] = torch.tensor([respawned and t % 2 == 0] * 3)
-            statistics = agent.observe(**step)
+            statistics, _ = agent.observe(**step)
             assert (statistics["reward/intrinsic"] == 0) == (respawned and t % 2 == 0)
         torch.manual_seed(0)
         losses.append(agent.update())
@@ -397,7 +397,7 @@ def test_every_learner_with_every_signal(name: str, signal: str) -> None:
     fixed = {"icm": set(), "none": set()}.get(signal, {"phi"}) | {"input_norm", "novelty_phi"}
     for key, network in agent.networks.items():
         assert same(weights(network), before[key]) == (key in fixed), key
-    statistics = agent.observe(**Game(3, 1).step())
+    statistics, _ = agent.observe(**Game(3, 1).step())
     assert ("icm/inverse_accuracy" in statistics) == (signal == "icm")
     assert (statistics["reward/intrinsic"] > 0) == (signal != "none")
 

@@ -51,6 +51,9 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
         "speed/update_share",
     ):
         assert name in lines[-1], name
+    height, width, _ = imageio.imread(trained / "maps" / "1-1.png").shape
+    assert height > 800
+    assert width > 600
     names = sorted(path.name for path in (trained / "checkpoints").iterdir())
     assert names == ["latest.pt", "replay.pt", "step_000000096.pt"]
 
@@ -65,6 +68,10 @@ def test_tensorboard_has_the_same_numbers_as_metrics_jsonl(trained: Path) -> Non
             if name != "step":
                 points = {e.step: e.value for e in events.Scalars(name)}
                 assert points[int(line["step"])] == pytest.approx(value, rel=1e-5)
+    (shown,) = events.Images("map/1-1")
+    assert shown.step == 96
+    image = imageio.imread(shown.encoded_image_string)
+    assert (image == imageio.imread(trained / "maps" / "1-1.png")).all()
 
 
 def test_checkpoints_hold_plain_data_under_the_documented_keys(trained: Path) -> None:
@@ -108,6 +115,9 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     assert after["step"] == 160
     assert after["agent"]["updates"] == before["agent"]["updates"] + 64 // 8
     assert after["curiosity"]["scale"]["weight"] > before["curiosity"]["scale"]["weight"]
+    visits = [content["exploration"]["visits"][:, 1].sum() for content in (before, after)]
+    assert visits[1] == visits[0] + 64 + 1  # one environment, which was reset
+    assert after["exploration"]["pictures"].keys() == before["exploration"]["pictures"].keys()
     # settings of the checkpoint, not the defaults, but for what was overridden
     assert after["config"]["env"]["num_envs"] == 1
     assert after["config"]["total_steps"] == 160

@@ -55,11 +55,14 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def play(envs: Any) -> list[Any]:
-    """All that 12 steps give."""
+    """All that 12 steps give, but for scenery, which Gymnasium would pass on one by one."""
     results = [envs.reset(seed=5)]
     rng = np.random.default_rng(0)
     results += [envs.step(rng.integers(0, 12, 3)) for _ in range(12)]
     envs.close()
+    for *_, infos in results:
+        for key in ("scenery", "_scenery"):
+            infos.pop(key, None)
     return results
 
 
@@ -104,6 +107,17 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert_equal(play(envs), expected)
     assert envs._balance.rows[0] == []
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
+
+
+def test_scenery_is_passed_on_once() -> None:
+    with vector_env() as envs:
+        envs.reset(seed=5)
+        steps = [envs.step(np.array([3, 3, 3]))[-1]["scenery"] for _ in range(5)]
+    seen = [scenery for scenery in steps if scenery]
+    assert len(seen) == 1  # what the first screen shows, and there is nothing new so soon
+    assert [(place[:2], block, strip.shape) for place, block, strip in seen[0]] == [
+        ((1, 1), 0, (208, 256, 3))
+    ] * 3
 
 
 def test_an_unseeded_reset_goes_on_with_the_seeds() -> None:

@@ -226,7 +226,7 @@ class Agent(ABC):
         truncated: Tensor,
         reset: Tensor,
         respawned: Tensor,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Store one step of every environment, and judge the signal on it before it learns from it.
 
         A transition seen here was never trained on, so its inverse loss is a held-out one.
@@ -240,7 +240,8 @@ class Agent(ABC):
                 consequence of the action, so that its surprise is neither rewarded nor learned.
 
         Returns:
-            sums over the valid transitions of each statistic, and their number `count`.
+            sums over the valid transitions of each statistic, and their number `count`; and the
+            surprise of each transition, (num_envs,) on the CPU, 0 where it is none.
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
@@ -272,7 +273,7 @@ class Agent(ABC):
             per_env["icm/inverse_accuracy"] = hits.float()
             per_env["icm/inverse_heldout"] = errors.inverse.cpu()
         sums = {name: (value * valid).sum() for name, value in per_env.items()}
-        return {**sums, "count": valid.sum()}
+        return {**sums, "count": valid.sum()}, surprise * (valid & ~respawned)
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
         """Keep one step of every environment: arguments of `Replay.add`, values, raw rewards."""

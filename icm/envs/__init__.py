@@ -24,7 +24,15 @@ from nes_py.wrappers import JoypadSpace
 from icm.config import EnvConfig
 from icm.envs.cores import find_core
 from icm.envs.libretro import OnLibretro, nes_game, on_libretro
-from icm.envs.mario import ACTION_SETS, LeanGame, MarioProgress, Screen, StuckLimit, lean
+from icm.envs.mario import (
+    ACTION_SETS,
+    LeanGame,
+    MarioProgress,
+    Scenery,
+    Screen,
+    StuckLimit,
+    lean,
+)
 from icm.envs.vector import WorkerVectorEnv
 from icm.envs.wrappers import (
     ActionRepeat,
@@ -47,8 +55,8 @@ def make_env(
 ) -> Env:
     """Build one environment whose observations are states, uint8 (frame_stack, size, size).
 
-    `info` has `cell` and `life_lost` (Mario games) at every step and `episode` at the last one, see
-    `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario.MarioProgress`.
+    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` where there is some and
+    `episode` at the last one, see `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario`.
 
     Args:
         config: the settings.
@@ -73,7 +81,7 @@ def make_env(
     draw = game.draw if isinstance(game, OnLibretro) and render_mode is None else None
     env = ActionRepeat(env, config.action_repeat, on_frame, draw)
     if is_mario:
-        env = Screen(env)
+        env = Scenery(Screen(env))
         if config.stuck_steps:
             env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
         env = MarioProgress(env)
@@ -89,7 +97,7 @@ def make_env(
         order_enforce=False,
         disable_env_checker=True,
     )
-    return AgentView(EpisodeStatistics(env), ("cell", "life_lost", "episode"), spec)
+    return AgentView(EpisodeStatistics(env), ("cell", "life_lost", "scenery", "episode"), spec)
 
 
 def make_vector_env(config: EnvConfig, busy_cores: int = 0) -> WorkerVectorEnv:

@@ -1,11 +1,12 @@
 """Super Mario Bros.: button sets, cheap frames, and what counts as progress, for all four games."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gym_super_mario_bros.actions import COMPLEX_MOVEMENT, RIGHT_ONLY, SIMPLE_MOVEMENT
+from gym_super_mario_bros.smb_env import SuperMarioBrosEnv
 from gymnasium.envs.registration import EnvSpec
 from nes_py import NESEnv
 from nes_py.nes_env import OBSERVATION_MODE_RGB_ARRAY_CONTIGUOUS, SCREEN_SHAPE_24_BIT
@@ -15,10 +16,23 @@ from icm.envs.wrappers import Env
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
 CELL = 16  # pixels; the games are built of 16x16 blocks
+STATUS_BAR = 32  # rows of the screen that show score and time
+
+
+class Camera(NamedTuple):
+    """What a screen shows: from which column on, in pixels, of which area of the level.
+
+    An area is a part of a level that is loaded at once, such as a room below a pipe.
+    """
+
+    area: int
+    left: int
 
 
 class Progress:
     """Where an episode has been."""
+
+    cameras: tuple[Camera | None, Camera | None] = (None, None)  # of the last two frames
 
     def __init__(self) -> None:
         self.best_x: dict[tuple[int, int], int] = {}  # per level (world, stage), as first seen
@@ -51,6 +65,7 @@ class LeanGame(NESEnv):
     """
 
     is_clear: bool  # the game's own property, see `lean`
+    camera: Camera | None  # None where it is not known
 
     def _ram_buffer(self) -> memoryview:
         return memoryview(super()._ram_buffer())
@@ -61,16 +76,25 @@ class LeanGame(NESEnv):
 
     def _get_info(self) -> dict[str, Any]:
         level = self._world, self._stage
-        self.progress.note(level, self._x_position, self._y_position, self.is_clear, self._life)
-        return {"progress": self.progress}
+        progress = self.progress
+        progress.note(level, self._x_position, self._y_position, self.is_clear, self._life)
+        progress.cameras = progress.cameras[1], self.camera
+        return {"progress": progress}
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
     """The specification of a game of gym-super-mario-bros with cheap frames, see `LeanGame`."""
     # what is info["clear"] in its info
-    clear = getattr(game, "_flag_get", None) or game._is_level_complete
-    maker: Any = type(game.__name__, (LeanGame, game), {"is_clear": clear})
+    own: dict[str, Any] = {"is_clear": getattr(game, "_flag_get", None) or game._is_level_complete}
+    own["camera"] = property(_smb_camera) if issubclass(game, SuperMarioBrosEnv) else None
+    maker: Any = type(game.__name__, (LeanGame, game), own)
     return replace(spec, entry_point=maker)
+
+
+def _smb_camera(game: Any) -> Camera:
+    """In Super Mario Bros. and Lost Levels: type and number of the area; edge of the screen."""
+    ram = game.ram
+    return Camera(32 * ram[0x74E] + ram[0x74F], 256 * ram[0x71A] + ram[0x71C])
 
 
 class Screen(gym.ObservationWrapper[Any, Any, Any]):
@@ -97,7 +121,7 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         flag: whether a flag (or another end of a level) was reached;
         levels_passed: how many were;
         levels: names of the levels seen, in order, joined by a space.
-    cell: int (4,): world, stage, x // 16, y // 16.
+    cell: int (5,): world, stage, area (0 where it is not known), x // 16, y // 16.
     life_lost: whether one was, in this step.
     """
 
@@ -110,12 +134,15 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> Any:
         """Step and describe."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated, truncated, self._describe(info["progress"])
+        info |= self._describe(info.pop("progress"))
+        return observation, reward, terminated, truncated, info
 
     def _describe(self, progress: Progress) -> dict[str, Any]:
         life_lost = progress.deaths > self.deaths
         self.deaths = progress.deaths
-        cell = (*progress.level, progress.x // CELL, progress.y // CELL)
+        camera = progress.cameras[1]
+        area = camera.area if camera else 0
+        cell = (*progress.level, area, progress.x // CELL, progress.y // CELL)
         return {
             "game_progress": {
                 "distance": sum(progress.best_x.values()),
@@ -126,6 +153,34 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
             "cell": np.array(cell, dtype=np.int32),
             "life_lost": life_lost,
         }
+
+
+class Scenery(gym.Wrapper[Any, Any, Any, Any]):
+    """Cuts out of the screen what of a level it shows for the first time in this environment.
+
+    `info["scenery"]`, where there is something: the place (world, stage, area), the first column in
+    blocks of 16 pixels, and the picture, uint8 (208, width, 3), a copy.
+    """
+
+    def __init__(self, env: Env) -> None:
+        super().__init__(env)
+        self.known: dict[tuple[int, int, int], set[int]] = {}  # blocks of each place
+
+    def step(self, action: Any) -> Any:
+        """Step and cut out."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        progress: Progress = info["progress"]
+        # the picture is of the frame before: the game draws what it has computed one frame later
+        camera, now = progress.cameras
+        if camera and now and camera.area == now.area and 0 <= now.left - camera.left < CELL:
+            place = (*progress.level, camera.area)
+            known = self.known.setdefault(place, set())
+            shown = range(-(-camera.left // CELL), (camera.left + observation.shape[1]) // CELL)
+            if new := [block for block in shown if block not in known]:
+                known.update(new)
+                first, last = new[0] * CELL - camera.left, (new[-1] + 1) * CELL - camera.left
+                info["scenery"] = place, new[0], observation[STATUS_BAR:, first:last].copy()
+        return observation, reward, terminated, truncated, info
 
 
 class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):

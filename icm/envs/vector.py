@@ -34,7 +34,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """Environments in worker processes, some of them in each.
 
     States, actions, rewards, ends and cells lie in memory shared with the workers; what else goes
-    to and fro in a step is one short message per worker, with the statistics of ended episodes.
+    to and fro in a step is one short message per worker, with the statistics of ended episodes and
+    pictures of places that are new.
 
     A caller that computes between `step_async` and `step_wait` needs a core for that. Workers for
     which none is left are `late`: they step in `step_wait`, where the caller's core is free, and
@@ -43,7 +44,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     actions, not on the process that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
-    environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would.
+    environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
+    `scenery` as a list of all there is.
 
     Workers are new Python processes, because a fork of a process with the threads of torch may
     hang. They import the main module, which has to do its work under `if __name__ == "__main__"`.
@@ -82,7 +84,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ("opening", (), np.bool),  # whether the next step begins an episode
             ("terminated", (), np.bool),
             ("truncated", (), np.bool),
-            ("cells", (4,), np.int32),
+            ("cells", (5,), np.int32),
             ("life_lost", (), np.bool_),
             ("has_cell", (), np.bool),
         ):
@@ -148,7 +150,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         lead = time.perf_counter() - self._started
         self._send(self._balance.late)
-        episodes, seconds = self._receive()
+        episodes, scenery, seconds = self._receive()
         self._balance.measured(lead, seconds)
         infos: dict[str, Any] = {}
         if self._arrays["has_cell"].any():
@@ -157,6 +159,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos |= {"life_lost": self._arrays["life_lost"].copy(), "_life_lost": present.copy()}
         for row, episode in episodes:
             infos = self._add_info(infos, {"episode": episode}, row)
+        infos["scenery"] = scenery
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
@@ -182,9 +185,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             with suppress(ConnectionError):  # of a dead worker: `_receive` says why
                 self._pipes[worker].send((set(self._balance.rows[worker]), self._options))
 
-    def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[float]]:
-        """The ended episodes (number of the environment, statistics); seconds of each worker."""
-        episodes, seconds = [], []
+    def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
+        """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
+        episodes, scenery, seconds = [], [], []
         for number, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
             try:
                 answer = pipe.recv()
@@ -195,8 +198,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 self.close()
                 raise RuntimeError(f"worker {number} of the environments failed:\n{answer}")
             episodes += answer[0]
-            seconds.append(answer[1])
-        return episodes, seconds
+            scenery += answer[1]
+            seconds.append(answer[2])
+        return episodes, scenery, seconds
 
 
 def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
@@ -245,16 +249,17 @@ def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
 def _serve(pipe: Connection, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
     envs: dict[int, Env] = {}
     episodes: list[tuple[int, dict[str, Any]]] = []
+    scenery: list[Any] = []
     start = time.perf_counter()
     while True:
-        pipe.send((episodes, time.perf_counter() - start))
+        pipe.send((episodes, scenery, time.perf_counter() - start))
         rows, options = pipe.recv()  # which to step: some may be new, others gone
         start = time.perf_counter()
         for row in envs.keys() - rows:
             envs.pop(row).close()
         for row in rows - envs.keys():
             envs[row] = make()
-        episodes = []
+        episodes, scenery = [], []
         for row, env in envs.items():
             reward: Any = 0.0
             terminated = truncated = False
@@ -271,5 +276,7 @@ def _serve(pipe: Connection, make: Callable[[], Env], arrays: dict[str, np.ndarr
             if "cell" in info:
                 arrays["cells"][row] = info["cell"]
                 arrays["life_lost"][row] = info["life_lost"]
+            if "scenery" in info:
+                scenery.append(info["scenery"])
             if "episode" in info:
                 episodes.append((row, info["episode"]))

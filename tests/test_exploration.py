@@ -1,0 +1,112 @@
+"""What a run has found: cells, pictures of places, and keeping them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import settings
+
+from icm import checkpoint
+from icm.envs import make_env
+from icm.exploration import BLOCK, Exploration, Picture
+
+
+def infos(*cells: tuple[int, ...], present: tuple[bool, ...] | None = None) -> dict[str, Any]:
+    has = np.ones(len(cells), bool) if present is None else np.array(present)
+    return {"cell": np.array(cells, np.int32), "_cell": has}
+
+
+def test_cells_know_what_happened_in_them() -> None:
+    found = Exploration()
+    here, there, other = (1, 1, 37, 2, 4), (1, 1, 37, 3, 4), (1, 2, 0, 3, 4)
+    assert found.statistics() == {}
+    found.visit(0, infos(here, here), np.array([False, False]))
+    found.visit(32, infos(there, here), np.array([False, False]))
+    found.judge([2.0, 0.5])
+    # the life that ends here was lost there, and goes on elsewhere
+    found.visit(64, infos(here, other), np.array([True, False]))
+    found.judge([0.0, 1.0])
+    assert found.statistics() == {
+        "explore/cells": 3,
+        "explore/levels": 2,
+        "explore/distance_max": 0.0,
+    }
+    at = {cell: vars(visits) for cell, visits in found.cells.items()}
+    assert at[here] == {"first": 0, "count": 4, "ends": 0, "surprise": 0.5}
+    assert at[there] == {"first": 32, "count": 1, "ends": 1, "surprise": 2.0}
+    assert at[other] == {"first": 64, "count": 1, "ends": 0, "surprise": 1.0}
+
+
+def test_an_environment_without_cells_has_none() -> None:
+    found = Exploration()
+    found.visit(0, {}, np.array([False, False]))
+    found.judge([1.0, 1.0])
+    found.visit(32, infos((1, 1, 0, 2, 4), (0, 0, 0, 0, 0), present=(True, False)), np.zeros(2))
+    found.judge([1.0, 1.0])
+    assert list(found.cells) == [(1, 1, 0, 2, 4)]
+
+
+def test_a_picture_grows_and_keeps_what_it_shows() -> None:
+    picture = Picture()
+    strips = [np.full((8, 2 * BLOCK, 3), value, np.uint8) for value in (10, 20, 30)]
+    picture.add(3, strips[0])
+    picture.add(4, strips[1])
+    picture.add(0, strips[2])
+    columns = picture.pixels[0, ::BLOCK, 0].tolist()
+    assert columns == [30, 30, 0, 10, 10, 20]
+    assert picture.known.tolist() == [True, True, False, True, True, True]
+
+
+def explored(emulator: str = "nes_py", steps: int = 60) -> Exploration:
+    """What an agent sees that runs to the right, and jumps every now and then."""
+    env = make_env(settings("env.noop_max=0", f"env.emulator={emulator}").env)
+    found = Exploration()
+    env.reset(seed=1)
+    for step in range(steps):
+        _, _, terminated, _, info = env.step(4 if step % 8 < 5 else 3)
+        several = {"cell": info["cell"][None], "_cell": np.ones(1, bool)}
+        several["scenery"] = [info["scenery"]] if "scenery" in info else []
+        found.visit(step, several, np.array([terminated]))
+        if terminated:
+            break
+    env.close()
+    return found
+
+
+def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
+    found = explored()
+    ((place, picture),) = found.pictures.items()
+    assert place[:2] == (1, 1)
+    assert {cell[:3] for cell in found.cells} == {place}
+    reached = max(cell[3] for cell in found.cells)
+    assert picture.known.all()
+    assert len(picture.known) >= reached + 8
+    assert picture.pixels.shape == (208, len(picture.known) * BLOCK, 3)
+    # strips fit each other: the ground is the same in all blocks where nobody stands
+    ground = picture.pixels[-BLOCK:].reshape(BLOCK, -1, BLOCK, 3).swapaxes(0, 1)
+    assert (ground == ground[0]).all()
+    # and so are the first bricks, in blocks 20, 22 and 24, which came into sight one by one
+    bricks = picture.pixels[7 * BLOCK : 8 * BLOCK].reshape(BLOCK, -1, BLOCK, 3).swapaxes(0, 1)
+    assert (bricks[20] == bricks[22]).all()
+    assert (bricks[20] == bricks[24]).all()
+    assert (bricks[20] != bricks[19]).any()
+
+
+def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
+    found = explored(steps=20)
+    found.judge([0.25])
+    found.distance_max = 123.0
+    checkpoint.save(tmp_path / "state.pt", {"exploration": found.state_dict()})
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["exploration"]
+    again = Exploration()
+    again.load_state_dict(state)
+    assert again.cells == found.cells
+    assert again.distance_max == 123.0
+    assert again.pictures.keys() == found.pictures.keys()
+    for place, picture in found.pictures.items():
+        assert (again.pictures[place].pixels == picture.pixels).all()
+        assert (again.pictures[place].known == picture.known).all()
+    empty = Exploration()
+    empty.load_state_dict(Exploration().state_dict())
+    assert not empty.cells
