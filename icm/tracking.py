@@ -2,14 +2,54 @@
 
 import json
 import math
+import shlex
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
+
+
+def _lines(*names: str) -> list[Any]:
+    return ["Multiline", list(names)]
+
+
+LAYOUT = {
+    "Does it explore?": {
+        "distance of an episode, pixels": _lines("episode/distance"),
+        "cells discovered": _lines("explore/cells"),
+        "levels discovered": _lines("explore/levels"),
+        "share of episodes at a flag": _lines("episode/flag"),
+    },
+    "Does its curiosity learn?": {
+        "inverse gain, nats": _lines("icm/inverse_gain"),
+        "entropy of the policy and loss of the inverse model": _lines(
+            "policy/entropy", "icm/inverse_heldout", "loss/inverse"
+        ),
+        "loss of the forward model": _lines("loss/forward"),
+        "intrinsic reward per agent step": _lines("reward/intrinsic"),
+    },
+    "Does the learner learn?": {
+        "loss of policy or action values": _lines("loss/policy", "loss/q"),
+        "loss of values": _lines("loss/value"),
+        "mean value": _lines("value/mean", "q/mean"),
+        "divergence of the policy per update": _lines("policy/kl"),
+    },
+    "Is it fast?": {
+        "agent steps per second": _lines("speed/agent_steps_per_s"),
+        "shares of the time": _lines(
+            "speed/act_share", "speed/observe_share", "speed/update_share", "speed/wait_share"
+        ),
+    },
+}
+"""What TensorBoard shows under *Custom Scalars*: the questions of someone who watches a run."""
 
 
 class Tracker:
@@ -18,18 +58,48 @@ class Tracker:
     Args:
         folder: the run folder.
         step: agent steps already done.
-        total_steps: agent steps of the whole run.
+        config: all settings, plain containers.
     """
 
-    def __init__(self, folder: Path, step: int, total_steps: int) -> None:
+    def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step or None)
+        self.writer.add_custom_scalars(LAYOUT)
+        self._describe(step, config)
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, float | Tensor] = defaultdict(float)
         # None: quiet unless stderr is a terminal
         self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
+            total=config["total_steps"],
+            initial=step,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
         )
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def _describe(self, step: int, config: dict[str, Any]) -> None:
+        """Say in TensorBoard what this run is: the command, every setting, hyperparameters."""
+        for name, text, kind in (
+            ("command", shlex.join(["python", *sys.argv]), "bash"),
+            ("settings", OmegaConf.to_yaml(OmegaConf.create(config)), "yaml"),
+        ):
+            self.writer.add_text(f"run/{name}", f"```{kind}\n{text}\n```", step)
+        flat = {
+            f"{group}.{name}" if group else name: value
+            for group, settings in {"": config, **config}.items()
+            if isinstance(settings, dict)
+            for name, value in settings.items()
+            if isinstance(value, bool | int | float | str)
+        }
+        metrics = dict.fromkeys(("episode/distance", "explore/cells", "icm/inverse_gain"))
+        writer = self.writer._get_file_writer()
+        for summary in hparams(flat, metrics):  # in this run, not in one of its own below it
+            writer.add_summary(summary)
+
+    def collect(self, name: str, values: Tensor) -> None:
+        """Keep values, any shape, for a histogram of the log interval."""
+        self.values[name].append(values)
 
     def add(self, metrics: dict[str, Any], count: float | Tensor = 1.0) -> None:
         """Add sums over `count` samples; tensors stay where they are until `write`."""
@@ -45,9 +115,15 @@ class Tracker:
         return result
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one log interval at an agent step; numbers that are not finite become null."""
+        """Write one log interval at an agent step, and histograms of what was collected.
+
+        In metrics.jsonl numbers that are not finite become null.
+        """
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+        for name, values in self.values.items():
+            self.writer.add_histogram(name, torch.cat(values), step)
+        self.values.clear()
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.file.write(json.dumps({"step": step, **clean}) + "\n")
 

@@ -44,7 +44,7 @@ class Trainer:
         self.step = 0
         self.exploration = Exploration()
         self.stopped_by: int | None = None
-        self.unobserved: tuple[Tensor, ...] | None = None  # arguments of the agent's `observe`
+        self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
         """Train from the current step to `total_steps`, or until a signal asks to stop.
@@ -54,7 +54,7 @@ class Trainer:
         """
         total, log_every = self.config["total_steps"], self.config["log"]["every"]
         save_every = self.config["checkpoint"]["every"]
-        self.tracker = Tracker(self.folder, self.step, total)
+        self.tracker = Tracker(self.folder, self.step, self.config)
         try:
             with self._stopping_on_signals():
                 clock = Clock(self.step)
@@ -97,20 +97,20 @@ class Trainer:
             next_states = torch.from_numpy(observations)
             life_lost = infos.get("life_lost", np.zeros(n, dtype=bool))
             ended = terminated | truncated
-            self.unobserved = (
-                states,
-                previous,
-                probabilities,
-                values,
-                actions,
-                next_states,
-                torch.from_numpy(rewards).float(),
+            self.unobserved = {
+                "states": states,
+                "previous": previous,
+                "probabilities": probabilities,
+                "values": values,
+                "actions": actions,
+                "next_states": next_states,
+                "rewards": torch.from_numpy(rewards).float(),
                 # a life lost is a death like that which ends an episode
-                torch.from_numpy(terminated | life_lost),
-                torch.from_numpy(truncated),
-                reset,
-                torch.from_numpy(life_lost & ~ended),
-            )
+                "terminated": torch.from_numpy(terminated | life_lost),
+                "truncated": torch.from_numpy(truncated),
+                "reset": reset,
+                "respawned": torch.from_numpy(life_lost & ~ended),
+            }
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos):
                 self._episode(episode)
@@ -125,9 +125,12 @@ class Trainer:
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
         if self.unobserved is not None:
-            statistics, surprise = self.agent.observe(*self.unobserved)
+            statistics, surprise = self.agent.observe(**self.unobserved)
             self.tracker.add(statistics, statistics.pop("count"))
             self.exploration.judge(surprise.tolist())
+            chosen = ~self.unobserved["reset"]
+            self.tracker.collect("curiosity/surprise", surprise[chosen])
+            self.tracker.collect("policy/actions", self.unobserved["actions"][chosen])
             self.unobserved = None
 
     def _episode(self, episode: dict[str, Any]) -> None:

@@ -61,13 +61,22 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
 def test_tensorboard_has_the_same_numbers_as_metrics_jsonl(trained: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained))
+    events = EventAccumulator(str(trained), size_guidance={"histograms": 0})
     events.Reload()
     for line in metrics_of(trained):
         for name, value in line.items():
             if name != "step":
                 points = {e.step: e.value for e in events.Scalars(name)}
                 assert points[int(line["step"])] == pytest.approx(value, rel=1e-5)
+    for name in ("curiosity/surprise", "policy/actions"):
+        seen = [event.histogram_value.num for event in events.Histograms(name)]
+        assert len(seen) == 3
+        assert 90 <= sum(seen) <= 96  # an episode's last state has no action
+    text = events.Tensors("run/command/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "train.py agent=dqn" in text
+    text = events.Tensors("run/settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "warmup_steps: 32" in text
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
     (shown,) = events.Images("map/1-1")
     assert shown.step == 96
     image = imageio.imread(shown.encoded_image_string)
