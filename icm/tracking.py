@@ -16,40 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-
-def _lines(*names: str) -> list[Any]:
-    return ["Multiline", list(names)]
-
-
-LAYOUT = {
-    "Does it explore?": {
-        "distance of an episode, pixels": _lines("episode/distance"),
-        "cells discovered": _lines("explore/cells"),
-        "levels discovered": _lines("explore/levels"),
-        "share of episodes at a flag": _lines("episode/flag"),
-    },
-    "Does its curiosity learn?": {
-        "inverse gain, nats": _lines("icm/inverse_gain"),
-        "entropy of the policy and loss of the inverse model": _lines(
-            "policy/entropy", "icm/inverse_heldout", "loss/inverse"
-        ),
-        "loss of the forward model": _lines("loss/forward"),
-        "intrinsic reward per agent step": _lines("reward/intrinsic"),
-    },
-    "Does the learner learn?": {
-        "loss of policy or action values": _lines("loss/policy", "loss/q"),
-        "loss of values": _lines("loss/value"),
-        "mean value": _lines("value/mean", "q/mean"),
-        "divergence of the policy per update": _lines("policy/kl"),
-    },
-    "Is it fast?": {
-        "agent steps per second": _lines("speed/agent_steps_per_s"),
-        "shares of the time": _lines(
-            "speed/act_share", "speed/observe_share", "speed/update_share", "speed/wait_share"
-        ),
-    },
-}
-"""What TensorBoard shows under *Custom Scalars*: the questions of someone who watches a run."""
+from icm.viz.charts import CHARTS
 
 
 class Tracker:
@@ -63,7 +30,12 @@ class Tracker:
 
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=step or None)
-        self.writer.add_custom_scalars(LAYOUT)
+        self.writer.add_custom_scalars(
+            {
+                question: {title: ["Multiline", list(names)] for title, names in charts.items()}
+                for question, charts in CHARTS.items()
+            }
+        )
         self._describe(step, config)
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
@@ -77,6 +49,7 @@ class Tracker:
             dynamic_ncols=True,
         )
         self.values: dict[str, list[Tensor]] = defaultdict(list)
+        self.rows: list[dict[str, Any]] = []  # the lines of metrics.jsonl
 
     def _describe(self, step: int, config: dict[str, Any]) -> None:
         """Say in TensorBoard what this run is: the command, every setting, hyperparameters."""
@@ -125,7 +98,8 @@ class Tracker:
             self.writer.add_histogram(name, torch.cat(values), step)
         self.values.clear()
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.rows.append({"step": step, **clean})
+        self.file.write(json.dumps(self.rows[-1]) + "\n")
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Show images, RGB uint8 (H, W, 3), at an agent step in TensorBoard."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from icm import checkpoint
@@ -21,6 +22,7 @@ from icm.exploration import Exploration
 from icm.models import NO_ACTION
 from icm.tracking import Tracker
 from icm.viz.map import draw_maps
+from icm.viz.report import Run, write_report
 
 
 class Trainer:
@@ -208,6 +210,9 @@ class Trainer:
             checkpoint.save(checkpoints / name, content)
         maps = draw_maps(self.exploration, self.folder / "maps")
         self.tracker.images(self.step, {f"map/{name}": image for name, image in maps.items()})
+        if self.tracker.rows:
+            run = Run(self.folder, OmegaConf.create(self.config), self.tracker.rows)
+            write_report([run], self.folder / "report.html")
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

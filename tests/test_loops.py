@@ -27,10 +27,9 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
     agent, seen = make_agent(), []
     observe = agent.observe
 
-    def watch(states: Tensor, previous: Tensor, *rest: Tensor) -> Any:
-        _, _, actions, _, _, _, _, reset, _ = rest
-        seen.append((int(previous), int(actions), bool(reset)))
-        return observe(states, previous, *rest)
+    def watch(**step: Tensor) -> Any:
+        seen.append((int(step["previous"]), int(step["actions"]), bool(step["reset"])))
+        return observe(**step)
 
     monkeypatch.setattr(agent, "observe", watch)
     envs = make_vector_env(CONFIG.env)

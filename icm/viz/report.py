@@ -1,0 +1,218 @@
+"""A report of runs as one HTML file that needs no network: words, curves, maps, settings."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from icm.checkpoint import write_whole
+from icm.errors import UserError
+from icm.viz.charts import CHARTS
+
+COLOURS = ("#1f4e8c", "#c8641b", "#3a9158", "#a03070", "#6b6b6b", "#b59a00")
+TEMPLATE = jinja2.Environment(
+    loader=jinja2.PackageLoader("icm", "viz"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).get_template("report.html.jinja")
+SMOOTH = 5  # log intervals on either side
+SVG_METADATA = ("Creator", "Date", "Format", "Type")  # left out: they name addresses
+PACKAGES = ("torch", "gymnasium", "gym-super-mario-bros", "nes-py", "numpy")
+
+
+@dataclass
+class Run:
+    """A run folder, its settings and its log intervals, in order."""
+
+    folder: Path
+    settings: DictConfig
+    rows: list[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def kind(self) -> str:
+        """Its settings without what runs of one kind may differ in."""
+        settings = OmegaConf.to_container(self.settings)
+        assert isinstance(settings, dict)
+        return json.dumps({k: v for k, v in settings.items() if k not in ("seed", "resume")})
+
+    def values(self, metric: str) -> np.ndarray:
+        """A metric at every log interval, nan where there is none."""
+        given = [row.get(metric) for row in self.rows]
+        return np.array([np.nan if value is None else value for value in given], dtype=float)
+
+    @cached_property
+    def minutes(self) -> np.ndarray:
+        """Time since the start of the run, or since it was resumed, at every log interval."""
+        steps = np.diff(self.values("step"), prepend=np.nan)
+        speed = self.values("speed/agent_steps_per_s")
+        steps[0] = self.rows[0]["step"] if self.settings.resume is None else 0
+        return np.cumsum(steps / speed) / 60
+
+    def facts(self) -> dict[str, str]:
+        """What happened, in a few words each."""
+        step = int(self.rows[-1]["step"])
+        latest = slice(-max(1, len(self.rows) // 10), None)
+        facts = {
+            "agent": f"{self.settings.agent.name} with {self.settings.curiosity.name}, "
+            f"seed {self.settings.seed}",
+            "game": str(self.settings.env.id),
+            "agent steps": f"{thousands(step)} of {thousands(self.settings.total_steps)}",
+            "time": f"{self.minutes[-1]:.0f} minutes",
+        }
+        distance = self.values("episode/distance")
+        if not np.isnan(distance[latest]).all():
+            facts["distance of an episode, last tenth"] = (
+                f"{np.nanmean(distance[latest]):.0f} pixels"
+            )
+        if "explore/cells" in self.rows[-1]:
+            facts["farthest"] = f"{self.rows[-1]['explore/distance_max']:.0f} pixels"
+            facts["discovered"] = (
+                f"{self.rows[-1]['explore/cells']:.0f} cells in "
+                f"{self.rows[-1]['explore/levels']:.0f} level(s)"
+            )
+        at_flag = np.flatnonzero(np.nan_to_num(self.values("episode/flag")))
+        if len(at_flag):
+            first = int(self.rows[at_flag[0]]["step"])
+            facts["first flag"] = (
+                f"after {thousands(first)} agent steps, {self.minutes[at_flag[0]]:.1f} minutes"
+            )
+        gain = self.values("icm/inverse_gain")
+        if not np.isnan(gain[latest]).all():
+            facts["inverse gain, last tenth"] = f"{np.nanmean(gain[latest]):.2f} nats"
+        return facts
+
+
+def thousands(number: int) -> str:
+    """A number whose digits stand in groups of three."""
+    return f"{number:,}".replace(",", " ")
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is none, or nothing has been logged there.
+    """
+    try:
+        settings = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
+    if not lines:
+        raise UserError(f"{folder}: nothing has been logged there yet")
+    assert isinstance(settings, DictConfig)
+    return Run(folder, settings, [json.loads(line) for line in lines])
+
+
+def write_report(runs: list[Run], out: Path) -> None:
+    """Write the report of one run, or one that compares several.
+
+    Runs that differ in their seed alone are drawn as one curve with a band of ± one standard error.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(run.kind, []).append(run)
+    single = runs[0] if len(runs) == 1 else None
+    page = TEMPLATE.render(
+        title=single.name if single else f"{len(runs)} runs",
+        runs=[(run.name, run.facts()) for run in runs],
+        facts=list(dict.fromkeys(name for run in runs for name in run.facts())),
+        charts=list(_charts(list(kinds.values()))),
+        maps=list(_maps(single.folder)) if single else [],
+        settings=OmegaConf.to_yaml(single.settings) if single else None,
+        checkpoint=single.folder / "checkpoints" / "latest.pt" if single else None,
+        versions={name: version(name) for name in PACKAGES},
+    )
+    write_whole(out, lambda file: file.write(page.encode()))
+
+
+def _charts(kinds: list[list[Run]]) -> Iterator[tuple[str, str]]:
+    """A question and the SVG of its charts, for each question."""
+    for question, charts in CHARTS.items():
+        known = {
+            title: names
+            for title, names in charts.items()
+            if any(name in row for runs in kinds for name in names for row in runs[0].rows)
+        }
+        if not known:
+            continue
+        columns = 2
+        rows = -(-len(known) // columns)
+        figure = Figure(figsize=(11, 2.9 * rows))
+        # layout="constrained" would take more time than all the rest
+        room = {"left": 0.05, "right": 0.99, "top": 1 - 0.1 / rows, "bottom": 0.18 / rows}
+        grid = {**room, "wspace": 0.12, "hspace": 0.45}
+        all_axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).flatten()
+        for axes, (title, names) in zip(all_axes, known.items(), strict=False):
+            for runs, colour in zip(kinds, _colours(), strict=False):
+                for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
+                    label = _label(runs) if len(kinds) > 1 else name.partition("/")[2]
+                    _curve(axes, runs, name, label, colour, style)
+            axes.set_title(title, loc="left", fontsize=11)
+            axes.set_xlabel("agent steps, thousands")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            if len(kinds) > 1 or len(names) > 1:
+                axes.legend(frameon=False, fontsize=8)
+        for axes in all_axes[len(known) :]:
+            axes.set_visible(False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(SVG_METADATA))
+        svg = text.getvalue()
+        yield question, svg[svg.index("<svg") :]
+
+
+def _colours() -> Iterator[str]:
+    while True:
+        yield from COLOURS
+
+
+def _label(runs: list[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more"
+
+
+def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, style: str) -> None:
+    """Mean over runs and a band of ± one standard error; of a single run also the raw values."""
+    shortest = min(len(run.rows) for run in runs)
+    values = np.array([smoothed(run.values(metric)[:shortest]) for run in runs])
+    if np.isnan(values).all():
+        return
+    steps = runs[0].values("step")[:shortest] / 1000
+    mean = values.mean(0)
+    axes.plot(steps, mean, style, color=colour, label=label)
+    if len(runs) > 1:
+        error = values.std(0, ddof=1) / np.sqrt(len(runs))
+        axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+    else:
+        axes.plot(steps, runs[0].values(metric)[:shortest], style, color=colour, alpha=0.2, lw=0.8)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and its neighbours, as far as there are any; nan where there is none."""
+    windows = (values[max(0, i - SMOOTH) : i + SMOOTH + 1] for i in range(len(values)))
+    return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
+
+
+def _maps(folder: Path) -> Iterator[tuple[str, str]]:
+    """The names of a run's maps and their images, as base64."""
+    for path in sorted((folder / "maps").glob("*.png")):
+        yield path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode()

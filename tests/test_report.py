@@ -1,0 +1,122 @@
+"""Reports: what they say, and that they stand alone."""
+
+import json
+import re
+from pathlib import Path
+
+import html5lib
+import numpy as np
+import pytest
+from conftest import run_script
+from omegaconf import OmegaConf
+
+from icm.viz.report import read_run, smoothed, thousands, write_report
+
+
+def page_of(path: Path) -> str:
+    """The text of a report; it is valid and asks no network for anything."""
+    text = path.read_text()
+    html5lib.HTMLParser(strict=True).parse(text)
+    addresses = set(re.findall(r"https?://[^\"<> ]*", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    return text
+
+
+def make_run(folder: Path, seed: int, **settings: object) -> Path:
+    (folder / ".hydra").mkdir(parents=True)
+    known = {
+        "seed": seed,
+        "resume": None,
+        "total_steps": 4000,
+        "env": {"id": "SuperMarioBros-1-1-v0"},
+        "agent": {"name": "ppo"},
+        "curiosity": {"name": "icm"},
+    }
+    OmegaConf.save(OmegaConf.create(known | settings), folder / ".hydra" / "config.yaml")
+    rows = [
+        {
+            "step": step,
+            "episode/distance": 100.0 * seed + step,
+            "episode/flag": float(step == 3000),
+            "explore/cells": 10,
+            "explore/levels": 1,
+            "explore/distance_max": 3161.0,
+            "icm/inverse_gain": None if step == 1000 else 0.25,
+            "speed/agent_steps_per_s": 10.0,
+        }
+        for step in (1000, 2000, 3000, 4000)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def test_a_training_writes_its_report(trained: Path) -> None:
+    text = page_of(trained / "report.html")
+    for words in (
+        "dqn with icm, seed 42",
+        "SuperMarioBros-1-1-v0",
+        "96 of 96",
+        "Does it explore?",
+        "Is it fast?",
+        "warmup_steps: 32",
+        f"resume={trained}/checkpoints/latest.pt",
+        'alt="map of 1-1" src="data:image/png;base64,',
+    ):
+        assert words in text, words
+
+
+def test_facts_are_those_of_the_log(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", 7))
+    assert run.minutes.tolist() == pytest.approx([x / 600 for x in (1000, 2000, 3000, 4000)])
+    assert run.facts() == {
+        "agent": "ppo with icm, seed 7",
+        "game": "SuperMarioBros-1-1-v0",
+        "agent steps": "4 000 of 4 000",
+        "time": "7 minutes",
+        "distance of an episode, last tenth": "4700 pixels",
+        "farthest": "3161 pixels",
+        "discovered": "10 cells in 1 level(s)",
+        "first flag": "after 3 000 agent steps, 5.0 minutes",
+        "inverse gain, last tenth": "0.25 nats",
+    }
+    later = read_run(make_run(tmp_path / "later", 7, resume="latest.pt"))
+    assert later.minutes.tolist() == pytest.approx([x / 600 for x in (0, 1000, 2000, 3000)])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"seed{seed}", seed) for seed in (1, 2, 3)]
+    other = make_run(tmp_path / "other", 1, agent={"name": "<b>dqn"})
+    out = tmp_path / "new" / "report.html"
+    done = run_script("report.py", *folders, other, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    text = page_of(out)
+    assert "seed1 and 2 more" in text
+    assert "&lt;b&gt;dqn with icm" in text
+    assert text.count("<th>seed") == 3
+    alone = tmp_path / "alone.html"
+    write_report([read_run(folders[0])], alone)
+    assert "seed1 and" not in page_of(alone)
+
+
+def test_report_refuses(tmp_path: Path) -> None:
+    (make_run(tmp_path / "empty", 1) / "metrics.jsonl").write_text("")
+    run = make_run(tmp_path / "run", 1)
+    for arguments, words in (
+        ([], "RUN"),
+        ([tmp_path / "none"], f"{tmp_path}/none: no run folder"),
+        ([tmp_path / "empty"], "nothing has been logged"),
+        ([run, "--out", "/proc/report.html"], "cannot write /proc/report.html"),
+    ):
+        done = run_script("report.py", *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert words in done.stderr
+
+
+def test_smoothing_is_a_mean_over_neighbours() -> None:
+    values = np.array([np.nan, *range(12)], dtype=float)
+    assert smoothed(values)[6] == pytest.approx(5)
+    assert smoothed(values)[0] == pytest.approx(2)  # of 0 to 4
+    assert np.isnan(smoothed(np.full(3, np.nan))).all()
+    assert thousands(1234567) == "1 234 567"
