@@ -1,4 +1,4 @@
-"""Where numbers of a run go: TensorBoard, metrics.jsonl and the progress line."""
+"""Where numbers of a run go: TensorBoard and metrics.jsonl."""
 
 import json
 import math
@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from icm.viz.charts import CHARTS
 
@@ -40,14 +39,6 @@ class Tracker:
         self.file = (folder / "metrics.jsonl").open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, float | Tensor] = defaultdict(float)
-        # None: quiet unless stderr is a terminal
-        self.bar = tqdm(
-            total=config["total_steps"],
-            initial=step,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
-        )
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.rows: list[dict[str, Any]] = []  # the lines of metrics.jsonl
 
@@ -106,23 +97,7 @@ class Tracker:
         for name, image in images.items():
             self.writer.add_image(name, image, step, dataformats="HWC")
 
-    def progress(self, step: int, metrics: dict[str, float]) -> None:
-        """Show the progress line."""
-        self.bar.update(step - self.bar.n)
-        shown = {
-            "distance": metrics.get("episode/distance"),
-            "best": metrics.get("explore/distance_max"),
-            "q": metrics.get("loss/q"),
-            "fwd": metrics.get("loss/forward"),
-            "inv": metrics.get("loss/inverse"),
-        }
-        self.bar.set_postfix(
-            {k: f"{v:.4g}" for k, v in shown.items() if v is not None and math.isfinite(v)},
-            refresh=False,
-        )
-
     def close(self) -> None:
         """Flush and close everything."""
-        self.bar.close()
         self.writer.close()
         self.file.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent
+from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
@@ -57,10 +58,12 @@ class Trainer:
         total, log_every = self.config["total_steps"], self.config["log"]["every"]
         save_every = self.config["checkpoint"]["every"]
         self.tracker = Tracker(self.folder, self.step, self.config)
+        self.display = Display(self.step, total)
         try:
             with self._stopping_on_signals():
                 clock = Clock(self.step)
                 for _ in self._steps(total, clock):
+                    self.display.advance(self.step)
                     if crossed(self.step, self.envs.num_envs, log_every):
                         self._log(clock)
                     if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
@@ -70,6 +73,7 @@ class Trainer:
                 self._log(clock)
                 self.save()
         finally:
+            self.display.close()
             self.tracker.close()
         print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
         return self.stopped_by
@@ -153,7 +157,7 @@ class Trainer:
         metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
         metrics |= self.agent.policy.statistics(self.step)
         self.tracker.write(self.step, metrics)
-        self.tracker.progress(self.step, metrics)
+        self.display.show(self.step, metrics)
 
     # --- saving ---------------------------------------------------------------------------------
 
@@ -208,6 +212,7 @@ class Trainer:
         )
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)
+        self.display.saved = self.step
         maps = draw_maps(self.exploration, self.folder / "maps")
         self.tracker.images(self.step, {f"map/{name}": image for name, image in maps.items()})
         if self.tracker.rows:

@@ -1,0 +1,81 @@
+"""What a terminal shows of a training: a live picture, or plain lines where it is none."""
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PHASES = ("act", "observe", "update", "wait")
+PLAIN_EVERY = 60.0  # seconds between two plain lines
+
+
+class Display:
+    """Shows progress on stderr, and what the run has found by then.
+
+    Args:
+        step: agent steps already done.
+        total_steps: agent steps of the whole run.
+    """
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.saved: int | None = None
+        self.printed = time.monotonic()
+        console = Console(stderr=True)
+        self.is_live = console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("", total=total_steps, completed=step)
+        self.found, self.speed = Text(), Text()
+        picture = Group(self.bar, self.found, self.speed)
+        self.live = Live(picture, console=console, refresh_per_second=2, transient=True)
+        if self.is_live:
+            self.live.start()
+
+    def advance(self, step: int) -> None:
+        """Move on to an agent step."""
+        self.bar.update(self.task, completed=step)
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell what a log interval brought."""
+        self.found.plain, self.speed.plain = self._found(metrics), self._speed(metrics)
+        now = time.monotonic()
+        if not self.is_live and (now - self.printed >= PLAIN_EVERY or step >= self.total_steps):
+            self.printed = now
+            line = f"step {step:,} of {self.total_steps:,} · {self.found} · {self.speed}"
+            self.live.console.print(line, highlight=False, soft_wrap=True)
+
+    def _found(self, metrics: dict[str, float]) -> str:
+        shown = (
+            ("distance", "episode/distance", "{:.0f}"),
+            ("best", "explore/distance_max", "{:.0f}"),
+            ("levels", "explore/levels", "{:.0f}"),
+            ("cells", "explore/cells", "{:.0f}"),
+            ("at a flag", "episode/flag", "{:.0%}"),
+            ("inverse gain", "icm/inverse_gain", "{:.2f}"),
+        )
+        return " · ".join(
+            f"{label} {form.format(metrics[name])}"
+            for label, name, form in shown
+            if name in metrics
+        )
+
+    def _speed(self, metrics: dict[str, float]) -> str:
+        phases = ", ".join(
+            f"{name} {metrics[f'speed/{name}_share']:.0%}"
+            for name in PHASES
+            if f"speed/{name}_share" in metrics
+        )
+        saved = "" if self.saved is None else f" · saved {self.saved:,}"
+        return f"{metrics['speed/agent_steps_per_s']:.0f} steps/s · {phases}{saved}"
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.live.stop()

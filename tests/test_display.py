@@ -1,0 +1,71 @@
+"""What a terminal shows of a training, and what a log file gets."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+from icm.display import Display
+
+METRICS = {
+    "episode/distance": 812.4,
+    "explore/distance_max": 3161.0,
+    "explore/levels": 2,
+    "episode/flag": 0.07,
+    "speed/agent_steps_per_s": 251.3,
+    "speed/act_share": 0.03,
+    "speed/update_share": 0.6,
+}
+
+
+def test_a_file_gets_a_plain_line_a_minute_and_a_last_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("icm.display.time.monotonic", lambda: now)
+    display = Display(0, 240_000)
+    display.show(2000, METRICS)
+    now += 61
+    display.saved = 3000
+    display.show(4000, METRICS)
+    display.show(6000, METRICS)
+    display.show(240_000, METRICS)
+    display.close()
+    found = "distance 812 · best 3161 · levels 2 · at a flag 7% · 251 steps/s · act 3%, update 60%"
+    assert capsys.readouterr().err.splitlines() == [
+        f"step 4,000 of 240,000 · {found} · saved 3,000",
+        f"step 240,000 of 240,000 · {found} · saved 3,000",
+    ]
+
+
+def test_a_terminal_gets_a_live_picture_of_80_columns(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "scripts/train.py", *SMALL, "total_steps=96"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
+    running = subprocess.Popen(
+        [*command, f"hydra.run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(ours)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, shown
+    assert b"saved step 96" in printed
+    text = shown.decode()
+    assert "96 / 96 steps" in text
+    assert "steps/s" in text
+    assert "cells" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is there again
