@@ -59,7 +59,7 @@ class Display:
             ("levels", "explore/levels", "{:.0f}"),
             ("cells", "explore/cells", "{:.0f}"),
             ("at a flag", "episode/flag", "{:.0%}"),
-            ("inverse gain", "icm/inverse_gain", "{:.2f}"),
+            ("gain", "icm/inverse_gain", "{:.2f}"),
         )
         return " · ".join(
             f"{label} {form.format(metrics[name])}"
