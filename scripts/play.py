@@ -35,24 +35,38 @@ def main(settings: DictConfig) -> None:
     import numpy as np
 
     from icm.device import resolve_device, share_cores
+    from icm.envs import action_names
     from icm.envs.wrappers import Env
-    from icm.evaluation import load_agent, play
+    from icm.evaluation import Moment, load_agent, play
+    from icm.viz.mind import MindPanel, beside
     from icm.viz.video import Pace, VideoWriter
 
     path = Path(options.ckpt)
     share_cores()
     agent, config, step = load_agent(path, resolve_device(options.device), options.env)
-    beside = path.parent.parent / "videos" / f"{path.stem}.mp4"  # the videos/ of its run folder
-    out = Path(options.out) if options.out else beside
+    videos = path.parent.parent / "videos"  # of its run folder
+    out = Path(options.out) if options.out else videos / f"{path.stem}.mp4"
     pace = Pace()
+    frames: list[np.ndarray] = []  # of the running agent step
+    panel: MindPanel | None = None
     with VideoWriter(out) if render == "video" else nullcontext() as video:
 
         def on_frame(env: Env) -> None:
             if video is not None:
-                video.add(np.asarray(env.render()))
+                frames.append(np.array(env.render()))
             elif render == "human":
                 env.render()
                 pace.tick()
+
+        def on_moment(env: Env, moment: Moment) -> None:
+            nonlocal panel
+            if video is None:
+                return
+            panel = panel or MindPanel(action_names(env))
+            mind = panel.draw(moment)
+            for frame in frames:
+                video.add(beside(frame, mind))
+            frames.clear()
 
         for number, episode in enumerate(
             play(
@@ -64,6 +78,7 @@ def main(settings: DictConfig) -> None:
                 options.seed,
                 "human" if render == "human" else "rgb_array",
                 on_frame,
+                on_moment,
             )
         ):
             print(json.dumps({"episode": number, **episode}), flush=True)

@@ -283,7 +283,7 @@ def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: 
     assert reader.get_meta_data()["fps"] == 60
     images = [image for image in reader]  # noqa: C416 (its length is said to be infinite)
     assert 6 * (length - 1) < len(images) <= 6 * length
-    assert images[0].shape == (480, 512, 3)
+    assert images[0].shape == (720, 1280, 3)
     assert images[0].std() > 20
 
 

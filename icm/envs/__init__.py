@@ -181,6 +181,13 @@ def action_count(space: spaces.Space[Any]) -> int:
     return int(space.n)
 
 
+def action_names(env: Env) -> list[str]:
+    """What the actions of an environment are called: by their buttons, or else by their numbers."""
+    if env.has_wrapper_attr("get_action_meanings"):
+        return [str(name) for name in env.get_wrapper_attr("get_action_meanings")()]
+    return [str(action) for action in range(action_count(env.action_space))]
+
+
 def episodes_in(infos: dict[str, Any]) -> list[dict[str, Any]]:
     """The `episode` statistics of the environments whose episode ended in this vector step."""
     if "episode" not in infos:
