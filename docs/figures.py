@@ -34,6 +34,7 @@ GAME_ROWS = {
     "game_random_features": ("random features", "#c8641b"),
 }
 FPS = 60
+GAME = 768  # columns of a video's frame that show the game, not the panel beside it
 FRAMES = 6
 SMOOTH = 5  # log intervals on either side
 
@@ -91,7 +92,9 @@ def curves(
 def compare(
     file: str, rows: dict[str, tuple[str, str]], metrics: Sequence[tuple[str, str]]
 ) -> None:
-    """Draw metrics of rows, above against agent steps and below against minutes."""
+    """Draw metrics of rows, above against agent steps and below against minutes, if there are any."""
+    if not any(read(row) for row in rows):
+        return
     figure, all_axes = plt.subplots(2, len(metrics), figsize=(12.4, 6.6), layout="constrained")
     for line, by_minutes in zip(all_axes, (False, True), strict=True):
         for axes, metric in zip(line, metrics, strict=True):
@@ -110,7 +113,7 @@ def show_run(video: Path) -> None:
         gridspec_kw={"bottom": 0.62, "top": 0.93, "wspace": 0.05, "left": 0.05, "right": 0.98},
     )
     for axes, index in zip(top, np.linspace(0, len(frames) - 1, FRAMES).astype(int), strict=True):
-        axes.imshow(frames[index])
+        axes.imshow(frames[index][:, :GAME])
         axes.set_title(f"{index / FPS:.0f} s", fontsize=10)
         axes.axis("off")
     bottom = figure.subplots(
