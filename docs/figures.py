@@ -92,7 +92,7 @@ def curves(
 def compare(
     file: str, rows: dict[str, tuple[str, str]], metrics: Sequence[tuple[str, str]]
 ) -> None:
-    """Draw metrics of rows, above against agent steps and below against minutes, if there are any."""
+    """Draw metrics of those rows that there are, against agent steps and below against minutes."""
     if not any(read(row) for row in rows):
         return
     figure, all_axes = plt.subplots(2, len(metrics), figsize=(12.4, 6.6), layout="constrained")
@@ -122,7 +122,7 @@ def show_run(video: Path) -> None:
     for axes, metric in zip(bottom, (DISTANCE, CELLS, GAIN), strict=True):
         curves(axes, {"level": LEVEL_ROWS["level"]}, metric)
     bottom[0].axhline(711, color="grey", linestyle="--", linewidth=1)
-    bottom[0].text(0, 711, " 711: Pathak et al. 2017", va="bottom", color="grey", fontsize=9)
+    bottom[0].text(240, 711, "711: Pathak et al. 2017", va="bottom", ha="right", color="grey")
     bottom[0].legend(frameon=False)
     figure.savefig(DOCS / "images/run.png", dpi=100)
 
