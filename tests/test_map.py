@@ -61,3 +61,12 @@ def test_maps_are_files(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_maps(found(), tmp_path / "file")
+
+
+def test_places_that_no_level_has_do_not_end_a_training(tmp_path: Path) -> None:
+    exploration = found()
+    exploration.cells[1, 2, 7, 4095, 4] = Visits(first=1, count=1)
+    exploration.cells[2, 1, 0, -1, 4] = Visits(first=1, count=1)
+    images = draw_maps(exploration, tmp_path)
+    assert (images["1-2"] == draw_maps(found(), tmp_path)["1-2"]).all()
+    assert (images["2-1"] == 0).all()

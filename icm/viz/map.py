@@ -19,6 +19,7 @@ GROUND = 14  # a cell with y // 16 = y is in row GROUND - y: there stands a smal
 DPI = 100
 LEFT, RIGHT, ABOVE, BELOW = 16, 96, 30, 30  # pixels around a panel
 NARROWEST = 40  # blocks: room for a title
+WIDEST = 1000  # blocks: more than any level has, and as much as can be drawn
 DIMMED = 0.45  # what is left of a picture's brightness under colours
 
 
@@ -48,9 +49,12 @@ def draw_maps(exploration: Exploration, folder: Path) -> dict[str, np.ndarray]:
 
 def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarray:
     """The map of one place, RGB uint8 (H, W, 3), a pixel of the game as a pixel."""
-    blocks = max(len(picture.known), max(cell[3] for cell in cells) + 1, NARROWEST)
+    cells = {cell: visits for cell, visits in cells.items() if 0 <= cell[3] < WIDEST}
+    farthest = max((cell[3] for cell in cells), default=0)
+    blocks = min(max(len(picture.known), farthest + 1, NARROWEST), WIDEST)
     pixels = np.zeros((ROWS * BLOCK, blocks * BLOCK, 3), np.uint8)
-    pixels[: picture.pixels.shape[0], : picture.pixels.shape[1]] = picture.pixels
+    shown = picture.pixels[:, : blocks * BLOCK]
+    pixels[: shown.shape[0], : shown.shape[1]] = shown
 
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
         """A value of every cell, nan where nobody has been: (ROWS, blocks)."""
@@ -59,6 +63,8 @@ def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarr
             values[min(max(GROUND - y, 0), ROWS - 1), x] = value(visits)
         return values
 
+    if not cells:
+        return pixels
     counts, first = grid(lambda v: v.count), grid(lambda v: v.first / 1000)
     surprise, ends = grid(lambda v: v.surprise / v.count), grid(lambda v: v.ends)
     panels = (
