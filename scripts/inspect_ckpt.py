@@ -6,23 +6,14 @@ A PATH may be written as ckpt=PATH. It is a state_dict, a whole model or a check
 project. torch is not needed, and not imported.
 """
 
-import argparse
 import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
 
+from icm.arguments import Parser
 from icm.checkpoint_reader import Checkpoint, Entries, printable, read_checkpoint
 from icm.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all errors of this script."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit."""
-        self.exit(2, f"{self.prog}: error: {message}; expected PATH [PATH ...]\n")
 
 
 def describe(checkpoint: Checkpoint) -> Iterator[str]:
@@ -50,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print what the files hold and return the exit status: 2 if any of them cannot be read."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file chooses the keys, the user the encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = _Parser(prog="inspect_ckpt.py", description="Print the tensors of torch files.")
+    parser = Parser("inspect_ckpt.py", "Print the tensors of torch files.", "PATH [PATH ...]")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a file written by torch.save")
     paths: list[str] = parser.parse_args(arguments).paths
     status = 0

@@ -1,24 +1,17 @@
 """Write a report of runs: `python scripts/report.py RUN [RUN ...] [--out report.html]`."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from icm.arguments import Parser
 from icm.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all errors of these scripts."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit."""
-        self.exit(2, f"{self.prog}: error: {message}; expected RUN [RUN ...] [--out FILE]\n")
 
 
 def main() -> int:
     """Write the report and say where it is; the exit status is 2 if it cannot be made."""
-    parser = _Parser(prog="report.py", description="Write a report of runs as one HTML file.")
+    parser = Parser(
+        "report.py", "Write a report of runs as one HTML file.", "RUN [RUN ...] [--out FILE]"
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the file, report.html if not given"
