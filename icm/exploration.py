@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import torch
 
+from icm.envs.mario import CELL
+
 type Cell = tuple[int, int, int, int, int]
 """World, stage, area, x // 16, y // 16; see `icm.envs.mario`."""
 
 type Place = tuple[int, int, int]
 """World, stage, area."""
-
-BLOCK = 16  # pixels, width and height of a cell
 
 
 @dataclass
@@ -35,16 +35,16 @@ class Picture:
 
     def add(self, block: int, strip: np.ndarray) -> None:
         """Put a strip, uint8 (H, W, 3), at a column of blocks; what is known already stays."""
-        end = block + strip.shape[1] // BLOCK
+        end = block + strip.shape[1] // CELL
         if end > len(self.known):
-            pixels = np.zeros((strip.shape[0], end * BLOCK, 3), np.uint8)
+            pixels = np.zeros((strip.shape[0], end * CELL, 3), np.uint8)
             pixels[: self.pixels.shape[0], : self.pixels.shape[1]] = self.pixels
             self.pixels = pixels
             self.known = np.concatenate((self.known, np.zeros(end - len(self.known), bool)))
         for column in range(block, end):
             if not self.known[column]:
-                source = slice((column - block) * BLOCK, (column - block + 1) * BLOCK)
-                self.pixels[:, column * BLOCK : (column + 1) * BLOCK] = strip[:, source]
+                source = slice((column - block) * CELL, (column - block + 1) * CELL)
+                self.pixels[:, column * CELL : (column + 1) * CELL] = strip[:, source]
                 self.known[column] = True
 
 

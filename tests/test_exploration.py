@@ -9,7 +9,8 @@ from conftest import settings
 
 from icm import checkpoint
 from icm.envs import make_env
-from icm.exploration import BLOCK, Exploration, Picture
+from icm.envs.mario import CELL
+from icm.exploration import Exploration, Picture
 
 
 def infos(*cells: tuple[int, ...], present: tuple[bool, ...] | None = None) -> dict[str, Any]:
@@ -49,11 +50,11 @@ def test_an_environment_without_cells_has_none() -> None:
 
 def test_a_picture_grows_and_keeps_what_it_shows() -> None:
     picture = Picture()
-    strips = [np.full((8, 2 * BLOCK, 3), value, np.uint8) for value in (10, 20, 30)]
+    strips = [np.full((8, 2 * CELL, 3), value, np.uint8) for value in (10, 20, 30)]
     picture.add(3, strips[0])
     picture.add(4, strips[1])
     picture.add(0, strips[2])
-    columns = picture.pixels[0, ::BLOCK, 0].tolist()
+    columns = picture.pixels[0, ::CELL, 0].tolist()
     assert columns == [30, 30, 0, 10, 10, 20]
     assert picture.known.tolist() == [True, True, False, True, True, True]
 
@@ -82,12 +83,12 @@ def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
     reached = max(cell[3] for cell in found.cells)
     assert picture.known.all()
     assert len(picture.known) >= reached + 8
-    assert picture.pixels.shape == (208, len(picture.known) * BLOCK, 3)
+    assert picture.pixels.shape == (208, len(picture.known) * CELL, 3)
     # strips fit each other: the ground is the same in all blocks where nobody stands
-    ground = picture.pixels[-BLOCK:].reshape(BLOCK, -1, BLOCK, 3).swapaxes(0, 1)
+    ground = picture.pixels[-CELL:].reshape(CELL, -1, CELL, 3).swapaxes(0, 1)
     assert (ground == ground[0]).all()
     # and so are the first bricks, in blocks 20, 22 and 24, which came into sight one by one
-    bricks = picture.pixels[7 * BLOCK : 8 * BLOCK].reshape(BLOCK, -1, BLOCK, 3).swapaxes(0, 1)
+    bricks = picture.pixels[7 * CELL : 8 * CELL].reshape(CELL, -1, CELL, 3).swapaxes(0, 1)
     assert (bricks[20] == bricks[22]).all()
     assert (bricks[20] == bricks[24]).all()
     assert (bricks[20] != bricks[19]).any()

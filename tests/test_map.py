@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
+from icm.envs.mario import CELL
 from icm.errors import UserError
-from icm.exploration import BLOCK, Exploration, Picture, Visits
+from icm.exploration import Exploration, Picture, Visits
 from icm.viz.map import ABOVE, BELOW, LEFT, ROWS, draw_maps
 
 GREEN = (0, 200, 0)
@@ -17,7 +18,7 @@ def found() -> Exploration:
     """A level of 50 blocks, all green, with one visited cell, and a second area without picture."""
     exploration = Exploration()
     picture = Picture()
-    picture.add(0, np.full((ROWS * BLOCK, 30 * BLOCK, 3), GREEN, np.uint8))
+    picture.add(0, np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
     exploration.pictures[1, 2, 7] = picture
     exploration.cells = {
         (1, 2, 7, 20, 4): Visits(first=3000, count=10, ends=2, surprise=5.0),
@@ -34,9 +35,9 @@ def test_a_map_shows_the_picture_and_colours_where_somebody_was(tmp_path: Path) 
     assert image.dtype == np.uint8
 
     def block(panel: int, row: int, column: int) -> np.ndarray:
-        top = panel * (ABOVE + ROWS * BLOCK + BELOW) + ABOVE + row * BLOCK
-        left = LEFT + column * BLOCK
-        return image[top + 4 : top + BLOCK - 4, left + 4 : left + BLOCK - 4].reshape(-1, 3)
+        top = panel * (ABOVE + ROWS * CELL + BELOW) + ABOVE + row * CELL
+        left = LEFT + column * CELL
+        return image[top + 4 : top + CELL - 4, left + 4 : left + CELL - 4].reshape(-1, 3)
 
     assert (block(0, 5, 10) == GREEN).all()
     assert (block(0, 5, 40) == 0).all()  # unknown

@@ -12,7 +12,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from icm.checkpoint import write_whole
-from icm.exploration import BLOCK, Cell, Exploration, Picture, Place, Visits
+from icm.envs.mario import CELL
+from icm.exploration import Cell, Exploration, Picture, Place, Visits
 
 ROWS = 13  # blocks of a screen without its status bar
 GROUND = 14  # a cell with y // 16 = y is in row GROUND - y: there stands a small Mario
@@ -52,8 +53,8 @@ def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarr
     cells = {cell: visits for cell, visits in cells.items() if 0 <= cell[3] < WIDEST}
     farthest = max((cell[3] for cell in cells), default=0)
     blocks = min(max(len(picture.known), farthest + 1, NARROWEST), WIDEST)
-    pixels = np.zeros((ROWS * BLOCK, blocks * BLOCK, 3), np.uint8)
-    shown = picture.pixels[:, : blocks * BLOCK]
+    pixels = np.zeros((ROWS * CELL, blocks * CELL, 3), np.uint8)
+    shown = picture.pixels[:, : blocks * CELL]
     pixels[: shown.shape[0], : shown.shape[1]] = shown
 
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
@@ -72,7 +73,7 @@ def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarr
         ("first visit, at so many thousand agent steps", first, None),
         ("mean surprise", surprise, Normalize(0, max(np.nanpercentile(surprise, 98), 1e-9))),
     )
-    height, width = ABOVE + ROWS * BLOCK + BELOW, LEFT + blocks * BLOCK + RIGHT
+    height, width = ABOVE + ROWS * CELL + BELOW, LEFT + blocks * CELL + RIGHT
     figure = Figure(figsize=(width / DPI, (1 + len(panels)) * height / DPI), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     figure.patch.set_facecolor("white")
@@ -81,19 +82,19 @@ def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarr
             (
                 LEFT / width,
                 ((len(panels) - i) * height + BELOW) / figure.bbox.height,
-                blocks * BLOCK / width,
-                ROWS * BLOCK / figure.bbox.height,
+                blocks * CELL / width,
+                ROWS * CELL / figure.bbox.height,
             )
         )
         for i in range(1 + len(panels))
     ]
-    extent = (0, blocks * BLOCK, ROWS * BLOCK, 0)
+    extent = (0, blocks * CELL, ROWS * CELL, 0)
     total = int(np.nansum(ends))
     _show(all_axes[0], pixels, f"{name}: what the agent saw; ✕ where {total} lives ended", extent)
     rows, columns = np.nonzero(np.nan_to_num(ends))
     all_axes[0].scatter(
-        (columns + 0.5) * BLOCK,
-        (rows + 0.5) * BLOCK,
+        (columns + 0.5) * CELL,
+        (rows + 0.5) * CELL,
         s=20 + 200 * np.sqrt(ends[rows, columns] / max(np.nanmax(ends), 1)),
         marker="x",
         color="red",
@@ -113,7 +114,7 @@ def _show(
 ) -> None:
     axes.imshow(pixels, extent=extent, interpolation="none")
     axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xticks(range(0, pixels.shape[1] + 1, 10 * BLOCK))
+    axes.set_xticks(range(0, pixels.shape[1] + 1, 10 * CELL))
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
 
