@@ -21,16 +21,17 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import make_env, make_vector_env
-from icm.envs.vector import SIGNALS, WorkerVectorEnv
+from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
+from icm.processes import SIGNALS
 
 # three environments whose episodes end in the third step at the latest
 ENV = replace(settings().env, num_envs=3, num_workers=2, stuck_steps=3)
 
 
 @contextmanager
-def vector_env(config: EnvConfig = ENV) -> Iterator[WorkerVectorEnv]:
-    envs = make_vector_env(config)
+def vector_env(config: EnvConfig = ENV, scenery: bool = False) -> Iterator[WorkerVectorEnv]:
+    envs = make_vector_env(config, scenery=scenery)
     try:
         yield envs
     finally:
@@ -38,7 +39,7 @@ def vector_env(config: EnvConfig = ENV) -> Iterator[WorkerVectorEnv]:
 
 
 def workers_of(envs: WorkerVectorEnv) -> list[psutil.Process]:
-    return [psutil.Process(process.pid) for process in envs._processes]
+    return [psutil.Process(process.pid) for process in envs._workers.processes]
 
 
 class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
@@ -109,8 +110,11 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
 
 
-def test_scenery_is_passed_on_once() -> None:
+def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:
     with vector_env() as envs:
+        envs.reset(seed=5)
+        assert envs.step(np.array([3, 3, 3]))[-1]["scenery"] == []
+    with vector_env(scenery=True) as envs:
         envs.reset(seed=5)
         steps = [envs.step(np.array([3, 3, 3]))[-1]["scenery"] for _ in range(5)]
     seen = [scenery for scenery in steps if scenery]
@@ -202,7 +206,7 @@ from icm.envs import make_vector_env
 if __name__ == "__main__":
     envs = make_vector_env(EnvConfig(**eval(sys.argv[1])))
     envs.reset(seed=0)
-    print(*(process.pid for process in envs._processes), flush=True)
+    print(*(process.pid for process in envs._workers.processes), flush=True)
     if sys.argv[2] == "stay":
         input()
 """

@@ -1,16 +1,11 @@
 """Environments in worker processes, several in each, that step at the same time."""
 
 import multiprocessing
-import signal
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from math import prod
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -19,12 +14,7 @@ from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
 from icm.envs.wrappers import Env
-
-CLOSING_TIME = 10.0  # seconds in which a worker has to end
-
-# A terminal and a cluster's scheduler send these to every process; the trainer alone reacts: it
-# saves and closes its workers, and should it be killed, they end with their pipe.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from icm.processes import CLOSING_TIME, Assistants
 
 type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
 """Shared arrays by name: their bytes, shape and type."""
@@ -47,10 +37,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is.
 
-    Workers are new Python processes, because a fork of a process with the threads of torch may
-    hang. They import the main module, which has to do its work under `if __name__ == "__main__"`.
-    They end with their pipe to this process, however this process ends, and the memory has no name
-    under which it could be left behind.
+    Workers are `icm.processes.Assistants`. The memory has no name under which it could be left
+    behind.
 
     Args:
         make: builds one environment; must be picklable. It is called here once, too.
@@ -96,19 +84,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
 
-        self._pipes: list[Connection] = []
-        self._processes: list[SpawnProcess] = []
-        # runs at the latest when Python ends, before it waits for processes
-        self._end = Finalize(self, _end, (self._pipes, self._processes), exitpriority=0)
-        resource_tracker.ensure_running()  # starting it with the first process clears the mask
-        with _signals_blocked():
-            for _ in range(num_workers):
-                ours, theirs = context.Pipe()
-                self._pipes.append(ours)
-                process = context.Process(target=_work, args=(theirs, make, memory), daemon=True)
-                process.start()
-                self._processes.append(process)
-                theirs.close()
+        self._workers = Assistants(num_workers, _work, make, memory)
         self._receive()
 
     def reset(
@@ -166,7 +142,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the workers, after the step that is under way."""
-        self._end()
+        self._workers.end()
 
     def _start(self, opening: np.ndarray, options: dict[str, Any] | None) -> None:
         """Begin a step that opens an episode where `opening`, bool (num_envs,), says so."""
@@ -183,12 +159,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _send(self, workers: range) -> None:
         for worker in workers:
             with suppress(ConnectionError):  # of a dead worker: `_receive` says why
-                self._pipes[worker].send((set(self._balance.rows[worker]), self._options))
+                self._workers.pipes[worker].send((set(self._balance.rows[worker]), self._options))
 
     def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
         episodes, scenery, seconds = [], [], []
-        for number, (pipe, process) in enumerate(zip(self._pipes, self._processes, strict=True)):
+        workers = zip(self._workers.pipes, self._workers.processes, strict=True)
+        for number, (pipe, process) in enumerate(workers):
             try:
                 answer = pipe.recv()
             except (EOFError, ConnectionError):
@@ -211,42 +188,9 @@ def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
     }
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started here are deaf to `SIGNALS` from their first moment; not on Windows."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
-    for pipe in pipes:
-        pipe.close()
-    for process in processes:
-        process.join(CLOSING_TIME)
-        process.kill()  # nothing happens to one that has ended
-        process.join()
-
-
 def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
     """What a worker does: step the environments it is told to, which are rows of the arrays."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        _serve(pipe, make, arrays_in(memory))
-    except (EOFError, ConnectionError):
-        pass  # the other end is closed
-    except Exception:
-        with suppress(ConnectionError):
-            pipe.send(traceback.format_exc())
-
-
-def _serve(pipe: Connection, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
+    arrays = arrays_in(memory)
     envs: dict[int, Env] = {}
     episodes: list[tuple[int, dict[str, Any]]] = []
     scenery: list[Any] = []

@@ -1,0 +1,84 @@
+"""Processes beside the main one: deaf to its signals, and gone when it is gone."""
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.util import Finalize
+from typing import Any
+
+CLOSING_TIME = 10.0  # seconds in which a process has to end
+
+# A terminal and a cluster's scheduler send these to every process; the main one alone reacts: it
+# saves and ends the others, and should it be killed, they end with their pipe.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Assistants:
+    """New Python processes, each at the other end of a pipe.
+
+    They are new, because a fork of a process with the threads of torch may hang. They import the
+    main module, which has to do its work under `if __name__ == "__main__"`. They end with their
+    pipe to this process, however this process ends. One that fails sends its traceback, a str.
+
+    Args:
+        number: how many.
+        serve: what each does, given its end of the pipe and `arguments`; must be picklable.
+        arguments: for `serve`; picklable, or made by `multiprocessing` for sharing.
+    """
+
+    def __init__(self, number: int, serve: Callable[..., None], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes: list[SpawnProcess] = []
+        # runs at the latest when Python ends, before it waits for processes
+        self.end = Finalize(self, _end, (self.pipes, self.processes), exitpriority=0)
+        resource_tracker.ensure_running()  # starting it with the first process clears the mask
+        with _signals_blocked():
+            for _ in range(number):
+                ours, theirs = context.Pipe()
+                self.pipes.append(ours)
+                process = context.Process(
+                    target=_assist, args=(serve, theirs, *arguments), daemon=True
+                )
+                process.start()
+                self.processes.append(process)
+                theirs.close()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started here are deaf to `SIGNALS` from their first moment; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(CLOSING_TIME)
+        process.kill()  # nothing happens to one that has ended
+        process.join()
+
+
+def _assist(serve: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(ConnectionError):
+        try:
+            serve(pipe, *arguments)
+        except (EOFError, ConnectionError):
+            pass  # the other end is closed
+        except Exception:
+            pipe.send(traceback.format_exc())
