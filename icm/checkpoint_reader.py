@@ -2,9 +2,9 @@
 
 A torch file is a pickle, and a pickle is a program: `torch.load` of a whole model runs whatever
 its author put in. Here the program is read as a description only. A class or a function is its
-name, a call of it is an object that remembers the name, and a tensor is its shape and the size
-of its storage; the data of the tensors is never read. So any file can be looked at, also one of
-a model whose class is not on this machine.
+name, a call of it is an object that remembers the name, and a tensor is its shape, its type and
+its place in a storage; the data of a tensor is read only where `Data.read` is asked for it. So any
+file can be looked at, also one of a model whose class is not on this machine.
 """
 
 import io
@@ -12,8 +12,10 @@ import math
 import os
 import pickle
 import stat
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar
@@ -27,29 +29,45 @@ MAX_ENTRIES = 100_000
 MAX_KEY_LENGTH = 500
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 64
+MAX_DETAILS = 1 << 18
+"""How many values and characters the details of a checkpoint have: of a real one some 5000."""
 _INT64 = 1 << 63  # torch keeps every size, stride and count below this
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_ZIP_LENGTHS = 26  # where a member's header has the lengths of the two fields that end it
 
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "UntypedStorage": "uint8",  # newer types have no storage class: their tensors name the type
+}
 _ITEM_SIZES = {
-    "DoubleStorage": 8,
-    "FloatStorage": 4,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
-    "ComplexDoubleStorage": 16,
-    "ComplexFloatStorage": 8,
-    "UntypedStorage": 1,
-    # Newer types have no storage class: their tensors name an UntypedStorage and the type.
-    "complex32": 4,
-    "uint16": 2,
-    "uint32": 4,
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
     "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+    "complex128": 16,
+    "complex64": 8,
+    "complex32": 4,
     "float8_e4m3fn": 1,
     "float8_e4m3fnuz": 1,
     "float8_e5m2": 1,
@@ -64,38 +82,97 @@ class Storage:
     """The memory that one or several tensors of a file view."""
 
     key: str
-    item_size: int
+    dtype: str
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A tensor of a file, without its data."""
+    """A tensor of a file, without its data. `offset` and `stride` count elements."""
 
     shape: tuple[int, ...]
+    dtype: str
     storage: Storage
+    offset: int
+    stride: tuple[int, ...]
 
     @property
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def item_size(self) -> int:
+        """The bytes of one element."""
+        return _ITEM_SIZES[self.dtype]
+
+    @property
+    def span(self) -> int:
+        """The bytes of its storage from the first of its elements to the end of the last."""
+        if not self.numel:
+            return 0
+        steps = zip(self.shape, self.stride, strict=True)
+        return (1 + sum((n - 1) * step for n, step in steps)) * self.item_size
+
 
 type Entries = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class Data:
+    """The data of a file's storages: where each begins, in bytes, and its order of bytes."""
+
+    path: str
+    status: os.stat_result
+    positions: dict[str, int]
+    is_big_endian: bool
+
+    def read(self, tensor: Tensor) -> bytes:
+        """Return the `tensor.span` bytes that begin with the first element of `tensor`.
+
+        Raises `UserError` if the file is no longer the one that was described.
+        """
+        with _refusing(self.path), open(self.path, "rb") as file:
+            position = self.positions[tensor.storage.key]
+            file.seek(position + tensor.offset * tensor.item_size)
+            data = file.read(tensor.span)
+            # A training replaces its latest.pt: what was read has to be of the file described.
+            if _identity(os.fstat(file.fileno())) != _identity(self.status):
+                raise UserError("changed while it was read")
+        return data
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a file.
+    """What a file holds.
 
     `networks` maps a name to the tensors of that network. A file that is no checkpoint of this
     project, so one state_dict or one model, is a single network without a name; it has no
-    `header` (format and step) and no `optimizers`.
+    `details` and no `optimizers`. `details` are its format, step, versions, metrics and config, as
+    far as it has them: dicts, lists, texts and numbers, but of any kind, since a file may lie.
     """
 
+    data: Data
     networks: dict[str, Entries]
-    header: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     optimizers: Entries | None = None
+
+    @property
+    def entries(self) -> Entries:
+        """The tensors of all networks."""
+        return [entry for entries in self.networks.values() for entry in entries]
+
+    @property
+    def seed(self) -> Any:
+        """The seed of the configuration, None if there is none."""
+        match self.details:
+            case {"config": {"seed": seed}}:
+                return seed
+        return None
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -103,8 +180,16 @@ def read_checkpoint(path: str) -> Checkpoint:
 
     Raises `UserError`, with one line that names the path, for anything else.
     """
+    with _refusing(path):
+        return _checkpoint(*_read(path))
+
+
+@contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Turn what goes wrong while the file is read into a `UserError` that names it."""
     try:
-        return _checkpoint(_read(path))
+        yield
+        return
     except UserError as error:
         reason = str(error)
     except OSError as error:
@@ -119,8 +204,8 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _checkpoint(contents: Any) -> Checkpoint:
-    """Return the tensors of a file's `contents`, grouped by network."""
+def _checkpoint(contents: Any, data: Data) -> Checkpoint:
+    """Return the tensors of a file's `contents`, grouped by network, and what describes them."""
     match contents:
         case {"format": int(version), "step": int(step), "models": dict(models), **others}:
             if max(abs(version), abs(step)) >= _INT64:
@@ -128,14 +213,46 @@ def _checkpoint(contents: Any) -> Checkpoint:
             networks: dict[str, Entries] = {name: [] for name in models}
             for key, tensor in _entries(models):
                 networks.setdefault(key.partition(".")[0], []).append((key, tensor))
+            details: dict[str, object] = {"format": version, "step": step}
+            details |= {k: others[k] for k in ("versions", "metrics", "config") if k in others}
             return Checkpoint(
-                networks=networks,
-                header={"format": version, "step": step},
+                data,
+                networks,
+                details=_plain(details),
                 optimizers=_entries(others.get("optimizers")),
             )
         case dict() | _Object(state={"_parameters": _}):
-            return Checkpoint(networks={"": _entries(contents)})
+            return Checkpoint(data, {"": _entries(contents)})
     raise UserError("holds neither a state_dict nor a model")
+
+
+def _plain(root: object) -> Any:
+    """Return a copy of `root` of dicts, lists, texts and numbers; all else becomes its name."""
+    total = 0
+
+    def copy(node: object, key: str, depth: int) -> Any:
+        # As in `_entries`: few bytes can name one long text, or one long list, many times.
+        nonlocal total
+        total += 1 + len(key) + (len(node) if isinstance(node, str) else 0)
+        if total > MAX_DETAILS:
+            raise UserError(f"config, metrics and versions of more than {MAX_DETAILS} characters")
+        if depth > MAX_DEPTH:
+            raise UserError(f"nested more than {MAX_DEPTH} levels deep, or contains itself")
+        match node:
+            case None | bool() | float() | str():
+                return node
+            case int():
+                is_short = abs(node) < 2 * _INT64
+                return node if is_short else f"<an integer of {node.bit_length()} bits>"
+            case dict():
+                return {k: copy(v, f"{key}.{k}", depth + 1) for k, v in node.items()}
+            case list() | tuple():
+                return [copy(item, key, depth + 1) for item in node]
+            case _Object(cls=name) | _Global(name=name):
+                return copy(f"<{name}>", key, depth)
+        return f"<{type(node).__name__.lower()}>"
+
+    return copy(root, "", 0)
 
 
 def _entries(root: object) -> Entries:
@@ -180,7 +297,7 @@ def _children(node: Any) -> Iterator[tuple[str, object]]:
             raise UserError("holds a tensor that is not dense (quantized, sparse or nested)")
 
 
-def _read(path: str) -> object:
+def _read(path: str) -> tuple[object, Data]:
     """Return the contents of the file: plain containers, tensors and `_Object`s."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -192,7 +309,9 @@ def _read(path: str) -> object:
     with _LimitedFile(path) as file:
         is_zip = file.read(4) == b"PK\x03\x04"
         file.seek(0)
-        return (_read_zip if is_zip else _read_legacy)(file, status.st_size)
+        read = _read_zip if is_zip else _read_legacy
+        contents, positions, is_big_endian = read(file, status.st_size)
+    return contents, Data(path, status, positions, is_big_endian)
 
 
 class _LimitedFile(io.FileIO):
@@ -211,26 +330,41 @@ class _LimitedFile(io.FileIO):
         return data
 
 
-def _read_zip(file: _LimitedFile, size: int) -> object:
-    """Return the contents of a file in the format that torch writes since 1.6."""
+def _read_zip(file: _LimitedFile, size: int) -> tuple[object, dict[str, int], bool]:
+    """Read the format of torch since 1.6: contents, positions of data, whether big endian."""
     with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UserError("a zip file without the data.pkl of torch.save")
-        if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
-            raise UserError("a compressed zip file, which torch.save does not write")
-        unpickler = _Unpickler(io.BytesIO(archive.read(pickles[0])))
+        unpickler = _Unpickler(io.BytesIO(archive.read(_stored(archive, pickles[0]))))
         contents = unpickler.load()
         folder = pickles[0].removesuffix(".pkl")
+        positions = {}
         for key, nbytes in unpickler.storages.items():
-            member = archive.getinfo(f"{folder}/{key}")
-            if member.compress_size < nbytes or member.header_offset + nbytes > size:
+            member = _stored(archive, f"{folder}/{key}")
+            file.seek(member.header_offset + _ZIP_LENGTHS)
+            position = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
+            if member.compress_size < nbytes or position + nbytes > size:
                 raise UserError("a tensor is larger than its data in the file")
-    return contents
+            positions[key] = position
+        record = f"{folder.removesuffix('data')}byteorder"  # since 2.1
+        byteorder = archive.read(_stored(archive, record)) if record in names else b"little"
+    if byteorder not in (b"little", b"big"):
+        raise UserError("a byte order that is neither little nor big")
+    return contents, positions, byteorder == b"big"
 
 
-def _read_legacy(file: _LimitedFile, size: int) -> object:
-    """Return the contents of a file in the older format: pickles, then the bare data."""
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Return the member, once it is known not to grow when it is read."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise UserError("a compressed zip file, which torch.save does not write")
+    return member
+
+
+def _read_legacy(file: _LimitedFile, size: int) -> tuple[object, dict[str, int], bool]:
+    """Read the older format, pickles, then the bare data: as `_read_zip`."""
     stream = io.BytesIO(file.read(file.left))
     try:
         magic = _Unpickler(stream).load()
@@ -242,10 +376,17 @@ def _read_legacy(file: _LimitedFile, size: int) -> object:
     _system = _Unpickler(stream).load()
     unpickler = _Unpickler(stream)
     contents = unpickler.load()
-    _storage_keys = _Unpickler(stream).load()
-    if stream.tell() + sum(8 + nbytes for nbytes in unpickler.storages.values()) > size:
+    keys: Any = _Unpickler(stream).load()
+    positions = {}
+    end = stream.tell()
+    for key in keys:
+        if not isinstance(key, str) or key not in unpickler.storages:
+            raise UserError("data of no tensor")
+        positions[key] = end + 8  # behind the number of elements
+        end = positions[key] + unpickler.storages[key]
+    if end > size or len(positions) < len(unpickler.storages):
         raise UserError("truncated: a tensor is larger than its data in the file")
-    return contents
+    return contents, positions, False  # whatever machine wrote it
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,23 +404,24 @@ class _Object:
     state: Any = None
 
 
-def _item_size(cls: _Global) -> int:
-    """Return the bytes of one element of the storage class or dtype `cls`."""
-    try:
-        return _ITEM_SIZES[cls.name.rpartition(".")[2]]
-    except KeyError:
-        raise UserError("a tensor of a type that is not supported") from None
+def _dtype(cls: _Global) -> str:
+    """Return the type of the elements of the storage class or dtype `cls`."""
+    name = cls.name.rpartition(".")[2]
+    dtype = _STORAGES.get(name, name)
+    if dtype not in _ITEM_SIZES:
+        raise UserError("a tensor of a type that is not supported")
+    return dtype
 
 
-def _view(storage: Storage, item_size: int, offset: Any, size: Any, stride: Any) -> Tensor:
+def _view(storage: Storage, dtype: str, offset: Any, size: Any, stride: Any) -> Tensor:
     """Return the tensor, once its elements are known to lie inside its storage."""
     if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise UserError("a tensor with an impossible number of dimensions")
     if not all(type(value) is int and 0 <= value < _INT64 for value in (offset, *size, *stride)):
         raise UserError("a tensor with an impossible size, stride or offset")
-    tensor = Tensor(tuple(size), storage)
-    end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if tensor.numel >= _INT64 or (tensor.numel and end * item_size > storage.nbytes):
+    tensor = Tensor(tuple(size), dtype, storage, offset, tuple(stride))
+    end = offset * tensor.item_size + tensor.span
+    if tensor.numel >= _INT64 or (tensor.numel and end > storage.nbytes):
         raise UserError("a tensor reaches outside its storage")
     return tensor
 
@@ -287,7 +429,7 @@ def _view(storage: Storage, item_size: int, offset: Any, size: Any, stride: Any)
 def _tensor_v2(
     storage: Storage, offset: object, size: object, stride: object, *_: object
 ) -> Tensor:
-    return _view(storage, storage.item_size, offset, size, stride)
+    return _view(storage, storage.dtype, offset, size, stride)
 
 
 def _tensor_v3(
@@ -300,7 +442,7 @@ def _tensor_v3(
     dtype: _Global,
     *_: object,
 ) -> Tensor:
-    return _view(storage, _item_size(dtype), offset, size, stride)
+    return _view(storage, _dtype(dtype), offset, size, stride)
 
 
 def _tensor_from_type(function: _Global, _type: object, args: Any, _state: object) -> object:
@@ -381,9 +523,11 @@ class _Unpickler(pickle._Unpickler):
         match pid:
             case ("module", _Global() as cls, _, _):
                 return cls
-            case ("storage", _Global() as cls, str(key), _, int(numel), *_) if 0 <= numel < _INT64:
-                item_size = _item_size(cls)
-                storage = Storage(key, item_size, numel * item_size)
+            case ("storage", _Global() as cls, str(key), _, int(numel), *view) if (
+                0 <= numel < _INT64 and not any(view)  # a view of another storage: none since 0.4
+            ):
+                dtype = _dtype(cls)
+                storage = Storage(key, dtype, numel * _ITEM_SIZES[dtype])
                 self.storages[key] = max(storage.nbytes, self.storages.get(key, 0))
                 return storage
         raise UserError("a tensor without a proper storage")

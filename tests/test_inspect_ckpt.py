@@ -1,6 +1,8 @@
 """Files of torch.save, good and bad, through `scripts/inspect_ckpt.py` and the reader below it."""
 
 import io
+import json
+import math
 import os
 import pickle
 import re
@@ -9,16 +11,20 @@ import stat
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import SMALL, run_script
 from torch import nn
 
-from icm.checkpoint_reader import MAX_BYTES, Checkpoint, read_checkpoint
+from icm.checkpoint_difference import Change, compare
+from icm.checkpoint_reader import MAX_BYTES, MAX_DETAILS, Checkpoint, read_checkpoint
 from icm.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inspect_ckpt.py"
@@ -93,6 +99,32 @@ def totals_of(state_dict: dict[str, torch.Tensor]) -> str:
         t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state_dict.values()
     }
     return f"{len(state_dict)} tensors, {elements} elements, {sum(storages.values())} bytes"
+
+
+def strict_json(text: str) -> Any:
+    """Return what JSON in its strict form says: it has no NaN and no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def counts_of(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the numbers of `totals_of`."""
+    count, elements, size = map(int, re.findall(r"\d+", totals_of(state_dict)))
+    return {"count": count, "elements": elements, "bytes": size}
+
+
+def tensors_of(state_dict: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Return what --json says of each tensor."""
+    return [{"key": key, **kind_of(tensor)} for key, tensor in state_dict.items()]
+
+
+def kind_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return what --json says of a tensor."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "bytes": tensor.nbytes}
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], path: object) -> None:
@@ -246,7 +278,13 @@ def project_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     }
     checkpoint = {
         "format": 1,
-        "config": {"env": {"id": "SuperMarioBros-v0"}, "lr": 1e-4, "shape": [3, 42, 42]},
+        "config": {
+            "seed": 7,
+            "env": {"id": "SuperMarioBros-v0", "core": None, "shape": (3, 42, 42)},
+            "lr": 1e-4,
+        },
+        "versions": {"python": "3.13.1", "torch": "2.10"},
+        "metrics": {"episode/distance": 1638.25, "loss/value": None, "explore/cells": 1809},
         "step": 1234,
         "models": {name: model.state_dict() for name, model in models.items()},
         "optimizers": {"adam": adam},
@@ -259,7 +297,7 @@ def project_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def test_project_checkpoint(project_checkpoint: tuple[Path, dict[str, Any]]) -> None:
-    """Format and step, the networks, the totals, and the optimizer as a count."""
+    """What it is, the networks, the totals, the optimizer as a count, and the configuration."""
     path, checkpoint = project_checkpoint
     models = checkpoint["models"]
     everything = {f"{n}.{key}": t for n, model in models.items() for key, t in model.items()}
@@ -269,12 +307,117 @@ def test_project_checkpoint(project_checkpoint: tuple[Path, dict[str, Any]]) -> 
     assert run(path).stdout.splitlines() == [
         "format: 1",
         "step: 1234",
+        "seed: 7",
+        "versions:",
+        "  python: 3.13.1",
+        "  torch: 2.10",
+        "metrics:",
+        "  episode/distance: 1638.25",
+        "  loss/value: null",
+        "  explore/cells: 1809",
         *lines_of(everything),
         *(f"{name}: {totals_of(model)}" for name, model in models.items()),
         f"total: {totals_of(everything)}",
         f"optimizers (not listed, not in the total): {totals_of(optimizer)}",
+        "config:",
+        "  seed: 7",
+        "  env:",
+        "    id: SuperMarioBros-v0",
+        "    core: null",
+        "    shape: [3, 42, 42]",
+        "  lr: 0.0001",
     ]
     assert "phi.conv1.weight  torch.Size([32, 3, 3, 3])" in run(path).stdout
+
+
+def test_project_checkpoint_as_json(project_checkpoint: tuple[Path, dict[str, Any]]) -> None:
+    """The same and the types and sizes of all tensors, as one object."""
+    path, checkpoint = project_checkpoint
+    models = {
+        name: {f"{name}.{key}": tensor for key, tensor in model.items()}
+        for name, model in checkpoint["models"].items()
+    }
+    everything = {key: tensor for model in models.values() for key, tensor in model.items()}
+    states = checkpoint["optimizers"]["adam"]["state"].items()
+    optimizer = {f"{i}.{key}": t for i, state in states for key, t in state.items()}
+    result = run("--json", path)
+    assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)
+    assert strict_json(result.stdout) == {
+        "path": str(path),
+        "format": 1,
+        "step": 1234,
+        "seed": 7,
+        "versions": checkpoint["versions"],
+        "metrics": checkpoint["metrics"],
+        "config": {
+            **checkpoint["config"],
+            "env": {**checkpoint["config"]["env"], "shape": [3, 42, 42]},
+        },
+        "networks": {
+            name: {"tensors": tensors_of(model), **counts_of(model)}
+            for name, model in models.items()
+        },
+        "total": counts_of(everything),
+        "optimizers": counts_of(optimizer),
+    }
+
+
+def test_json_of_other_files(tmp_path: Path) -> None:
+    """A model and its state_dict are one network without a name; the details are null."""
+    model = Everything()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save(model, tmp_path / "model.pt")
+    (tmp_path / "bad.pt").write_text("no")
+    result = run("--json", *(tmp_path / name for name in ("state.pt", "bad.pt", "model.pt")))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"inspect_ckpt.py: error: {tmp_path / 'bad.pt'}: ")
+    counts = counts_of(model.state_dict())
+    details = dict.fromkeys(("format", "step", "seed", "versions", "metrics", "config"))
+    assert [strict_json(line) for line in result.stdout.splitlines()] == [
+        {
+            "path": str(tmp_path / name),
+            **details,
+            "networks": {"": {"tensors": tensors_of(model.state_dict()), **counts}},
+            "total": counts,
+            "optimizers": None,
+        }
+        for name in ("state.pt", "model.pt")
+    ]
+
+
+def test_odd_details_are_shown_safely(tmp_path: Path) -> None:
+    """A file may hold anything where texts and numbers are expected."""
+    checkpoint = {
+        "format": 1,
+        "step": 2,
+        "models": {},
+        "config": ["a\x1b[31m\nb", {"seed": 3}, torch.zeros(2), torch.device("cpu"), Phi, 10**30],
+        "versions": "\x1b]0;title\x07\n2.10",
+        "metrics": {"a\nb": math.nan, "c": -math.inf, "d": {}, "e": {1, 2}, "f": True},
+    }
+    path = tmp_path / "odd.pt"
+    torch.save(checkpoint, path)
+    assert run(path).stdout.splitlines() == [
+        "format: 1",
+        "step: 2",
+        "versions: \\x1b]0;title\\x07\\n2.10",
+        "metrics:",
+        "  a\\nb: NaN",
+        "  c: -Infinity",
+        "  d: {}",
+        "  e: [1, 2]",
+        "  f: true",
+        "total: 0 tensors, 0 elements, 0 bytes",
+        "optimizers (not listed, not in the total): 0 tensors, 0 elements, 0 bytes",
+        'config: ["a\\u001b[31m\\nb", {"seed": 3}, "<tensor>", "<torch.device>", '
+        f'"<{Phi.__module__}.Phi>", "<an integer of 100 bits>"]',
+    ]
+    output = run("--json", path).stdout
+    assert output.isascii()
+    assert output.removesuffix("\n").isprintable()
+    report = strict_json(output)
+    assert report["metrics"] == {"a\nb": None, "c": None, "d": {}, "e": [1, 2], "f": True}
+    assert report["seed"] is None
 
 
 def test_other_nested_checkpoints_are_listed_with_their_path(tmp_path: Path) -> None:
@@ -326,6 +469,361 @@ def test_closed_pipe_and_odd_encoding_end_quietly(tmp_path: Path) -> None:
     closed = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
     os.close(write_end)
     assert (closed.returncode, closed.stderr) == (1, "")
+
+
+# Two files
+
+
+def save(path: Path, content: object, **options: Any) -> Path:
+    """Write `content` and return the path."""
+    torch.save(content, path, **options)
+    return path
+
+
+def norms_of(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """Return the norms of b - a and of a as torch has them."""
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.detach().to(wide), b.detach().to(wide)
+    return (b - a).norm().item(), a.norm().item()
+
+
+def change_of(a: Path, b: Path) -> Change | None:
+    """Return the change of the only tensor of two files."""
+    [pair] = compare(read_checkpoint(str(a)), read_checkpoint(str(b))).networks[""]
+    return pair.change
+
+
+def as_big_endian(path: Path) -> Path:
+    """Rewrite a file of float32s, or of complex64s, as a machine of another byte order would."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path.with_suffix(".big"), "w") as archive:
+        for name, content in members.items():
+            if "/data/" in name:
+                content = np.frombuffer(content, "<f4").astype(">f4").tobytes()
+            archive.writestr(name, b"big" if name.endswith("/byteorder") else content)
+    return path.with_suffix(".big")
+
+
+REAL = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+COMPLEX = [torch.complex128, torch.complex64, torch.complex32]
+WHOLE = [
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", [*REAL, *COMPLEX, *WHOLE], ids=str)
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_norms_of_every_dtype(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
+    """The change of random tensors, as torch computes it; more than one chunk of elements."""
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    random = [
+        30 * torch.randn(90_001, generator=torch.manual_seed(seed), dtype=wide) for seed in (1, 2)
+    ]
+    a, b = ((x * (x.real > 0)).to(dtype) for x in random)  # some are zero, none is below
+    paths = [save(tmp_path / f"{n}.pt", {"w": t}, **options) for n, t in (("a", a), ("b", b))]
+    norm, before = norms_of(a, b)
+    change = change_of(paths[0], paths[1])
+    assert change is not None
+    assert change.norm == pytest.approx(norm, rel=1e-9) != 0
+    assert change.relative == pytest.approx(norm / before, rel=1e-9)
+    assert change_of(paths[0], paths[0]) == Change(0.0, change.before)
+
+
+def test_norms_of_every_view(tmp_path: Path) -> None:
+    """Elements pair up by their index, however a file lays them out."""
+    base = torch.randn(4000, generator=torch.manual_seed(3))
+    views = {
+        "whole": base,
+        "part": base[100:200],
+        "strided": base[5:3000:7],
+        "transposed": base.view(50, 80).t(),
+        "permuted": base.view(2, 4, 5, 100).permute(3, 1, 0, 2),
+        "column": base.view(50, 80)[:, 3],
+        "expanded": base[7].expand(30, 2),
+        "overlapping": base.as_strided((100, 100), (3, 1)),
+        "scalar": base[9],
+        "empty": base[:0].view(0, 3),
+        "ones": base[:1].view((1,) * 64),
+    }
+    plain = {key: torch.randn(view.shape) for key, view in views.items()}
+    a = read_checkpoint(str(save(tmp_path / "a.pt", views)))
+    b = read_checkpoint(str(save(tmp_path / "b.pt", plain)))
+    for x, y, one, other in ((a, b, views, plain), (b, a, plain, views)):
+        for pair in compare(x, y).networks[""]:
+            norm, before = norms_of(one[pair.key], other[pair.key])
+            assert pair.change is not None
+            assert pair.change.norm == pytest.approx(norm, rel=1e-9)
+            assert math.sqrt(pair.change.before) == pytest.approx(before, rel=1e-9)
+
+
+def test_norms_between_dtypes_and_byte_orders(tmp_path: Path) -> None:
+    """Rounded weights are close to those they were, a file of another machine is equal."""
+    w = torch.randn(1000, generator=torch.manual_seed(4))
+    a = save(tmp_path / "a.pt", {"w": w})
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        change = change_of(a, save(tmp_path / "b.pt", {"w": w.to(dtype)}))
+        assert change is not None
+        assert change.norm == pytest.approx(norms_of(w, w.to(dtype))[0], rel=1e-9)
+    for tensor in (w, w.view(torch.complex64)):
+        path = save(tmp_path / "c.pt", {"w": tensor})
+        assert change_of(path, as_big_endian(path)) == Change(0.0, change.before)
+
+
+def test_a_change_in_the_last_bit_of_a_long_integer(tmp_path: Path) -> None:
+    """It is 1, although a float64 has no room for it, and the widest change does not wrap."""
+    tensors = [torch.tensor([value]) for value in (2**62, 2**62 + 1, 2**63 - 1, -(2**63))]
+    paths = [save(tmp_path / f"{i}.pt", {"w": tensor}) for i, tensor in enumerate(tensors)]
+    norms = [change_of(paths[i], paths[j]) for i, j in ((0, 1), (1, 0), (2, 3), (3, 2))]
+    assert [change and change.norm for change in norms] == [1.0, 1.0, 2.0**64, 2.0**64]
+
+
+def test_tensors_without_a_change_to_speak_of(tmp_path: Path) -> None:
+    """Other shapes, complex against real, and types without numbers here have no norm."""
+    a = {
+        "same": torch.ones(3),
+        "shape": torch.ones(3),
+        "kind": torch.ones(4),
+        "float8": torch.ones(2).to(torch.float8_e5m2),
+        "gone": torch.ones(2, 2),
+    }
+    b = {
+        "new\n": torch.ones(()),
+        "float8": torch.zeros(2).to(torch.float8_e5m2),
+        "kind": torch.ones(4, dtype=torch.complex64),
+        "shape": torch.ones(1, 3, dtype=torch.float16),
+        "same": torch.tensor([1.0, 3.0, 1.0]),
+    }
+    paths = [save(tmp_path / "a.pt", a), save(tmp_path / "b.pt", b)]
+    assert run("--diff", *paths).stdout.splitlines() == [
+        f"a: {paths[0]}",
+        f"b: {paths[1]}",
+        "only in a: gone  torch.Size([2, 2])",
+        "only in b: new\\n  torch.Size([])",
+        " ||b - a||    / ||a||  tensor",
+        "         2      1.155  same",
+        "         -          -  shape  float32 -> float16, [3] -> [1, 3]",
+        "         -          -  kind  float32 -> complex64",
+        "         -          -  float8",
+        "         2      1.155  total",
+    ]
+    report = strict_json(run("--json", "--diff", *paths).stdout)
+    norms = {"norm": 2.0, "relative": 2 / math.sqrt(3)}
+    assert report == {
+        "a": str(paths[0]),
+        "b": str(paths[1]),
+        "details": [],
+        "only_in_a": tensors_of({"gone": a["gone"]}),
+        "only_in_b": tensors_of({"new\n": b["new\n"]}),
+        "networks": {
+            "": {
+                "tensors": [
+                    {
+                        "key": key,
+                        "a": kind_of(a[key]),
+                        "b": kind_of(b[key]),
+                        **(norms if key == "same" else dict.fromkeys(norms)),
+                    }
+                    for key in ("same", "shape", "kind", "float8")
+                ],
+                **norms,
+            }
+        },
+        "total": norms,
+    }
+
+
+def test_norms_that_are_no_numbers(tmp_path: Path) -> None:
+    """A network that has diverged is said to have, and JSON stays strict."""
+    values = {"nan": (1.0, math.nan), "inf": (1.0, math.inf), "from_zero": (0.0, 2.0)}
+    paths = [
+        save(tmp_path / f"{i}.pt", {key: torch.tensor(pair[i]) for key, pair in values.items()})
+        for i in (0, 1)
+    ]
+    result = run("--diff", *paths)
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[3:] == [
+        "       nan        nan  nan",
+        "       inf        inf  inf",
+        "         2        inf  from_zero",
+        "       nan        nan  total",
+    ]
+    network = strict_json(run("--json", "--diff", *paths).stdout)["networks"][""]
+    assert [tensor["norm"] for tensor in network["tensors"]] == [None, None, 2.0]
+    assert [tensor["relative"] for tensor in network["tensors"]] == [None] * 3
+
+
+def test_difference_of_two_models(tmp_path: Path) -> None:
+    """A whole model and a state_dict have the same keys, in either format of torch.save."""
+    models = [Everything(), Everything()]
+    a = save(tmp_path / "a.pt", models[0])
+    b = save(tmp_path / "b.pt", models[1].state_dict(), _use_new_zipfile_serialization=False)
+    found = compare(read_checkpoint(str(a)), read_checkpoint(str(b)))
+    before, after = (model.state_dict() for model in models)
+    assert (found.details, found.only) == ({}, {"a": [], "b": []})
+    assert [pair.key for pair in found.networks[""]] == list(before)
+    for pair in found.networks[""]:
+        assert pair.change is not None
+        norm, _ = norms_of(before[pair.key], after[pair.key])
+        assert pair.change.norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_difference_of_two_project_checkpoints(
+    project_checkpoint: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Every detail that differs by its dotted name, then the tensors, the networks, the total."""
+    path, checkpoint = project_checkpoint
+    models = {name: dict(model) for name, model in checkpoint["models"].items()}
+    models["qnetwork"]["linear1.bias"] = models["qnetwork"]["linear1.bias"] + 0.5
+    config = {"seed": 7, "env": {"id": "SuperMarioBros-v0", "core": "auto"}, "lr": 1e-4, "new": {}}
+    later = {
+        **checkpoint,
+        "step": 5678,
+        "config": {**config, "log": {"every": 1}},
+        "versions": {**checkpoint["versions"], "torch": "2.11"},
+        "metrics": {**checkpoint["metrics"], "explore/cells": 1810},
+        "models": models,
+    }
+    other = save(tmp_path / "later.pt", later)
+    result = run("--diff", f"ckpt={path}", other)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[:10] == [
+        f"a: {path}",
+        f"b: {other}",
+        "step: 1234 -> 5678",
+        'versions.torch: "2.10" -> "2.11"',
+        "metrics.explore/cells: 1809 -> 1810",
+        'config.env.core: null -> "auto"',
+        "config.env.shape: [3, 42, 42] -> absent",
+        "config.log.every: absent -> 1",
+        " ||b - a||    / ||a||  tensor",
+        "         0          0  phi.conv1.weight",
+    ]
+    bias = checkpoint["models"]["qnetwork"]["linear1.bias"]
+    whole = torch.cat([t.flatten() for t in checkpoint["models"]["qnetwork"].values()])
+    everything = torch.cat(
+        [t.flatten() for model in checkpoint["models"].values() for t in model.values()]
+    )
+    relative = {n: 5 / t.norm() for n, t in (("b", bias), ("q", whole), ("all", everything))}
+    assert f"         5{relative['b']:>11.4g}  qnetwork.linear1.bias" in lines
+    assert lines[-3:] == [
+        "         0          0  phi",
+        f"         5{relative['q']:>11.4g}  qnetwork",
+        f"         5{relative['all']:>11.4g}  total",
+    ]
+    report = strict_json(run("--json", "--diff", path, other).stdout)
+    assert report["details"][-3:] == [
+        {"key": "config.env.core", "a": None, "b": "auto"},
+        {"key": "config.env.shape", "a": [3, 42, 42]},
+        {"key": "config.log.every", "b": 1},
+    ]
+    assert report["networks"]["qnetwork"]["norm"] == pytest.approx(5, rel=1e-6)
+    assert report["networks"]["none"] == {"tensors": [], "norm": 0.0, "relative": 0.0}
+
+
+def test_checkpoints_of_a_real_training(tmp_path: Path) -> None:
+    """All that a training writes is shown, and what has learned has moved as torch says."""
+    settings = ("total_steps=64", "checkpoint.every=32", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_script("train.py", *SMALL, *settings)
+    assert done.returncode == 0, done.stderr
+    paths = [tmp_path / "run" / "checkpoints" / f"step_{step:09d}.pt" for step in (32, 64)]
+    first, second = (torch.load(path, weights_only=True) for path in paths)
+
+    lines = run(paths[1]).stdout.splitlines()
+    assert lines[:3] == [f"format: {second['format']}", "step: 64", "seed: 42"]
+    networks = {f"{n}.{k}": t for n, m in second["models"].items() for k, t in m.items()}
+    start = lines.index(lines_of(networks)[0])
+    assert lines[start : start + len(networks)] == lines_of(networks)
+    assert {"  total_steps: 64", "    id: SuperMarioBros-1-1-v0"} <= set(lines)
+    assert max(len(line) for line in lines if not line.startswith("optimizers")) <= 80
+    report = strict_json(run("--json", paths[1]).stdout)
+    for name in ("config", "versions", "metrics"):
+        assert report[name] == json.loads(json.dumps(second[name])) != {}
+
+    report = strict_json(run("--json", "--diff", *paths).stdout)
+    steps, *others = report["details"]
+    assert steps == {"key": "step", "a": 32, "b": 64}
+    assert {detail["key"].partition(".")[0] for detail in others} == {"metrics"}
+    assert report["only_in_a"] == report["only_in_b"] == []
+    assert list(report["networks"]) == list(first["models"])
+    for name, network in report["networks"].items():
+        before, after = first["models"][name], second["models"][name]
+        for tensor in network["tensors"]:
+            key = tensor["key"].removeprefix(f"{name}.")
+            norm, _ = norms_of(before[key], after[key])
+            assert tensor["norm"] == pytest.approx(norm, rel=1e-9)
+        whole = [torch.cat([t.flatten() for t in model.values()]) for model in (before, after)]
+        assert network["norm"] == pytest.approx(norms_of(whole[0], whole[1])[0], rel=1e-9)
+    assert report["networks"]["phi"]["norm"] > 0
+    assert max(map(len, run("--diff", *paths).stdout.splitlines()[2:])) <= 80
+
+
+def test_one_pair_of_tensors_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Large files are compared in the memory of their largest tensors."""
+    size = 4 << 20
+    content = {str(i): torch.randn(size // 4) for i in range(8)}
+    a, b = (
+        read_checkpoint(str(save(tmp_path / f"{n}.pt", content, **options)))
+        for n, options in (("a", {}), ("b", {"_use_new_zipfile_serialization": False}))
+    )
+    tracemalloc.start()
+    compare(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size < 8 * size < (tmp_path / "a.pt").stat().st_size
+
+
+def test_refusals_of_differences(tmp_path: Path) -> None:
+    """One line that names the file or the number of files, and nothing on stdout."""
+    good = save(tmp_path / "good.pt", {"w": torch.zeros(4)})
+    for paths in ([good], [good] * 3):
+        result = run("--diff", *paths)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"inspect_ckpt.py: error: --diff compares two files, not {len(paths)}; "
+            "expected [--json] PATH [PATH ...], or [--json] --diff PATH PATH\n"
+        )
+    for paths in ([good, tmp_path / "no\n.pt"], [tmp_path / "no\n.pt", good]):
+        assert_refused(run("--diff", *paths), f"{tmp_path}/no\\n.pt")
+        assert_refused(run("--json", "--diff", *paths), f"{tmp_path}/no\\n.pt")
+
+
+@pytest.mark.parametrize(
+    "numbers", [((4_000_000,), (0,)), ((2**20, 2**20), (0, 0)), ((3, 2**60), (1, 0))]
+)
+def test_a_tensor_that_repeats_its_data_without_end(
+    numbers: tuple[tuple[int, ...], tuple[int, ...]], tmp_path: Path
+) -> None:
+    """It can be listed, but to go through it would take hours, or forever."""
+    hostile = write_zip(tmp_path / "x.pt", tensor_pickle(0, *numbers), [("0", bytes(16))])
+    good = save(tmp_path / "good.pt", {"w": torch.zeros(4)})
+    assert run(hostile).returncode == 0
+    for paths in ([hostile, good], [good, hostile]):
+        result = run("--diff", *paths)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"inspect_ckpt.py: error: {hostile}: its tensors repeat its data more than 100 times; "
+            "expected tensors with data of their own\n"
+        )
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_that_changes_meanwhile(replace: bool, tmp_path: Path) -> None:
+    """A training replaces its latest.pt: numbers of two files must not be mixed."""
+    path, new = (save(tmp_path / n, {"w": torch.ones(4)}) for n in ("latest.pt", "new.pt"))
+    checkpoint = read_checkpoint(str(path))
+    if replace:
+        new.replace(path)
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"latest\.pt: changed while it was read; expected"):
+        compare(checkpoint, checkpoint)
+    path.unlink()
+    with pytest.raises(UserError, match=r"latest\.pt: No such file or directory; expected"):
+        compare(checkpoint, checkpoint)
 
 
 # What is not a torch file
@@ -513,6 +1011,46 @@ def test_a_storage_has_its_data_in_the_file(tmp_path: Path) -> None:
             read_checkpoint(str(write_zip(tmp_path / "missing.pt", data, storages)))
 
 
+def test_members_that_grow_or_lie_about_their_order(tmp_path: Path) -> None:
+    """Nothing is decompressed, neither data nor the byte order, which is one of two."""
+    path = tmp_path / "x.pt"
+    for compressed, order, reason in (
+        ("data/0", b"little", "a compressed zip file"),
+        ("byteorder", b"little" * 1_000_000, "a compressed zip file"),
+        ("", b"middle", "neither little nor big"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            members = {"data.pkl": tensor_pickle(0, (4,), (1,)), "data/0": bytes(16)}
+            for name, content in {**members, "byteorder": order}.items():
+                kind = zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED
+                archive.writestr(f"archive/{name}", content, compress_type=kind)
+        with pytest.raises(UserError, match=reason):
+            read_checkpoint(str(path))
+
+
+def test_data_of_the_older_format_is_that_of_its_tensors(tmp_path: Path) -> None:
+    """The keys of the data are texts, and those of the tensors, all of them."""
+    data = tensor_pickle(0, (4,), (1,))
+    path = write_legacy(tmp_path / "x.pt", data)
+    head = path.read_bytes().partition(data)[0]
+    for keys, reason in (
+        ([], "larger than its data"),
+        (["1"], "data of no tensor"),
+        ([("0",)], "data of no tensor"),
+        (["0"] * 3, "larger than its data"),
+        (3, "damaged"),
+    ):
+        path.write_bytes(head + data + pickle.dumps(keys, protocol=2) + bytes(24))
+        with pytest.raises(UserError, match=reason):
+            read_checkpoint(str(path))
+    path.write_bytes(head + data + pickle.dumps(["0"], protocol=2) + bytes(24))
+    assert change_of(path, path) == Change(0.0, 0.0)
+    view = data.replace(b"tQ", short("1") + b"K\x00K\x02\x87tQ")
+    path.write_bytes(head + view + pickle.dumps(["0"], protocol=2) + bytes(24))
+    with pytest.raises(UserError, match="without a proper storage"):
+        read_checkpoint(str(path))
+
+
 def repeated(opcode: bytes, count: int) -> bytes:
     """Return a pickle of many equal opcodes."""
     return b"\x80\x04" + opcode * count + b"."
@@ -521,6 +1059,10 @@ def repeated(opcode: bytes, count: int) -> bytes:
 EMPTY_MODULE_STATE = (
     b"(" + short("_parameters") + b"}" + short("_buffers") + b"}" + short("_modules")
 )
+CHECKPOINT = (
+    b"\x80\x02}(" + short("format") + b"K\x01" + short("step") + b"K\x01" + short("models") + b"}"
+)
+LONG_TEXT = b"X" + struct.pack("<I", MAX_DETAILS) + b"k" * MAX_DETAILS
 BOMBS = {
     "recursive_dict": b"\x80\x02}q\x00" + short("a") + b"h\x00s.",
     "recursive_module": b"\x80\x02c__main__\nPhi\n)\x81q\x00}" + EMPTY_MODULE_STATE
@@ -554,12 +1096,26 @@ BOMBS = {
     "long_key": b"\x80\x02}X" + struct.pack("<I", 1 << 20) + b"k" * (1 << 20) + b"}s.",
     "huge_step": b"\x80\x02}(" + short("format") + b"K\x01" + short("step")
     + b"\x8a\xff" + b"\x7f" * 255 + short("models") + b"}u.",
+    "config_that_contains_itself": CHECKPOINT + short("config") + b"}q\x00"
+    + short("me") + b"h\x00su.",
+    "versions_that_contain_themselves": CHECKPOINT + short("versions") + b"]q\x00(h\x00h\x00eu.",
+    "deep_config": CHECKPOINT + short("config") + b"]" * 200_000 + b"a" * 199_999 + b"u.",
+    "deep_tuple_as_metrics": CHECKPOINT + short("metrics") + b")" + b"\x85" * 500_000 + b"u.",
+    "laughing_metrics": CHECKPOINT + short("metrics") + b"]q\x00" + b"".join(
+        b"0](" + b"h%c" % (i - 1) * 9 + b"eq%c" % i for i in range(1, 50)
+    ) + b"u.",
+    "long_text": CHECKPOINT + short("metrics") + LONG_TEXT + b"u.",
+    "long_name": CHECKPOINT + short("config") + b"}" + LONG_TEXT + b"Nsu.",
+    "long_class": CHECKPOINT + short("config") + b"c" + b"k" * MAX_DETAILS + b"\nx\nu.",
+    "repeated_text": CHECKPOINT + short("config") + b"](" + short("k" * 9999) + b"q\x00"
+    + b"h\x00" * 100_000 + b"eu.",
     "too_big": b"\x80\x02B" + struct.pack("<I", MAX_BYTES) + bytes(MAX_BYTES) + b".",
 }  # fmt: skip
 HARMLESS = {"deep_tuple_as_key"}  # such a key cannot name a tensor, so the dict is empty
 
 
-def test_bombs_end_in_one_line_and_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_bombs_end_in_one_line_and_little_memory(flags: list[str], tmp_path: Path) -> None:
     """All bombs, one after the other, in one process of 256 MiB."""
 
     def limit_memory() -> None:
@@ -570,13 +1126,14 @@ def test_bombs_end_in_one_line_and_little_memory(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * (32 << 20) + b"N.")
     paths["zip_bomb"] = tmp_path / "bomb.pt"
     assert paths["zip_bomb"].stat().st_size < 1 << 18
-    result = run(*paths.values(), preexec_fn=limit_memory)
+    result = run(*flags, *paths.values(), preexec_fn=limit_memory)
     assert result.returncode == 2
-    assert result.stdout.splitlines() == [
-        line
+    assert result.stdout == "".join(
+        run(*flags, paths[name]).stdout
+        if flags
+        else f"{paths[name]}:\ntotal: 0 tensors, 0 elements, 0 bytes\n"
         for name in HARMLESS
-        for line in (f"{paths[name]}:", "total: 0 tensors, 0 elements, 0 bytes")
-    ]
+    )
     refused = [path for name, path in paths.items() if name not in HARMLESS]
     for line, path in zip(result.stderr.splitlines(), refused, strict=True):
         assert line.startswith(f"inspect_ckpt.py: error: {path}: ")
@@ -591,6 +1148,14 @@ def test_reasons_of_the_common_refusals(tmp_path: Path) -> None:
         "billion_laughs": "more than 100000 entries",
         "long_key": "a key is longer than 500 characters",
         "too_big": "more than 8 MiB",
+        "config_that_contains_itself": "contains itself",
+        "versions_that_contain_themselves": "contains itself",
+        "deep_config": "nested more than 64 levels",
+        "laughing_metrics": "more than 262144 characters",
+        "long_text": "more than 262144 characters",
+        "long_name": "more than 262144 characters",
+        "long_class": "more than 262144 characters",
+        "repeated_text": "more than 262144 characters",
     }
     for name, reason in reasons.items():
         path = write_zip(tmp_path / f"{name}.pt", BOMBS[name])
