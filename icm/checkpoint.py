@@ -1,41 +1,33 @@
 """Checkpoints: written whole or not at all, loaded without executing anything."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 
 from icm.errors import UserError
+from icm.files import write_whole
 
 FORMAT = 3
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (plain containers and tensors), see `write_whole`."""
-    write_whole(path, lambda file: torch.save(content, file))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file so that `path` never holds half of it.
+    """Write `content`, plain containers, tensors, and arrays, which become tensors.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: it cannot be written, see `write_whole`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, lambda file: torch.save(with_tensors(content), file))
+
+
+def with_tensors(content: Any) -> Any:
+    """`content` with tensors in place of the arrays in it: those need pickle's full powers."""
+    if isinstance(content, dict):
+        return {key: with_tensors(value) for key, value in content.items()}
+    return torch.from_numpy(content) if isinstance(content, np.ndarray) else content
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,7 +59,8 @@ def for_playing(content: dict[str, Any]) -> dict[str, Any]:
         name: {key: half(value) for key, value in model.items()}
         for name, model in content["models"].items()
     }
-    kept = {name: content[name] for name in ("format", "config", "step", "curiosity")}
+    names = ("format", "config", "step", "curiosity", "versions", "metrics")
+    kept = {name: content[name] for name in names if name in content}
     numbers = {k: v for k, v in content["agent"].items() if isinstance(v, int | float)}
     return {**kept, "models": models, "agent": numbers}
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,8 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         application(careful)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 class RunFolder(Callback):

@@ -186,6 +186,13 @@ class LogConfig:
 
 
 @dataclass
+class DrawingConfig:
+    """When to draw; 0: never."""
+
+    every: int
+
+
+@dataclass
 class Config:
     """All settings of a run."""
 
@@ -200,7 +207,11 @@ class Config:
     curiosity: CuriosityConfig
     checkpoint: CheckpointConfig
     log: LogConfig
-    compile: str = "off"  # checkpoints from before this setting do not have it
+    # checkpoints from before these settings do not have them
+    compile: str = "off"
+    map: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
+    video: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
+    report: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
 
 
 @dataclass
@@ -243,6 +254,8 @@ class PlayConfig:
     greedy: bool
     render: str
     out: str | None
+    mind: bool
+    speed: float
     seed: int
     device: str
     env: GameConfig
@@ -331,7 +344,15 @@ def _check(config: Config) -> None:
     ):
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
-    for name, value in given("seed", "env.noop_max", "env.stuck_steps", "agent.warmup_steps"):
+    for name, value in given(
+        "seed",
+        "map.every",
+        "video.every",
+        "report.every",
+        "env.noop_max",
+        "env.stuck_steps",
+        "agent.warmup_steps",
+    ):
         if value < 0:
             raise UserError(f"{name}={value}: must be at least 0")
     if env.size < 16:

@@ -50,7 +50,11 @@ class Display:
         if not self.is_live and (now - self.printed >= PLAIN_EVERY or step >= self.total_steps):
             self.printed = now
             line = f"step {step:,} of {self.total_steps:,} · {self.found} · {self.speed}"
-            self.live.console.print(line, highlight=False, soft_wrap=True)
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line above the live picture."""
+        self.live.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _found(self, metrics: dict[str, float]) -> str:
         shown = (

@@ -1,72 +1,19 @@
-"""Rollouts of a checkpoint and their statistics."""
+"""Rollouts of an agent and their statistics."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from icm import checkpoint
 from icm.agents.base import Agent
-from icm.config import Config, GameConfig, parse_config
-from icm.envs import action_count, episodes_in, make_env, make_vector_env
-from icm.envs.mario import CELL
-from icm.envs.wrappers import Env
-from icm.factory import build_agent
+from icm.config import Config
+from icm.envs import action_count, episodes_in, make_vector_env
 from icm.models import NO_ACTION
 
 THRESHOLDS = (200, 400, 600, 948)
 """Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
-
-
-@dataclass
-class Moment:
-    """One agent step as the agent went through it.
-
-    state: what it saw, uint8 (C, H, W).
-    probabilities: of its actions, (actions,).
-    action: the one it took.
-    surprise: raw surprise of what followed.
-    reward: scaled intrinsic reward of it.
-    guess: what the inverse model takes the action for, (actions,); None if there is no such model.
-    where: in words.
-    """
-
-    state: np.ndarray
-    probabilities: np.ndarray
-    action: int
-    surprise: float
-    reward: float
-    guess: np.ndarray | None
-    where: str
-
-
-def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agent, Config, int]:
-    """Rebuild the agent of a checkpoint for playing: the agent, its settings, its agent step.
-
-    Args:
-        path: the checkpoint.
-        device: where to compute.
-        game: what the settings of its environment are replaced by.
-
-    Raises:
-        UserError: the file is no checkpoint, or its networks do not fit its settings or the game.
-    """
-    content = checkpoint.load(path)
-    with checkpoint.restoring(path):
-        changes = {name: value for name, value in vars(game).items() if value is not None}
-        content["config"]["env"] |= changes
-        config = parse_config(OmegaConf.create(content["config"]))
-        env = make_env(config.env)
-        shape: Any = env.observation_space.shape
-        agent = build_agent(config, shape, action_count(env.action_space), device, remember=False)
-        env.close()
-        agent.load_to_play(content)
-        return agent, config, content["step"]
 
 
 def rollouts(
@@ -113,73 +60,6 @@ def rollouts(
     finally:
         envs.close()
     return results
-
-
-def play(
-    agent: Agent,
-    config: Config,
-    step: int,
-    episodes: int,
-    greedy: bool,
-    seed: int,
-    render_mode: str,
-    on_frame: Callable[[Env], None],
-    on_moment: Callable[[Env, Moment], None],
-) -> Iterator[dict[str, Any]]:
-    """Play one episode after the other; yields each one's statistics as it ends.
-
-    Like those of `rollouts`, with `game_reward` for its `reward`, and `intrinsic_reward`: the
-    episode's scaled intrinsic reward.
-    `on_frame` is called with the game after every emulator frame, `on_moment` after every agent
-    step with what went on in the agent.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    novelty = agent.new_novelty(1)
-    env = make_env(config.env, render_mode, on_frame)
-    try:
-        for number in range(episodes):
-            observation, _ = env.reset(seed=seed + number)
-            state = torch.from_numpy(observation).unsqueeze(0)
-            previous = torch.tensor([NO_ACTION])
-            intrinsic, opens = 0.0, torch.tensor([True])
-            info: dict[str, Any] = {}
-            while "episode" not in info:
-                probabilities = agent.probabilities(state, previous, step, greedy)
-                action = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-                seen = observation
-                observation, _, _, _, info = env.step(int(action))
-                next_state = torch.from_numpy(observation).unsqueeze(0)
-                errors, places = agent.judge(state, previous, action, next_state, probabilities)
-                respawned = torch.tensor([info.get("life_lost", False) and "episode" not in info])
-                new = novelty(places, opens, respawned)
-                reward = float(agent.scale(agent.worth(errors.surprise.cpu(), new)))
-                intrinsic += reward
-                guess = None if errors.logits is None else errors.logits[0].softmax(0).cpu().numpy()
-                moment = Moment(
-                    state=seen,
-                    probabilities=probabilities[0].numpy(),
-                    action=int(action),
-                    surprise=float(errors.surprise),
-                    reward=reward,
-                    guess=guess,
-                    where=where(info),
-                )
-                on_moment(env, moment)
-                opens = torch.tensor([False])
-                state, previous = next_state, action
-            episode = info["episode"]
-            rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": intrinsic}
-            yield {**episode, **rewards}
-    finally:
-        env.close()
-
-
-def where(info: dict[str, Any]) -> str:
-    """The place that a step has led to, in words; empty where it is not known."""
-    if "cell" not in info:
-        return ""
-    world, stage, _, x, _ = info["cell"].tolist()
-    return f"{world}-{stage}, {x * CELL} pixels"
 
 
 def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:

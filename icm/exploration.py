@@ -1,19 +1,22 @@
-"""What a run has found: places, what they look like, and what happened there."""
+"""What a run has found: places, what they look like, and what happened there.
 
-from dataclasses import dataclass, field
+Nothing here imports torch, so that a process that only draws stays small.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
 from icm.envs.mario import CELL
 
-type Cell = tuple[int, int, int, int, int]
-"""World, stage, area, x // 16, y // 16; see `icm.envs.mario`."""
-
 type Place = tuple[int, int, int]
-"""World, stage, area."""
+"""World, stage, area; see `icm.envs.mario`."""
+
+type Cell = tuple[int, int]
+"""x // 16, y // 16 in a place."""
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Visits:
 
 @dataclass
 class Picture:
-    """What is known of a place."""
+    """What a place looks like, as far as that is known."""
 
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
     known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # columns of blocks
@@ -48,14 +51,39 @@ class Picture:
                 self.known[column] = True
 
 
+@dataclass
+class Region:
+    """What is known of a place."""
+
+    picture: Picture = field(default_factory=Picture)
+    cells: dict[Cell, Visits] = field(default_factory=dict)
+
+
+@dataclass
+class Recording:
+    """An episode that can be played again.
+
+    step: agent steps of the run by its end.
+    score: its distance; in a game without distances, its reward.
+    seed: of its environment.
+    actions: from the first to the last.
+    """
+
+    step: int
+    score: float
+    seed: int
+    actions: list[int]
+
+
 class Exploration:
-    """Cells with their visits, pictures of places, and the greatest distance of an episode."""
+    """Places and what is known of them, the greatest distance, and the best episode."""
 
     def __init__(self) -> None:
-        self.cells: dict[Cell, Visits] = {}
-        self.pictures: dict[Place, Picture] = {}
+        self.regions: dict[Place, Region] = defaultdict(Region)
         self.distance_max = 0.0
+        self.best: Recording | None = None
         self.here: list[Visits | None] = []  # of each environment
+        self.changed: set[Place] = set()
 
     def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> None:
         """Take in a vector step.
@@ -66,7 +94,7 @@ class Exploration:
             ended: whether an episode or a life ended, bool (num_envs,).
         """
         for place, block, strip in infos.get("scenery", ()):
-            self.pictures.setdefault(place, Picture()).add(block, strip)
+            self.regions[place].picture.add(block, strip)
         for visits, has_ended in zip(self.here, ended.tolist(), strict=False):
             if visits is not None and has_ended:
                 visits.ends += 1
@@ -75,9 +103,12 @@ class Exploration:
             return
         cells = infos["cell"].tolist()
         for row in np.flatnonzero(infos["_cell"]).tolist():
-            visits = self.cells.setdefault(tuple(cells[row]), Visits(step))
+            world, stage, area, x, y = cells[row]
+            place = world, stage, area
+            visits = self.regions[place].cells.setdefault((x, y), Visits(step))
             visits.count += 1
             self.here[row] = visits
+            self.changed.add(place)
 
     def judge(self, surprise: list[float]) -> None:
         """Take in how surprising the latest vector step was, of each environment."""
@@ -85,36 +116,72 @@ class Exploration:
             if visits is not None:
                 visits.surprise += value
 
+    def finish(self, step: int, episode: dict[str, Any]) -> None:
+        """Take in an episode that ended by an agent step, see `EpisodeStatistics`."""
+        self.distance_max = max(self.distance_max, float(episode.get("distance", 0)))
+        score = float(episode.get("distance", episode["reward"]))
+        actions = episode["actions"]
+        if self.best is None or (score, -len(actions)) > (self.best.score, -len(self.best.actions)):
+            self.best = Recording(step, score, int(episode["seed"]), list(actions))
+
+    def news(self) -> dict[str, Region]:
+        """Where somebody has been since the last call.
+
+        Their names are "1-1", or "1-1_area_2" for the second area that was found of a level.
+        """
+        areas: dict[tuple[int, int], int] = defaultdict(int)  # of each level, so far
+        found = {}
+        for place, region in self.regions.items():
+            level = place[:2]
+            areas[level] += 1
+            name = "{}-{}".format(*level) + (f"_area_{areas[level]}" if areas[level] > 1 else "")
+            if place in self.changed:
+                found[name] = region
+        self.changed.clear()
+        return found
+
     def statistics(self) -> dict[str, float]:
         """The `explore/` metrics; none for an environment without cells."""
-        if not self.cells:
+        cells = sum(len(region.cells) for region in self.regions.values())
+        if not cells:
             return {}
         return {
-            "explore/cells": len(self.cells),
-            "explore/levels": len({cell[:2] for cell in self.cells}),
+            "explore/cells": cells,
+            "explore/levels": len({place[:2] for place in self.regions}),
             "explore/distance_max": self.distance_max,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; the pictures as PNG files."""
-        visits = self.cells.values()
+        """Plain containers and arrays; the pictures as PNG files."""
+        cells, visits = [], []
+        for place, region in self.regions.items():
+            cells += [(*place, *cell) for cell in region.cells]
+            visits += list(region.cells.values())
         return {
             "distance_max": self.distance_max,
-            "cells": torch.tensor(list(self.cells)),
-            "visits": torch.tensor([[v.first, v.count, v.ends] for v in visits]),
-            "surprise": torch.tensor([v.surprise for v in visits], dtype=torch.float64),
+            "best": None if self.best is None else asdict(self.best),
+            "cells": np.array(cells, np.int64).reshape(-1, 5),
+            "visits": np.array([(v.first, v.count, v.ends) for v in visits], np.int64),
+            "surprise": np.array([v.surprise for v in visits], np.float64),
             "pictures": {
                 " ".join(map(str, place)): {
-                    "png": torch.from_numpy(cv2.imencode(".png", picture.pixels[..., ::-1])[1]),
-                    "known": torch.from_numpy(picture.known),
+                    "png": cv2.imencode(".png", region.picture.pixels[..., ::-1])[1],
+                    "known": region.picture.known,
                 }
-                for place, picture in self.pictures.items()
+                for place, region in self.regions.items()
+                if region.picture.known.any()
             },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; checkpoints from before it had visits begin without."""
+        """Restore what `state_dict` gave and a checkpoint kept.
+
+        Checkpoints from before there were visits begin without, those from before there were
+        recordings without the best episode.
+        """
         self.distance_max = state["distance_max"]
+        if state.get("best"):
+            self.best = Recording(**state["best"])
         if "visits" not in state:
             return
         table = zip(
@@ -123,12 +190,14 @@ class Exploration:
             state["surprise"].tolist(),
             strict=True,
         )
-        for cell, (first, count, ends), surprise in table:
-            self.cells[tuple(cell)] = Visits(first, count, ends, surprise)
+        for (world, stage, area, x, y), (first, count, ends), surprise in table:
+            visits = Visits(first, count, ends, surprise)
+            self.regions[world, stage, area].cells[x, y] = visits
         for name, picture in state["pictures"].items():
             world, stage, area = map(int, name.split())
             pixels = cv2.imdecode(picture["png"].numpy(), cv2.IMREAD_COLOR)
             assert pixels is not None
-            self.pictures[world, stage, area] = Picture(
+            self.regions[world, stage, area].picture = Picture(
                 pixels[..., ::-1].copy(), picture["known"].numpy()
             )
+        self.changed.update(self.regions)

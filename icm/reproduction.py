@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from icm.checkpoint import write_whole
 from icm.errors import UserError
 from icm.evaluation import standard_error
+from icm.files import write_bytes
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -152,9 +152,9 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, see `checkpoint.write_whole`."""
+    """Write a text file, see `files.write_bytes`."""
     text = "".join(f"{line}\n" for line in lines)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -5,12 +5,14 @@ import math
 import shlex
 import sys
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -40,7 +42,7 @@ class Tracker:
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, float | Tensor] = defaultdict(float)
         self.values: dict[str, list[Tensor]] = defaultdict(list)
-        self.rows: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.last: dict[str, float | None] = {}  # the latest line of metrics.jsonl
 
     def _describe(self, step: int, config: dict[str, Any]) -> None:
         """Say in TensorBoard what this run is: the command, every setting, hyperparameters."""
@@ -88,14 +90,17 @@ class Tracker:
         for name, values in self.values.items():
             self.writer.add_histogram(name, torch.cat(values), step)
         self.values.clear()
-        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self.rows.append({"step": step, **clean})
-        self.file.write(json.dumps(self.rows[-1]) + "\n")
+        self.last = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **self.last}) + "\n")
 
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Show images, RGB uint8 (H, W, 3), at an agent step in TensorBoard."""
-        for name, image in images.items():
-            self.writer.add_image(name, image, step, dataformats="HWC")
+    def images(self, step: int, images: dict[str, bytes]) -> None:
+        """Show images, PNG or GIF files, at an agent step in TensorBoard."""
+        for name, content in images.items():
+            with Image.open(BytesIO(content)) as image:
+                size = {"width": image.width, "height": image.height, "colorspace": 3}
+            shown = Summary.Image(encoded_image_string=content, **size)
+            summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+            self.writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
         """Flush and close everything."""

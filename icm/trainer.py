@@ -5,25 +5,30 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent
+from icm.config import Config
 from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
-from icm.exploration import Exploration
+from icm.exploration import Exploration, Recording
 from icm.models import NO_ACTION
 from icm.tracking import Tracker
-from icm.viz.map import draw_maps
-from icm.viz.report import Run, write_report
+from icm.versions import versions
+from icm.viz import studio
+
+EPISODE_METRICS = ("distance", "length", "reward", "flag", "levels_passed")
+HURRY = 4.0  # seconds for drawing after a signal: some send a stronger one after ten
 
 
 class Trainer:
@@ -33,7 +38,7 @@ class Trainer:
         agent: the learner.
         envs: environments that reset themselves on the step after an episode's end (NEXT_STEP).
         folder: the run folder.
-        config: all settings, plain containers, as they go into checkpoints.
+        config: all settings.
     """
 
     def __init__(
@@ -41,11 +46,14 @@ class Trainer:
         agent: Agent,
         envs: WorkerVectorEnv,
         folder: Path,
-        config: dict[str, Any],
+        config: Config,
     ) -> None:
         self.agent, self.envs, self.folder, self.config = agent, envs, folder, config
         self.step = 0
         self.exploration = Exploration()
+        self.studio = studio.Studio()
+        self.to_draw: set[str] = set()  # what is due, of "map", "video" and "report"
+        self.filmed: Recording | None = None
         self.stopped_by: int | None = None
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
@@ -55,9 +63,9 @@ class Trainer:
         Returns:
             the number of that signal, None if there was none. The run is saved in both cases.
         """
-        total, log_every = self.config["total_steps"], self.config["log"]["every"]
-        save_every = self.config["checkpoint"]["every"]
-        self.tracker = Tracker(self.folder, self.step, self.config)
+        total, log_every = self.config.total_steps, self.config.log.every
+        save_every = self.config.checkpoint.every
+        self.tracker = Tracker(self.folder, self.step, asdict(self.config))
         self.display = Display(self.step, total)
         try:
             with self._stopping_on_signals():
@@ -68,11 +76,14 @@ class Trainer:
                         self._log(clock)
                     if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
                         self.save()
+                    self._draw()
                     if self.stopped_by is not None:
                         break
                 self._log(clock)
                 self.save()
+                self._draw_the_end()
         finally:
+            self.studio.close()
             self.display.close()
             self.tracker.close()
         print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
@@ -82,7 +93,7 @@ class Trainer:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
-        observations, infos = envs.reset(seed=self.config["seed"] + self.step)
+        observations, infos = envs.reset(seed=self.config.seed + self.step)
         self.exploration.visit(self.step, infos, np.zeros(n, bool))
         states = torch.from_numpy(observations)
         previous = torch.full((n,), NO_ACTION)
@@ -140,11 +151,9 @@ class Trainer:
             self.unobserved = None
 
     def _episode(self, episode: dict[str, Any]) -> None:
-        named = {f"episode/{k}": float(v) for k, v in episode.items() if k != "levels"}
+        named = {f"episode/{k}": float(v) for k, v in episode.items() if k in EPISODE_METRICS}
         self.tracker.add(named)
-        self.exploration.distance_max = max(
-            self.exploration.distance_max, float(episode.get("distance", 0))
-        )
+        self.exploration.finish(self.step, episode)
 
     def _log(self, clock: "Clock") -> None:
         self._observe()
@@ -154,7 +163,7 @@ class Trainer:
         if "icm/inverse_heldout" in metrics:
             metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
-        metrics |= clock.speeds(self.step, self.config["env"]["action_repeat"])
+        metrics |= clock.speeds(self.step, self.config.env.action_repeat)
         metrics |= self.agent.policy.statistics(self.step)
         self.tracker.write(self.step, metrics)
         self.display.show(self.step, metrics)
@@ -174,14 +183,16 @@ class Trainer:
         if "optimizers" not in content:
             raise UserError(f"{path}: exported for playing; resume what it was exported from")
         self.step = content["step"]
-        if self.step >= self.config["total_steps"]:
+        if self.step >= self.config.total_steps:
             raise UserError(
-                f"total_steps={self.config['total_steps']}: {path} is at step {self.step} already; "
+                f"total_steps={self.config.total_steps}: {path} is at step {self.step} already; "
                 "give a greater total_steps to go on"
             )
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
+            if content["config"]["env"] != asdict(self.config.env):
+                self.exploration.best = None  # it would go otherwise here
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -200,8 +211,10 @@ class Trainer:
         self._observe()
         content = {
             "format": checkpoint.FORMAT,
-            "config": self.config,
+            "config": asdict(self.config),
             "step": self.step,
+            "versions": versions(),
+            "metrics": self.tracker.last,
             "exploration": self.exploration.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),
@@ -213,11 +226,61 @@ class Trainer:
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)
         self.display.saved = self.step
-        maps = draw_maps(self.exploration, self.folder / "maps")
-        self.tracker.images(self.step, {f"map/{name}": image for name, image in maps.items()})
-        if self.tracker.rows:
-            run = Run(self.folder, OmegaConf.create(self.config), self.tracker.rows)
-            write_report([run], self.folder / "report.html")
+
+    # --- drawing --------------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        """Order what is due, once what was ordered before is there."""
+        for name, every in self._intervals().items():
+            if crossed(self.step, self.envs.num_envs, every):
+                self.to_draw.add(name)
+        if self.studio.is_busy:
+            self._show(self.studio.finished())
+        if self.to_draw and not self.studio.is_busy:
+            self._order()
+
+    def _draw_the_end(self) -> None:
+        """Draw everything as it is now; after a signal only if it does not take long."""
+        seconds = None if self.stopped_by is None else HURRY
+        self._show(self.studio.finished(seconds))
+        self.to_draw = set(self._intervals())
+        if self.to_draw and not self.studio.is_busy:
+            self._order()
+            self._show(self.studio.finished(seconds))
+
+    def _intervals(self) -> dict[str, int]:
+        """What is drawn, and every how many agent steps."""
+        config = self.config
+        intervals = {
+            "map": config.map.every,
+            "video": config.video.every,
+            "report": config.report.every,
+        }
+        return {name: every for name, every in intervals.items() if every}
+
+    def _order(self) -> None:
+        """Order all that is due: the report at last, because it shows the others."""
+        drawings: list[studio.Drawing] = []
+        best = self.exploration.best
+        if "map" in self.to_draw and (news := self.exploration.news()):
+            drawings.append(partial(studio.maps, news, self.folder / "maps"))
+        if "video" in self.to_draw and best is not None and best is not self.filmed:
+            self.filmed = best
+            path = self.folder / "videos" / "best.mp4"
+            drawings.append(partial(studio.clip, self.config.env, best, path))
+        if "report" in self.to_draw:
+            drawings.append(partial(studio.report, self.folder))
+        self.to_draw.clear()
+        if drawings:
+            self.studio.order(self.step, drawings)
+
+    def _show(self, drawn: studio.Drawn | None) -> None:
+        if drawn is not None:
+            self.tracker.images(drawn.step, drawn.images)
+            for complaint in drawn.complaints:
+                self.display.say(complaint)
+
+    # --- signals --------------------------------------------------------------------------------
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

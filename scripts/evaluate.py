@@ -19,7 +19,8 @@ def main(settings: DictConfig) -> None:
 
     # only now, because torch takes its time to import
     from icm.device import resolve_device, share_cores
-    from icm.evaluation import load_agent, rollouts, summary, table
+    from icm.evaluation import rollouts, summary, table
+    from icm.playing import load_agent
 
     share_cores()
     device = resolve_device(options.device)

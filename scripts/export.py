@@ -15,7 +15,7 @@ def main(settings: DictConfig) -> None:
     from icm import checkpoint
     from icm.config import ExportConfig, typed
     from icm.errors import UserError
-    from icm.evaluation import load_agent
+    from icm.playing import load_agent
 
     options = typed(settings, ExportConfig)
     path, out = Path(options.ckpt), Path(options.out)

@@ -13,7 +13,7 @@ def main(settings: DictConfig) -> None:
     import json
     import os
     import sys
-    from contextlib import nullcontext
+    from collections.abc import Iterator
     from pathlib import Path
 
     from icm.config import PlayConfig, typed
@@ -22,7 +22,10 @@ def main(settings: DictConfig) -> None:
     options = typed(settings, PlayConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
-    has_display = sys.platform != "linux" or bool(os.environ.get("DISPLAY"))
+    if not 0.1 <= options.speed <= 10:
+        raise UserError(f"speed={options.speed}: must be between 0.1 and 10, times the game's own")
+    displays = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    has_display = sys.platform != "linux" or any(map(os.environ.get, displays))
     render = options.render
     if render == "auto":
         render = "human" if has_display else "video"
@@ -32,58 +35,54 @@ def main(settings: DictConfig) -> None:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
 
     # only now, because torch takes its time to import
-    import numpy as np
-
+    from icm.agents.base import Agent
     from icm.device import resolve_device, share_cores
-    from icm.envs import action_names
-    from icm.envs.wrappers import Env
-    from icm.evaluation import Moment, load_agent, play
-    from icm.viz.mind import MindPanel, beside
-    from icm.viz.video import Pace, VideoWriter
+    from icm.playing import Moment, Player, load_agent
+
+    device = resolve_device(options.device)
+
+    def load(path: Path) -> tuple[Agent, int]:
+        agent, _, step = load_agent(path, device, options.env)
+        return agent, step
+
+    def in_window(player: Player) -> Iterator[Moment]:
+        from icm.viz.window import Window
+
+        window = Window(player, path, load, options.mind, options.speed)
+        yield from window.play(options.episodes)
+        window.close()
+
+    def into_video(player: Player) -> Iterator[Moment]:
+        from icm.viz.mind import MindPanel, beside
+        from icm.viz.video import FPS, record
+
+        videos = path.parent.parent / "videos"  # of its run folder
+        out = Path(options.out) if options.out else videos / f"{path.stem}.mp4"
+        panel = MindPanel(player.actions) if options.mind else None
+        with record(out, FPS * options.speed) as video:
+            for moment in player.play(options.episodes):
+                mind = panel.draw(moment) if panel else None
+                for frame in moment.frames:
+                    video.add(frame if mind is None else beside(frame, mind))
+                yield moment
+        print(f"video: {out}", file=sys.stderr)
 
     path = Path(options.ckpt)
     share_cores()
-    agent, config, step = load_agent(path, resolve_device(options.device), options.env)
-    videos = path.parent.parent / "videos"  # of its run folder
-    out = Path(options.out) if options.out else videos / f"{path.stem}.mp4"
-    pace = Pace()
-    frames: list[np.ndarray] = []  # of the running agent step
-    panel: MindPanel | None = None
-    with VideoWriter(out) if render == "video" else nullcontext() as video:
-
-        def on_frame(env: Env) -> None:
-            if video is not None:
-                frames.append(np.array(env.render()))
-            elif render == "human":
-                env.render()
-                pace.tick()
-
-        def on_moment(env: Env, moment: Moment) -> None:
-            nonlocal panel
-            if video is None:
-                return
-            panel = panel or MindPanel(action_names(env))
-            mind = panel.draw(moment)
-            for frame in frames:
-                video.add(beside(frame, mind))
-            frames.clear()
-
-        for number, episode in enumerate(
-            play(
-                agent,
-                config,
-                step,
-                options.episodes,
-                options.greedy,
-                options.seed,
-                "human" if render == "human" else "rgb_array",
-                on_frame,
-                on_moment,
-            )
-        ):
-            print(json.dumps({"episode": number, **episode}), flush=True)
-    if video is not None:
-        print(f"video: {out}", file=sys.stderr)
+    agent, config, step = load_agent(path, device, options.env)
+    number = 0
+    is_watched = render != "none"
+    with Player(agent, config, step, options.greedy, options.seed, is_watched) as player:
+        if render == "human":
+            moments = in_window(player)
+        elif render == "video":
+            moments = into_video(player)
+        else:
+            moments = player.play(options.episodes)
+        for moment in moments:
+            if moment.episode is not None:
+                print(json.dumps({"episode": number, **moment.episode}), flush=True)
+                number += 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from icm import cli
 def main(settings: DictConfig) -> None:
     """Build environments and agent, train, and exit like the signal that stopped it, if any."""
     import sys
-    from dataclasses import asdict
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -25,14 +24,14 @@ def main(settings: DictConfig) -> None:
     device = resolve_device(config.device)
     share_cores()
     print(describe_device(device))
-    envs = make_vector_env(config.env, busy_cores(device))
+    envs = make_vector_env(config.env, busy_cores(device), scenery=config.map.every > 0)
     try:
         if emulator := describe_emulator(config.env):
             print(emulator)
         state_shape: Any = envs.single_observation_space.shape
         agent = build_agent(config, state_shape, action_count(envs.single_action_space), device)
         folder = Path(HydraConfig.get().runtime.output_dir)
-        trainer = Trainer(agent, envs, folder, asdict(config))
+        trainer = Trainer(agent, envs, folder, config)
         if config.resume is not None:
             trainer.resume(Path(config.resume))
         print(f"run folder: {folder}")

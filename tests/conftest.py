@@ -51,6 +51,9 @@ SMALL = (
     "agent.replay_capacity=200",
     "agent.steps_per_update=8",
     "log.every=32",
+    "map.every=0",
+    "video.every=0",
+    "report.every=0",
     "precision=float32",
     "device=cpu",
 )
@@ -61,6 +64,7 @@ SMALL = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a real, short training on the real game."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    done = run_script("train.py", *SMALL, "total_steps=96", f"hydra.run.dir={folder}")
+    drawn = ("map.every=32", "video.every=32", "report.every=32")
+    done = run_script("train.py", *SMALL, *drawn, "total_steps=96", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     return folder

@@ -10,12 +10,20 @@ from conftest import settings
 from icm import checkpoint
 from icm.envs import make_env
 from icm.envs.mario import CELL
-from icm.exploration import Exploration, Picture
+from icm.exploration import Exploration, Picture, Recording
 
 
 def infos(*cells: tuple[int, ...], present: tuple[bool, ...] | None = None) -> dict[str, Any]:
     has = np.ones(len(cells), bool) if present is None else np.array(present)
     return {"cell": np.array(cells, np.int32), "_cell": has}
+
+
+def cells_of(found: Exploration) -> dict[tuple[int, ...], dict[str, Any]]:
+    return {
+        (*place, *cell): vars(visits)
+        for place, region in found.regions.items()
+        for cell, visits in region.cells.items()
+    }
 
 
 def test_cells_know_what_happened_in_them() -> None:
@@ -33,7 +41,7 @@ def test_cells_know_what_happened_in_them() -> None:
         "explore/levels": 2,
         "explore/distance_max": 0.0,
     }
-    at = {cell: vars(visits) for cell, visits in found.cells.items()}
+    at = cells_of(found)
     assert at[here] == {"first": 0, "count": 4, "ends": 0, "surprise": 0.5}
     assert at[there] == {"first": 32, "count": 1, "ends": 1, "surprise": 2.0}
     assert at[other] == {"first": 64, "count": 1, "ends": 0, "surprise": 1.0}
@@ -45,7 +53,7 @@ def test_an_environment_without_cells_has_none() -> None:
     found.judge([1.0, 1.0])
     found.visit(32, infos((1, 1, 0, 2, 4), (0, 0, 0, 0, 0), present=(True, False)), np.zeros(2))
     found.judge([1.0, 1.0])
-    assert list(found.cells) == [(1, 1, 0, 2, 4)]
+    assert list(cells_of(found)) == [(1, 1, 0, 2, 4)]
 
 
 def test_a_picture_grows_and_keeps_what_it_shows() -> None:
@@ -61,7 +69,7 @@ def test_a_picture_grows_and_keeps_what_it_shows() -> None:
 
 def explored(emulator: str = "nes_py", steps: int = 60) -> Exploration:
     """What an agent sees that runs to the right, and jumps every now and then."""
-    env = make_env(settings("env.noop_max=0", f"env.emulator={emulator}").env)
+    env = make_env(settings("env.noop_max=0", f"env.emulator={emulator}").env, scenery=True)
     found = Exploration()
     env.reset(seed=1)
     for step in range(steps):
@@ -77,10 +85,10 @@ def explored(emulator: str = "nes_py", steps: int = 60) -> Exploration:
 
 def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
     found = explored()
-    ((place, picture),) = found.pictures.items()
+    ((place, region),) = found.regions.items()
     assert place[:2] == (1, 1)
-    assert {cell[:3] for cell in found.cells} == {place}
-    reached = max(cell[3] for cell in found.cells)
+    picture = region.picture
+    reached = max(x for x, y in region.cells)
     assert picture.known.all()
     assert len(picture.known) >= reached + 8
     assert picture.pixels.shape == (208, len(picture.known) * CELL, 3)
@@ -94,20 +102,57 @@ def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
     assert (bricks[20] != bricks[19]).any()
 
 
+def episode(distance: int | None, actions: list[int], seed: int = 7) -> dict[str, Any]:
+    progress = {} if distance is None else {"distance": np.int64(distance)}
+    return {"reward": 5.0, **progress, "seed": np.int64(seed), "actions": actions}
+
+
+def test_the_best_episode_is_the_farthest_and_of_those_the_shortest() -> None:
+    found = Exploration()
+    for step, distance, actions in (
+        (32, 100, [1, 2]),
+        (64, 300, [1, 2, 3]),
+        (96, 200, [1]),
+        (128, 300, [1, 1, 1]),
+        (160, 300, [4, 5]),
+    ):
+        found.finish(step, episode(distance, actions))
+    assert found.best == Recording(step=160, score=300.0, seed=7, actions=[4, 5])
+    assert found.distance_max == 300
+    other = Exploration()
+    other.finish(32, episode(None, [3]))
+    assert other.best == Recording(step=32, score=5.0, seed=7, actions=[3])
+    assert other.distance_max == 0
+
+
+def test_news_are_the_places_visited_since_the_last_call() -> None:
+    found, ended = Exploration(), np.array([False])
+    for cell in ((1, 1, 37, 2, 4), (1, 1, 66, 2, 4), (1, 2, 0, 2, 4)):
+        found.visit(0, infos(cell), ended)
+    assert list(found.news()) == ["1-1", "1-1_area_2", "1-2"]
+    assert found.news() == {}
+    found.visit(32, infos((1, 1, 66, 3, 4)), ended)
+    assert found.news() == {"1-1_area_2": found.regions[1, 1, 66]}
+
+
 def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
     found = explored(steps=20)
     found.judge([0.25])
-    found.distance_max = 123.0
+    found.finish(20, episode(123, [4, 3]))
     checkpoint.save(tmp_path / "state.pt", {"exploration": found.state_dict()})
     state = torch.load(tmp_path / "state.pt", weights_only=True)["exploration"]
     again = Exploration()
     again.load_state_dict(state)
-    assert again.cells == found.cells
+    assert cells_of(again) == cells_of(found)
     assert again.distance_max == 123.0
-    assert again.pictures.keys() == found.pictures.keys()
-    for place, picture in found.pictures.items():
-        assert (again.pictures[place].pixels == picture.pixels).all()
-        assert (again.pictures[place].known == picture.known).all()
+    assert again.best == found.best
+    assert again.regions.keys() == found.regions.keys()
+    for place, region in found.regions.items():
+        assert (again.regions[place].picture.pixels == region.picture.pixels).all()
+        assert (again.regions[place].picture.known == region.picture.known).all()
+    assert list(again.news()) == ["1-1"]
     empty = Exploration()
-    empty.load_state_dict(Exploration().state_dict())
-    assert not empty.cells
+    checkpoint.save(tmp_path / "empty.pt", Exploration().state_dict())
+    empty.load_state_dict(torch.load(tmp_path / "empty.pt", weights_only=True))
+    assert not cells_of(empty)
+    assert empty.best is None

@@ -1,6 +1,5 @@
 """What the training loop and rollouts tell the agent, on the real game."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(agent, "observe", watch)
     envs = make_vector_env(CONFIG.env)
     try:
-        Trainer(agent, envs, tmp_path, asdict(CONFIG)).run()
+        Trainer(agent, envs, tmp_path, CONFIG).run()
     finally:
         envs.close()
     assert len(seen) == 80

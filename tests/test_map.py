@@ -8,30 +8,25 @@ import pytest
 
 from icm.envs.mario import CELL
 from icm.errors import UserError
-from icm.exploration import Exploration, Picture, Visits
-from icm.viz.map import ABOVE, BELOW, LEFT, ROWS, draw_maps
+from icm.exploration import Region, Visits
+from icm.viz.map import ABOVE, BELOW, LEFT, ROWS, draw_map, draw_maps
 
 GREEN = (0, 200, 0)
 
 
-def found() -> Exploration:
-    """A level of 50 blocks, all green, with one visited cell, and a second area without picture."""
-    exploration = Exploration()
-    picture = Picture()
-    picture.add(0, np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
-    exploration.pictures[1, 2, 7] = picture
-    exploration.cells = {
-        (1, 2, 7, 20, 4): Visits(first=3000, count=10, ends=2, surprise=5.0),
-        (1, 2, 7, 49, 4): Visits(first=9000, count=1),
-        (1, 2, 9, 3, 99): Visits(first=4000, count=1),
+def found() -> Region:
+    """A level of 50 blocks, 30 of them seen, all green, with two visited cells."""
+    region = Region()
+    region.picture.add(0, np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
+    region.cells = {
+        (20, 4): Visits(first=3000, count=10, ends=2, surprise=5.0),
+        (49, 4): Visits(first=9000, count=1),
     }
-    return exploration
+    return region
 
 
-def test_a_map_shows_the_picture_and_colours_where_somebody_was(tmp_path: Path) -> None:
-    images = draw_maps(found(), tmp_path / "maps")
-    assert list(images) == ["1-2", "1-2_area_2"]
-    image = images["1-2"]
+def test_a_map_shows_the_picture_and_colours_where_somebody_was() -> None:
+    image = draw_map("1-2", found())
     assert image.dtype == np.uint8
 
     def block(panel: int, row: int, column: int) -> np.ndarray:
@@ -53,21 +48,23 @@ def test_a_map_shows_the_picture_and_colours_where_somebody_was(tmp_path: Path) 
 
 
 def test_maps_are_files(tmp_path: Path) -> None:
-    images = draw_maps(found(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-2.png", "1-2_area_2.png"]
-    for name, image in images.items():
-        assert (cv2.imread(str(tmp_path / f"{name}.png"))[..., ::-1] == image).all()
-    assert draw_maps(Exploration(), tmp_path / "none") == {}
+    regions = {"1-2": found(), "1-2_area_2": Region(cells={(3, 99): Visits(first=4000, count=1)})}
+    images = draw_maps(regions, tmp_path)
+    assert list(images) == ["map/1-2", "map/1-2_area_2"]
+    for name, region in regions.items():
+        path = tmp_path / f"{name}.png"
+        assert path.read_bytes() == images[f"map/{name}"]
+        assert (cv2.imread(str(path))[..., ::-1] == draw_map(name, region)).all()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert draw_maps({}, tmp_path / "none") == {}
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        draw_maps(found(), tmp_path / "file")
+        draw_maps(regions, tmp_path / "file")
 
 
-def test_places_that_no_level_has_do_not_end_a_training(tmp_path: Path) -> None:
-    exploration = found()
-    exploration.cells[1, 2, 7, 4095, 4] = Visits(first=1, count=1)
-    exploration.cells[2, 1, 0, -1, 4] = Visits(first=1, count=1)
-    images = draw_maps(exploration, tmp_path)
-    assert (images["1-2"] == draw_maps(found(), tmp_path)["1-2"]).all()
-    assert (images["2-1"] == 0).all()
+def test_places_that_no_level_has_do_not_end_a_training() -> None:
+    region = found()
+    region.cells[4095, 4] = Visits(first=1, count=1)
+    assert (draw_map("1-2", region) == draw_map("1-2", found())).all()
+    assert (draw_map("2-1", Region(cells={(-1, 4): Visits(first=1, count=1)})) == 0).all()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from icm.evaluation import Moment
+from icm.playing import Moment
 from icm.viz.mind import CHOSEN, GUESS, HEIGHT, SURPRISE, USUAL, WIDTH, MindPanel, beside
 
 NAMES = ["NOOP", "right", "right A B"]
@@ -10,6 +10,7 @@ NAMES = ["NOOP", "right", "right A B"]
 
 def moment(surprise: float, guess: bool = True) -> Moment:
     return Moment(
+        frames=[],
         state=np.full((4, 42, 42), 77, np.uint8),
         probabilities=np.array([0.1, 0.6, 0.3]),
         action=2,
@@ -17,6 +18,7 @@ def moment(surprise: float, guess: bool = True) -> Moment:
         reward=0.5,
         guess=np.array([0.0, 0.25, 0.75]) if guess else None,
         where="1-1, 320 pixels",
+        episode=None,
     )
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -77,8 +78,8 @@ def test_tensorboard_has_the_same_numbers_as_metrics_jsonl(trained: Path) -> Non
     text = events.Tensors("run/settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "warmup_steps: 32" in text
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    (shown,) = events.Images("map/1-1")
-    assert shown.step == 96
+    assert [event.step for event in events.Images("map/1-1")][-1] == 96
+    shown = events.Images("map/1-1")[-1]
     image = imageio.imread(shown.encoded_image_string)
     assert (image == imageio.imread(trained / "maps" / "1-1.png")).all()
 
@@ -91,6 +92,9 @@ def test_checkpoints_hold_plain_data_under_the_documented_keys(trained: Path) ->
     assert set(content["models"]) == signal | learner | {"input_norm", "novelty_phi"}
     assert content["config"]["env"]["id"] == "SuperMarioBros-1-1-v0"
     assert {"optimizers", "curiosity", "rng"} <= set(content)
+    assert content["versions"]["torch"] == version("torch")
+    last = metrics_of(trained)[-1]
+    assert {"step": 96, **content["metrics"]} == last
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
@@ -285,6 +289,41 @@ def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: 
     assert 6 * (length - 1) < len(images) <= 6 * length
     assert images[0].shape == (720, 1280, 3)
     assert images[0].std() > 20
+
+
+def test_play_writes_animations_and_single_pictures_of_the_game_alone(
+    trained: Path, tmp_path: Path
+) -> None:
+    given = (f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=6", "mind=false")
+    lengths = []
+    for out in (tmp_path / "game.gif", tmp_path / "frames"):
+        done = run_script("play.py", *given, "speed=2", f"out={out}")
+        assert done.returncode == 0, done.stderr
+        lengths.append(json.loads(done.stdout)["length"])
+    assert lengths[0] == lengths[1]
+    animation = list(imageio.get_reader(tmp_path / "game.gif"))
+    assert len(animation) == pytest.approx(6 * lengths[0] * 20 / 120, abs=1)
+    assert animation[0].shape[:2] == (240, 256)
+    pictures = sorted((tmp_path / "frames").iterdir())
+    assert len(pictures) == pytest.approx(6 * lengths[0] * 60 / 120, abs=3)
+    assert imageio.imread(pictures[0]).shape == (240, 256, 3)
+
+
+def test_play_opens_a_window_where_there_is_a_display(trained: Path) -> None:
+    # SDL's driver without a screen; nobody closes the window
+    environment = os.environ | {"SDL_VIDEODRIVER": "dummy", "CUDA_VISIBLE_DEVICES": ""}
+    latest = trained / "checkpoints" / "latest.pt"
+    command = [sys.executable, ROOT / "scripts" / "play.py", f"ckpt={latest}", "speed=8"]
+    with subprocess.Popen(
+        [*command, "env.stuck_steps=6"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        assert json.loads(line)["length"] >= 6
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        running.communicate()
+    assert running.returncode == 130
 
 
 def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
@@ -487,6 +526,7 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("play.py", ["render=human"], ["render=human", "display"]),
         ("play.py", ["render=video", "out=film.avi"], ["film.avi", ".mp4"]),
         ("play.py", ["render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
+        ("play.py", ["speed=0"], ["speed=0", "between"]),
         ("play.py", ["device=cuda"], ["device=cuda"]),
         ("evaluate.py", ["speed=2"], ["speed"]),
     ],

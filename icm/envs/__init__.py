@@ -52,16 +52,19 @@ def make_env(
     config: EnvConfig,
     render_mode: str | None = None,
     on_frame: Callable[[Env], None] | None = None,
+    scenery: bool = False,
 ) -> Env:
     """Build one environment whose observations are states, uint8 (frame_stack, size, size).
 
-    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` where there is some and
-    `episode` at the last one, see `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario`.
+    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` where there is some, if
+    it is wanted, and `episode` at the last one, see `icm.envs.wrappers.EpisodeStatistics` and
+    `icm.envs.mario`.
 
     Args:
         config: the settings.
         render_mode: passed on to the game.
         on_frame: called after every emulator frame, see `ActionRepeat`.
+        scenery: whether somebody looks at it.
 
     Raises:
         UserError: the id is unknown, the environment has no image observations or no discrete
@@ -81,7 +84,9 @@ def make_env(
     draw = game.draw if isinstance(game, OnLibretro) and render_mode is None else None
     env = ActionRepeat(env, config.action_repeat, on_frame, draw)
     if is_mario:
-        env = Scenery(Screen(env))
+        env = Screen(env)
+        if scenery:
+            env = Scenery(env)
         if config.stuck_steps:
             env = StuckLimit(env, config.stuck_steps, config.stuck_distance)
         env = MarioProgress(env)
@@ -93,24 +98,29 @@ def make_env(
     spec = EnvSpec(
         f"icm/{config.id.replace(':', '/').replace('/', '-')}",
         entry_point="icm.envs:make_env",
-        kwargs={"config": config},
+        kwargs={"config": config, "scenery": scenery},
         order_enforce=False,
         disable_env_checker=True,
     )
     return AgentView(EpisodeStatistics(env), ("cell", "life_lost", "scenery", "episode"), spec)
 
 
-def make_vector_env(config: EnvConfig, busy_cores: int = 0) -> WorkerVectorEnv:
+def make_vector_env(
+    config: EnvConfig, busy_cores: int = 0, scenery: bool = False
+) -> WorkerVectorEnv:
     """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`.
 
     Args:
         config: the settings.
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
+        scenery: see `make_env`.
     """
     cores = os.process_cpu_count() or 1
     workers = min(config.num_workers or cores, config.num_envs)
     late = min(max(workers + busy_cores - cores, 0), workers - 1)
-    return WorkerVectorEnv(partial(make_env, config), config.num_envs, workers, late)
+    return WorkerVectorEnv(
+        partial(make_env, config, scenery=scenery), config.num_envs, workers, late
+    )
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

@@ -1,6 +1,5 @@
 """Maps of what a run has explored: what places look like, and what happened there."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from icm.checkpoint import write_whole
 from icm.envs.mario import CELL
-from icm.exploration import Cell, Exploration, Picture, Place, Visits
+from icm.exploration import Region, Visits
+from icm.files import write_bytes
 
 ROWS = 13  # blocks of a screen without its status bar
 GROUND = 14  # a cell with y // 16 = y is in row GROUND - y: there stands a small Mario
@@ -24,34 +23,28 @@ WIDEST = 1000  # blocks: more than any level has, and as much as can be drawn
 DIMMED = 0.45  # what is left of a picture's brightness under colours
 
 
-def draw_maps(exploration: Exploration, folder: Path) -> dict[str, np.ndarray]:
-    """Write a map of every place into a folder, as PNG.
+def draw_maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
+    """Write the maps of regions, by their names, into a folder.
 
     Returns:
-        the images, RGB uint8 (H, W, 3), by the names of the files: "1-1", or "1-1_area_2" for the
-        second area that was found of a level.
+        the PNG files by what TensorBoard calls them, "map/1-1" and so on.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    places: dict[Place, dict[Cell, Visits]] = defaultdict(dict)
-    for cell, visits in exploration.cells.items():
-        places[cell[:3]][cell] = visits
-    areas: dict[tuple[int, int], int] = defaultdict(int)  # of each level, so far
     images = {}
-    for place, cells in places.items():
-        level = place[:2]
-        areas[level] += 1
-        name = "{}-{}".format(*level) + (f"_area_{areas[level]}" if areas[level] > 1 else "")
-        images[name] = draw_map(name, exploration.pictures.get(place, Picture()), cells)
-        _write_png(folder / f"{name}.png", images[name])
+    for name, region in regions.items():
+        png = cv2.imencode(".png", draw_map(name, region)[..., ::-1])[1].tobytes()
+        write_bytes(folder / f"{name}.png", png)
+        images[f"map/{name}"] = png
     return images
 
 
-def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarray:
-    """The map of one place, RGB uint8 (H, W, 3), a pixel of the game as a pixel."""
-    cells = {cell: visits for cell, visits in cells.items() if 0 <= cell[3] < WIDEST}
-    farthest = max((cell[3] for cell in cells), default=0)
+def draw_map(name: str, region: Region) -> np.ndarray:
+    """The map of one region, RGB uint8 (H, W, 3), a pixel of the game as a pixel."""
+    picture = region.picture
+    cells = {cell: visits for cell, visits in region.cells.items() if 0 <= cell[0] < WIDEST}
+    farthest = max((cell[0] for cell in cells), default=0)
     blocks = min(max(len(picture.known), farthest + 1, NARROWEST), WIDEST)
     pixels = np.zeros((ROWS * CELL, blocks * CELL, 3), np.uint8)
     shown = picture.pixels[:, : blocks * CELL]
@@ -60,7 +53,7 @@ def draw_map(name: str, picture: Picture, cells: dict[Cell, Visits]) -> np.ndarr
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
         """A value of every cell, nan where nobody has been: (ROWS, blocks)."""
         values = np.full((ROWS, blocks), np.nan)
-        for (*_, x, y), visits in cells.items():
+        for (x, y), visits in cells.items():
             values[min(max(GROUND - y, 0), ROWS - 1), x] = value(visits)
         return values
 
@@ -117,8 +110,3 @@ def _show(
     axes.set_xticks(range(0, pixels.shape[1] + 1, 10 * CELL))
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
-
-
-def _write_png(path: Path, image: np.ndarray) -> None:
-    png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
-    write_whole(path, lambda file: file.write(png))

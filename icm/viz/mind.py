@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from icm.evaluation import Moment
+from icm.playing import Moment
 
 WIDTH, HEIGHT = 512, 720
 MARGIN = 16
@@ -95,8 +95,12 @@ class MindPanel:
         pen.line(points, colour, 2)
 
 
-def beside(game: np.ndarray, panel: np.ndarray) -> np.ndarray:
-    """A picture of a game, RGB uint8 (H, W, 3), scaled to the height of a panel beside it."""
+def enlarged(game: np.ndarray) -> np.ndarray:
+    """A picture of a game, RGB uint8 (H, W, 3), scaled to the height of a panel."""
     width = round(game.shape[1] * HEIGHT / game.shape[0] / 16) * 16
-    large = cv2.resize(game, (width, HEIGHT), interpolation=cv2.INTER_NEAREST)
-    return np.hstack((large, panel))
+    return cv2.resize(game, (width, HEIGHT), interpolation=cv2.INTER_NEAREST)
+
+
+def beside(game: np.ndarray, panel: np.ndarray) -> np.ndarray:
+    """An enlarged picture of a game and a panel at its right."""
+    return np.hstack((enlarged(game), panel))

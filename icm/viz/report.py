@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from icm.checkpoint import write_whole
 from icm.errors import UserError
+from icm.files import write_bytes
+from icm.versions import versions
 from icm.viz.charts import CHARTS
 
 COLOURS = ("#1f4e8c", "#c8641b", "#3a9158", "#a03070", "#6b6b6b", "#b59a00")
@@ -28,7 +28,6 @@ TEMPLATE = jinja2.Environment(
 ).get_template("report.html.jinja")
 SMOOTH = 5  # log intervals on either side
 SVG_METADATA = ("Creator", "Date", "Format", "Type")  # left out: they name addresses
-PACKAGES = ("torch", "gymnasium", "gym-super-mario-bros", "nes-py", "numpy")
 
 
 @dataclass
@@ -138,11 +137,12 @@ def write_report(runs: list[Run], out: Path) -> None:
         facts=list(dict.fromkeys(name for run in runs for name in run.facts())),
         charts=list(_charts(list(kinds.values()))),
         maps=list(_maps(single.folder)) if single else [],
+        clip=_clip(single.folder) if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
         checkpoint=single.folder / "checkpoints" / "latest.pt" if single else None,
-        versions={name: version(name) for name in PACKAGES},
+        versions=versions(),
     )
-    write_whole(out, lambda file: file.write(page.encode()))
+    write_bytes(out, page.encode())
 
 
 def _charts(kinds: list[list[Run]]) -> Iterator[tuple[str, str]]:
@@ -210,6 +210,12 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     """Mean of each value and its neighbours, as far as there are any; nan where there is none."""
     windows = (values[max(0, i - SMOOTH) : i + SMOOTH + 1] for i in range(len(values)))
     return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
+
+
+def _clip(folder: Path) -> str | None:
+    """The film of a run's best episode, as base64, if there is one."""
+    path = folder / "videos" / "best.mp4"
+    return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
 
 
 def _maps(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,44 @@
+"""A short film of the best episode: played again, because a training draws few of its frames."""
+
+from pathlib import Path
+from typing import Any
+
+from icm.config import EnvConfig
+from icm.envs import make_env
+from icm.envs.wrappers import Env
+from icm.exploration import Recording
+from icm.viz.video import FPS, record
+
+LONGEST = 30  # seconds; of a longer episode, the last ones
+MP4_FPS, GIF_FPS = 30, 10
+
+
+def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
+    """Play an episode again and write an mp4 of it, and an animation beside that.
+
+    Returns:
+        the animation, a GIF file, by what TensorBoard calls it, "clip/best".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    animation = path.with_suffix(".gif")
+    frames = LONGEST * FPS
+    with record(path, MP4_FPS) as video, record(animation, GIF_FPS) as gif:
+        left = len(best.actions) * config.action_repeat
+
+        def on_frame(env: Env) -> None:
+            nonlocal left
+            left -= 1
+            if left < frames and left % (FPS // MP4_FPS) == 0:
+                picture: Any = env.render()
+                video.add(picture)
+                if left % (FPS // GIF_FPS) == 0:
+                    gif.add(picture)
+
+        env = make_env(config, "rgb_array", on_frame)
+        env.reset(seed=best.seed)
+        for action in best.actions:
+            env.step(action)
+        env.close()
+    return {"clip/best": animation.read_bytes()}

@@ -1,0 +1,108 @@
+"""Draws beside a training what shows what it found."""
+
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from icm.config import EnvConfig
+from icm.errors import UserError
+from icm.exploration import Recording, Region
+from icm.processes import Assistants
+
+type Drawing = Callable[[], dict[str, bytes]]
+"""Writes files, and returns those that TensorBoard shows, PNG or GIF, by their names there."""
+
+NICENESS = 10  # a tenth of a core that a training wants, too
+
+
+# What can be ordered imports what it needs when it is drawn: a training needs none of it.
+
+
+def maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
+    """See `icm.viz.map.draw_maps`."""
+    from icm.viz.map import draw_maps
+
+    return draw_maps(regions, folder)
+
+
+def clip(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
+    """See `icm.viz.clip.film`."""
+    from icm.viz.clip import film
+
+    return film(config, best, path)
+
+
+def report(folder: Path) -> dict[str, bytes]:
+    """Write the report of a run folder into it; see `icm.viz.report`."""
+    from icm.viz.report import read_run, write_report
+
+    write_report([read_run(folder)], folder / "report.html")
+    return {}
+
+
+class Drawn(NamedTuple):
+    """What came of an order.
+
+    step: the agent step it was given for.
+    images: see `Drawing`.
+    complaints: what went wrong, a line each: a drawing that fails does not end a training.
+    """
+
+    step: int
+    images: dict[str, bytes]
+    complaints: list[str]
+
+
+class Studio:
+    """Takes one order after the other, and carries it out in a process that gives way to others."""
+
+    def __init__(self) -> None:
+        self.assistants: Assistants | None = None
+        self.is_busy = False
+
+    def order(self, step: int, drawings: list[Drawing]) -> None:
+        """Begin with drawings, in order; they are pickled. The studio must not be busy."""
+        if self.assistants is None:
+            self.assistants = Assistants(1, _draw)
+        self.assistants.pipes[0].send((step, drawings))
+        self.is_busy = True
+
+    def finished(self, seconds: float | None = 0.0) -> Drawn | None:
+        """What has been drawn; None if nothing has within so many seconds (None: no limit)."""
+        if self.assistants is None or not self.is_busy:
+            return None
+        pipe = self.assistants.pipes[0]
+        if not pipe.poll(seconds):
+            return None
+        self.is_busy = False
+        try:
+            answer = pipe.recv()
+        except EOFError:
+            answer = "its process was killed"
+        if isinstance(answer, str):  # a traceback; the next order finds a new process
+            self.close()
+            return Drawn(0, {}, [f"drawing failed: {answer.strip().splitlines()[-1]}"])
+        return Drawn(*answer)
+
+    def close(self) -> None:
+        """End the process, after the drawing that is under way, or soon."""
+        if self.assistants is not None:
+            self.assistants.end()
+            self.assistants, self.is_busy = None, False
+
+
+def _draw(pipe: Connection) -> None:
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    while True:
+        step, drawings = pipe.recv()
+        images: dict[str, bytes] = {}
+        complaints = []
+        for drawing in drawings:
+            try:
+                images |= drawing()
+            except UserError as error:
+                complaints.append(str(error))
+        pipe.send((step, images, complaints))

@@ -1,0 +1,132 @@
+"""Videos, animations, single pictures, and films of recorded episodes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from conftest import settings
+
+from icm.config import EnvConfig
+from icm.envs import episodes_in, make_env, make_vector_env
+from icm.errors import UserError
+from icm.exploration import Exploration, Recording
+from icm.viz.clip import film
+from icm.viz.video import record
+
+ENV = replace(settings("env.stuck_steps=8").env, num_envs=2, num_workers=1)
+
+
+def pictures_in(path: Path) -> list[np.ndarray]:
+    return [image for image in imageio.get_reader(path)]  # noqa: C416 (its length is infinite)
+
+
+def picture(number: int) -> np.ndarray:
+    return np.full((48, 64, 3), 4 * number, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "fps", "pictures", "rate", "length"),
+    [
+        ("film.mp4", 60, 30, 60, 30),
+        ("film.mp4", 15, 30, 15, 30),
+        ("film.mp4", 240, 30, 60, 8),
+        ("film.gif", 60, 30, 20, 10),
+    ],
+)
+def test_a_video_has_its_pictures_at_its_rate(
+    name: str, fps: float, pictures: int, rate: float, length: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / name
+    with record(out, fps) as video:
+        for number in range(pictures):
+            video.add(picture(number))
+    assert [path.name for path in out.parent.iterdir()] == [name]
+    found = pictures_in(out)
+    assert len(found) == length
+    assert found[0].shape[:2] == (48, 64)
+    values = [float(image[..., :3].mean()) for image in found]
+    assert values == pytest.approx([4 * n * pictures / length for n in range(length)], abs=9)
+    meta = imageio.get_reader(out).get_meta_data()
+    if name.endswith(".mp4"):
+        assert meta["codec"] == "h264"
+        assert meta["pix_fmt"].startswith("yuv420p")
+        assert meta["fps"] == rate
+    else:
+        assert meta["duration"] == 1000 / rate
+        assert meta["loop"] == 0  # for ever
+
+
+def test_a_folder_gets_single_pictures(tmp_path: Path) -> None:
+    with record(tmp_path / "frames") as video:
+        for number in range(3):
+            video.add(picture(number))
+    names = sorted(path.name for path in (tmp_path / "frames").iterdir())
+    assert names == ["000001.png", "000002.png", "000003.png"]
+    assert (imageio.imread(tmp_path / "frames" / "000003.png") == picture(2)).all()
+
+
+def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"film\.avi: must end in \.mp4 or \.gif"):
+        record(tmp_path / "film.avi").__enter__()
+    with pytest.raises(UserError, match=r"cannot write /proc/film\.mp4"):
+        record(Path("/proc/film.mp4")).__enter__()
+    (tmp_path / "film.mp4").write_text("precious")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "precious").touch()
+
+    def fail(name: str) -> None:
+        with record(tmp_path / name) as video:
+            video.add(picture(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail("film.mp4")
+    with pytest.raises(UserError, match="frames"), record(tmp_path / "frames") as video:
+        video.add(picture(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "frames"]
+    assert (tmp_path / "film.mp4").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == ["precious"]
+
+
+def recorded(config: EnvConfig) -> Recording:
+    """The best of some episodes, none of them the first of its environment."""
+    envs, found, rng = make_vector_env(config), Exploration(), np.random.default_rng(3)
+    ended = np.zeros(config.num_envs, int)
+    try:
+        envs.reset(seed=11)
+        while ended.min() < 3:
+            _, _, terminated, truncated, infos = envs.step(rng.integers(1, 5, config.num_envs))
+            ended += terminated | truncated
+            if ended.min() > 1:
+                for episode in episodes_in(infos):
+                    found.finish(32, episode)
+    finally:
+        envs.close()
+    assert found.best is not None
+    return found.best
+
+
+@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+def test_a_recording_is_the_episode_again(emulator: str) -> None:
+    config = replace(ENV, emulator=emulator, sticky_probability=0.25)
+    best = recorded(config)
+    env = make_env(config, "rgb_array")
+    env.reset(seed=best.seed)
+    for action in best.actions:
+        *_, info = env.step(action)
+    env.close()
+    assert info["episode"]["distance"] == best.score > 40
+
+
+def test_a_film_shows_the_end_of_the_best_episode(tmp_path: Path) -> None:
+    best = recorded(ENV)
+    images = film(ENV, best, tmp_path / "best.mp4")
+    assert images == {"clip/best": (tmp_path / "best.gif").read_bytes()}
+    frames = 6 * len(best.actions)
+    shown = pictures_in(tmp_path / "best.mp4")
+    assert frames / 2 - 3 <= len(shown) <= frames / 2
+    assert shown[0].shape == (240, 256, 3)
+    assert shown[0].std() > 20
+    assert len(pictures_in(tmp_path / "best.gif")) == pytest.approx(frames / 6, abs=1)
