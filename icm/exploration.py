@@ -98,16 +98,21 @@ class Exploration:
         for visits, has_ended in zip(self.here, ended.tolist(), strict=False):
             if visits is not None and has_ended:
                 visits.ends += 1
-        self.here = [None] * len(ended)
+        self.stand(step, infos, len(ended))
+        for visits in self.here:
+            if visits is not None:
+                visits.count += 1
+
+    def stand(self, step: int, infos: dict[str, Any], num_envs: int) -> None:
+        """Note where everybody is, without a visit."""
+        self.here = [None] * num_envs
         if "cell" not in infos:
             return
         cells = infos["cell"].tolist()
         for row in np.flatnonzero(infos["_cell"]).tolist():
             world, stage, area, x, y = cells[row]
             place = world, stage, area
-            visits = self.regions[place].cells.setdefault((x, y), Visits(step))
-            visits.count += 1
-            self.here[row] = visits
+            self.here[row] = self.regions[place].cells.setdefault((x, y), Visits(step))
             self.changed.add(place)
 
     def judge(self, surprise: list[float]) -> None:

@@ -103,7 +103,8 @@ class Player:
 
     def begin(self, number: int) -> None:
         """Begin episode `number`."""
-        observation, _ = self.env.reset(seed=self.seed + number)
+        self.opened_with = self.seed + number
+        observation, _ = self.env.reset(seed=self.opened_with)
         self.state = torch.from_numpy(observation).unsqueeze(0)
         self.previous = torch.tensor([NO_ACTION])
         self.opens = torch.tensor([True])
@@ -127,8 +128,8 @@ class Player:
         self.opens = torch.tensor([False])
         self.state, self.previous = next_state, taken
         if episode is not None:
-            del episode["actions"]
-            episode |= {"game_reward": episode.pop("reward"), "intrinsic_reward": self.intrinsic}
+            rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": self.intrinsic}
+            episode = {**episode, "seed": self.opened_with, **rewards}
         frames = self.frames.copy()
         self.frames.clear()
         return Moment(

@@ -80,6 +80,21 @@ class Tracker:
         self.counts.clear()
         return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the running log interval has brought so far."""
+        return {
+            "sums": dict(self.sums),
+            "counts": dict(self.counts),
+            "values": {name: torch.cat(values) for name, values in self.values.items() if values},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that interval."""
+        self.sums.update(state["sums"])
+        self.counts.update(state["counts"])
+        for name, values in state["values"].items():
+            self.values[name] = [values]
+
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write one log interval at an agent step, and histograms of what was collected.
 

@@ -1,5 +1,6 @@
 """The loop: act, step, observe, update. Nothing else knows the order."""
 
+import math
 import signal
 import time
 from collections import defaultdict
@@ -23,11 +24,13 @@ from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
 from icm.exploration import Exploration, Recording
 from icm.models import NO_ACTION
+from icm.processes import SIGNALS
 from icm.tracking import Tracker
 from icm.versions import versions
 from icm.viz import studio
 
 EPISODE_METRICS = ("distance", "length", "reward", "flag", "levels_passed")
+SAME_SIGNAL = 1.0  # seconds: a terminal and `uv run` both pass one on, for instance
 HURRY = 4.0  # seconds for drawing after a signal: some send a stronger one after ten
 
 
@@ -55,6 +58,7 @@ class Trainer:
         self.to_draw: set[str] = set()  # what is due, of "map", "video" and "report"
         self.filmed: Recording | None = None
         self.stopped_by: int | None = None
+        self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
@@ -66,6 +70,8 @@ class Trainer:
         total, log_every = self.config.total_steps, self.config.log.every
         save_every = self.config.checkpoint.every
         self.tracker = Tracker(self.folder, self.step, asdict(self.config))
+        if self.going_on is not None:
+            self.tracker.load_state_dict(self.going_on["interval"])
         self.display = Display(self.step, total)
         try:
             with self._stopping_on_signals():
@@ -79,7 +85,8 @@ class Trainer:
                     self._draw()
                     if self.stopped_by is not None:
                         break
-                self._log(clock)
+                if self.step >= total:  # or else whoever goes on completes the interval
+                    self._log(clock)
                 self.save()
                 self._draw_the_end()
         finally:
@@ -93,11 +100,7 @@ class Trainer:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
-        observations, infos = envs.reset(seed=self.config.seed + self.step)
-        self.exploration.visit(self.step, infos, np.zeros(n, bool))
-        states = torch.from_numpy(observations)
-        previous = torch.full((n,), NO_ACTION)
-        reset = torch.zeros(n, dtype=torch.bool)
+        states, previous, reset = self._begin()
         while self.step < total:
             with clock.phase("act"):
                 actions, probabilities, values = agent.act(states, previous, self.step)
@@ -139,6 +142,25 @@ class Trainer:
                 agent.measure_input()
             yield
 
+    def _begin(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Begin episodes, or go on with those that a checkpoint was in the middle of.
+
+        Returns:
+            what `Agent.observe` calls states, previous and reset.
+        """
+        envs, n = self.envs, self.envs.num_envs
+        if self.going_on is None:
+            observations, infos = envs.reset(seed=self.config.seed + self.step)
+            self.exploration.visit(self.step, infos, np.zeros(n, bool))
+            previous, ended = torch.full((n,), NO_ACTION), np.zeros(n, bool)
+        else:
+            episodes = self.going_on["episodes"]
+            observations, ended, infos = envs.restore(episodes)
+            self.exploration.stand(self.step, infos, n)
+            last = [actions[-1] if actions else NO_ACTION for actions in episodes["actions"]]
+            previous = torch.tensor(last)
+        return torch.from_numpy(observations), previous, torch.from_numpy(ended)
+
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
         if self.unobserved is not None:
@@ -171,10 +193,11 @@ class Trainer:
     # --- saving ---------------------------------------------------------------------------------
 
     def resume(self, path: Path) -> None:
-        """Continue a checkpoint: step count, schedules, optimizers, reward scale, random state.
+        """Continue a checkpoint as if the run had never stopped.
 
-        The environments start new episodes. Without the replay memory of the same step beside the
-        checkpoint, the agent fills a new one for as many steps as a warm-up has before it learns.
+        That needs the same environments, and the memory of the same step beside the checkpoint. In
+        others, new episodes begin; without the memory, the agent fills a new one for as many steps
+        as a warm-up has before it learns.
 
         Raises:
             UserError: the checkpoint cannot be read, is complete, or does not fit.
@@ -191,8 +214,6 @@ class Trainer:
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
-            if content["config"]["env"] != asdict(self.config.env):
-                self.exploration.best = None  # it would go otherwise here
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -203,8 +224,16 @@ class Trainer:
             print(f"no memory of step {self.step} beside {path}: filling a new one first")
             return
         with checkpoint.restoring(beside):
-            self.agent.memory.load_state_dict(memory)
-        self.agent.memory.cut()
+            self.agent.load_memory(memory)
+        workers = {"num_workers": None}  # results do not depend on them
+        same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
+        if same_env and "episodes" in content:
+            self.going_on = {name: content[name] for name in ("episodes", "interval")}
+            steps = sum(map(len, content["episodes"]["actions"]))
+            print(f"playing the {steps} agent steps of running episodes again")
+        else:
+            self.agent.begin_lives()
+            self.exploration.best = None  # it would go otherwise here
 
     def save(self) -> None:
         """Write step_<agent steps>.pt, latest.pt and the replay memory beside them, and maps."""
@@ -216,13 +245,13 @@ class Trainer:
             "versions": versions(),
             "metrics": self.tracker.last,
             "exploration": self.exploration.state_dict(),
+            "episodes": self.envs.state_dict(),
+            "interval": self.tracker.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),
         }
         checkpoints = self.folder / "checkpoints"
-        checkpoint.save(
-            checkpoints / "replay.pt", {"step": self.step, **self.agent.memory.state_dict()}
-        )
+        checkpoint.save(checkpoints / "replay.pt", {"step": self.step, **self.agent.memory_dict()})
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)
         self.display.saved = self.step
@@ -268,7 +297,7 @@ class Trainer:
             self.filmed = best
             path = self.folder / "videos" / "best.mp4"
             drawings.append(partial(studio.clip, self.config.env, best, path))
-        if "report" in self.to_draw:
+        if "report" in self.to_draw and self.tracker.last:
             drawings.append(partial(studio.report, self.folder))
         self.to_draw.clear()
         if drawings:
@@ -285,12 +314,18 @@ class Trainer:
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the loop after the current step, so that it saves."""
+        first = math.inf
 
         def stop(number: int, frame: Any) -> None:
-            self.stopped_by = number
-            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+            nonlocal first
+            now = time.monotonic()
+            if now - first > SAME_SIGNAL:  # a second one ends at once
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.stopped_by = self.stopped_by or number
+            first = min(first, now)
 
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, stop) for s in SIGNALS}
         try:
             yield
         finally:

@@ -1042,9 +1042,8 @@ def test_loaded_agent_goes_on_to_the_bit(dropout: float) -> None:
     assert not same(weights(first.qnetwork), weights(second.qnetwork))
 
     second.load_state_dict(through_a_file(first.state_dict()))
-    second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
+    second.load_memory(through_a_file(first.memory_dict()))
     assert second.updates == 4
-    first.novelty = first.new_novelty(3)  # a resumed run begins new episodes
     state_of_dropout = torch.get_rng_state()
     histories = []
     for agent in (first, second):

@@ -468,9 +468,8 @@ def test_loaded_agent_goes_on_to_the_bit(name: str) -> None:
     game = live(first, 21)
     live(second, 5, Game(3, 8))
     second.load_state_dict(through_a_file(first.state_dict()))
-    second.memory.load_state_dict(through_a_file(first.memory.state_dict()))
+    second.load_memory(through_a_file(first.memory_dict()))
     assert 0 < len(first.order) < UPDATES
-    first.novelty = first.new_novelty(3)
     for agent in (first, second):
         torch.manual_seed(0)
         live(agent, 20, copy.deepcopy(game))

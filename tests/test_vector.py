@@ -1,6 +1,7 @@
 """Environments in worker processes, on the real game."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -56,14 +57,15 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def play(envs: Any) -> list[Any]:
-    """All that 12 steps give, but for scenery, which Gymnasium would pass on one by one."""
+    """All that 12 steps give that Gymnasium's environments give, too, and in this way."""
     results = [envs.reset(seed=5)]
     rng = np.random.default_rng(0)
     results += [envs.step(rng.integers(0, 12, 3)) for _ in range(12)]
     envs.close()
     for *_, infos in results:
-        for key in ("scenery", "_scenery"):
-            infos.pop(key, None)
+        for own in (infos, infos.get("episode", {})):
+            for key in ("scenery", "_scenery", "seed", "_seed", "actions", "_actions"):
+                own.pop(key, None)
     return results
 
 
@@ -108,6 +110,48 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert_equal(play(envs), expected)
     assert envs._balance.rows[0] == []
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
+
+
+def test_episodes_tell_how_to_play_them_again() -> None:
+    rng, episodes, given = np.random.default_rng(0), [], list[np.ndarray]()
+    with vector_env() as envs:
+        envs.reset(seed=5)
+        for _ in range(12):
+            given.append(rng.integers(0, 12, 3))
+            infos = envs.step(given[-1])[-1]
+            if infos.get("_episode", [False])[0]:
+                episodes.append({k: v[0] for k, v in infos["episode"].items()})
+    assert len(episodes) > 1
+    done = 0  # steps, of which the first of an episode after the first has no action
+    for number, episode in enumerate(episodes):
+        seeds = np.random.SeedSequence(5, spawn_key=(0, number))
+        assert episode["seed"] == seeds.generate_state(1)[0]
+        done += number > 0
+        assert episode["actions"] == [int(a[0]) for a in given[done : done + episode["length"]]]
+        done += episode["length"]
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 4, 9])
+@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+def test_another_one_goes_on_where_one_was(emulator: str, steps: int) -> None:
+    config = replace(ENV, emulator=emulator, sticky_probability=0.25)
+    given = np.random.default_rng(0).integers(0, 12, (steps + 8, 3))
+    with vector_env(config) as envs:
+        envs.reset(seed=5)
+        last = [envs.step(actions) for actions in given[:steps]]
+        state = envs.state_dict()
+        later = [envs.step(actions)[:4] for actions in given[steps:]]
+        end = envs.state_dict()
+    assert state["begun"] != end["begun"]
+    with vector_env(replace(config, num_workers=1)) as envs:
+        observations, ended, infos = envs.restore(json.loads(json.dumps(state)))
+        assert envs.state_dict() == state
+        if last:
+            assert (observations == last[-1][0]).all()
+            assert (ended == last[-1][2] | last[-1][3]).all()
+            assert (infos["cell"] == last[-1][4]["cell"]).all()
+        assert_equal([envs.step(actions)[:4] for actions in given[steps:]], later)
+        assert envs.state_dict() == end
 
 
 def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:

@@ -1,25 +1,22 @@
 """The window that an agent is watched in, without a display."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pygame
 import pytest
 import torch
 
 from icm.agents.base import Agent
 from icm.config import GameConfig
-from icm.playing import Moment, Player, load_agent
-
-os.environ["SDL_VIDEODRIVER"] = "dummy"
-
-import pygame
-
 from icm.errors import UserError
+from icm.playing import Moment, Player, load_agent
 from icm.viz.window import BAR, Window
+
+pytestmark = pytest.mark.filterwarnings("ignore:no fast renderer")  # of the driver
 
 GAME = GameConfig(None, 6, None, None, None)  # episodes are cut after 6 agent steps
 
@@ -30,8 +27,9 @@ def load(path: Path) -> tuple[Agent, int]:
 
 
 @pytest.fixture
-def window(trained: Path, tmp_path: Path) -> Iterator[Window]:
+def window(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Window]:
     """A window on the latest checkpoint of a folder with two, and a damaged one before them."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     latest = trained / "checkpoints" / "latest.pt"
     for step in (64, 96):
         shutil.copy(latest, tmp_path / f"step_{step:09d}.pt")

@@ -283,6 +283,11 @@ class Agent(ABC):
         """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""
         self.input_norm.measure(self.memory.recent_frames(10_000))
 
+    def begin_lives(self) -> None:
+        """Begin new episodes in all environments."""
+        self.novelty = self.new_novelty(self.num_envs)
+        self.memory.cut()
+
     def forget(self, step: int) -> None:
         """Begin without memory at an agent step: a resumed run whose memory is lost."""
         self.learn_from = step + self.config.warmup_steps
@@ -365,8 +370,7 @@ class Agent(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, in new episodes."""
-        self.novelty = self.new_novelty(self.num_envs)
+        """Continue where `state_dict` was taken."""
         self.load_to_play(state)
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
         self.updates = state["agent"]["updates"]
@@ -378,6 +382,16 @@ class Agent(ABC):
         self.scale.load_state_dict(state["curiosity"]["scale"])
         self.interest.moments.load_state_dict(state["curiosity"]["surprise"])
         self.policy.load_state_dict(state["agent"])
+
+    def memory_dict(self) -> dict[str, Any]:
+        """The memory, and what the running lives have seen."""
+        return {**self.memory.state_dict(), "lives": self.novelty.state_dict()}
+
+    def load_memory(self, state: dict[str, Any]) -> None:
+        """Restore what `memory_dict` gave; those from before it had lives begin new ones."""
+        self.memory.load_state_dict(state)
+        if "lives" in state:
+            self.novelty.load_state_dict(state["lives"])
 
     def load_networks(self, models: dict[str, Any]) -> None:
         """Load the networks alone.

@@ -1,5 +1,7 @@
 """How new a state is within its life."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,3 +70,23 @@ class EpisodicNovelty:
         self.count += 1
         novelty = (1 - self.scale / (distance + self.scale)).cpu()
         return novelty.masked_fill(respawned, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the running lives have seen, on the CPU."""
+        if self.scale is None:
+            return {}
+        filled = min(int(self.count.max()), CAPACITY)
+        squares = self.squares[:, :filled].clone()
+        of_lives_before = squares.isinf().unsqueeze(2)
+        seen = self.seen[:, :filled].masked_fill(of_lives_before, 0.0)
+        return {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these lives."""
+        if self.scale is None:
+            return
+        filled = state["seen"].shape[1]
+        self.seen[:, :filled] = state["seen"]
+        self.squares[:, :filled] = state["squares"]
+        self.squares[:, filled:] = torch.inf
+        self.count = state["count"].clone()

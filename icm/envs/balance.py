@@ -21,7 +21,7 @@ class Balance:
 
     def __init__(self, num_envs: int, num_workers: int, late: int) -> None:
         parts = np.array_split(np.arange(num_envs), num_workers)
-        self.num_envs = num_envs
+        self.num_envs, self.num_workers = num_envs, num_workers
         self.rows = [part.tolist() for part in parts]  # of each worker
         self.early = range(num_workers - late)
         self.late = range(num_workers - late, num_workers)

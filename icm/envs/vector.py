@@ -35,7 +35,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
-    `scenery` as a list of all there is.
+    `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
+    play it again.
 
     Workers are `icm.processes.Assistants`. The memory has no name under which it could be left
     behind.
@@ -67,7 +68,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name, shape, dtype in (
             ("observations", env.observation_space.shape, env.observation_space.dtype),
             ("actions", (), np.int64),
-            ("seeds", (), np.int64),  # of the next episodes
+            ("seeds", (), np.int64),  # of the running episodes
             ("rewards", (), np.float64),
             ("opening", (), np.bool),  # whether the next step begins an episode
             ("terminated", (), np.bool),
@@ -83,6 +84,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._balance = Balance(num_envs, num_workers, late)
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
+        self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
 
         self._workers = Assistants(num_workers, _work, make, memory)
         self._receive()
@@ -99,9 +101,38 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if seed is not None:
             self._entropy = seed
             self._begun[:] = 0
-        self._start(np.ones(self.num_envs, np.bool), options)
+        self._open(np.ones(self.num_envs, np.bool))
+        self._start(options)
         observations, _, _, _, infos = self.step_wait()
         return observations, infos
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `restore` needs, in plain containers; not while a step is under way."""
+        return {
+            "entropy": self._entropy,
+            "begun": self._begun.tolist(),
+            "seeds": self._arrays["seeds"].tolist(),
+            "actions": [actions.copy() for actions in self._played],
+        }
+
+    def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Play running episodes again, up to where `state_dict` was taken.
+
+        No emulator saves its state in a way that all of them could; but all do the same again.
+
+        Returns:
+            observations and infos as of the last step then, and whether an episode ended with it,
+            bool (num_envs,).
+        """
+        self._entropy = state["entropy"]
+        self._begun[:] = state["begun"]
+        self._arrays["seeds"][:] = state["seeds"]
+        self._arrays["opening"][:] = True
+        self._played = [list(actions) for actions in state["actions"]]
+        self._send(range(self._balance.num_workers), None, dict(enumerate(self._played)))
+        self._receive()
+        ended = self._arrays["terminated"] | self._arrays["truncated"]
+        return self._arrays["observations"].copy(), ended, self._infos()
 
     def step(
         self, actions: np.ndarray
@@ -113,7 +144,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step, but the late ones, while this process does something else."""
         self._arrays["actions"][:] = actions
-        self._start(self._arrays["terminated"] | self._arrays["truncated"], None)
+        self._open(self._arrays["terminated"] | self._arrays["truncated"])
+        for row in np.flatnonzero(~self._arrays["opening"]).tolist():
+            self._played[row].append(int(actions[row]))
+        self._start(None)
 
     def step_wait(
         self,
@@ -125,15 +159,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             truncated bool (num_envs,), and the infos.
         """
         lead = time.perf_counter() - self._started
-        self._send(self._balance.late)
+        self._send(self._balance.late, self._options)
         episodes, scenery, seconds = self._receive()
         self._balance.measured(lead, seconds)
-        infos: dict[str, Any] = {}
-        if self._arrays["has_cell"].any():
-            present = self._arrays["has_cell"].copy()
-            infos = {"cell": self._arrays["cells"].copy(), "_cell": present}
-            infos |= {"life_lost": self._arrays["life_lost"].copy(), "_life_lost": present.copy()}
+        infos = self._infos()
         for row, episode in episodes:
+            episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
         names = ("observations", "rewards", "terminated", "truncated")
@@ -144,22 +175,45 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._workers.end()
 
-    def _start(self, opening: np.ndarray, options: dict[str, Any] | None) -> None:
-        """Begin a step that opens an episode where `opening`, bool (num_envs,), says so."""
+    def _open(self, opening: np.ndarray) -> None:
+        """Let the next step begin an episode where `opening`, bool (num_envs,), says so."""
         for row in np.flatnonzero(opening).tolist():
             seeds = np.random.SeedSequence(self._entropy, spawn_key=(row, self._begun[row]))
             self._arrays["seeds"][row] = seeds.generate_state(1)[0]
+            self._played[row] = []
         self._begun += opening
         self._arrays["opening"][:] = opening
         self._balance.move(opening)
+
+    def _start(self, options: dict[str, Any] | None) -> None:
+        """Begin a step."""
         self._options = options
         self._started = time.perf_counter()
-        self._send(self._balance.early)
+        self._send(self._balance.early, options)
 
-    def _send(self, workers: range) -> None:
+    def _send(
+        self,
+        workers: range,
+        options: dict[str, Any] | None,
+        played: dict[int, list[int]] | None = None,
+    ) -> None:
+        """Let workers step: options of episodes that open, and actions to play in them at once."""
         for worker in workers:
+            rows = set(self._balance.rows[worker])
             with suppress(ConnectionError):  # of a dead worker: `_receive` says why
-                self._workers.pipes[worker].send((set(self._balance.rows[worker]), self._options))
+                self._workers.pipes[worker].send((rows, options, played or {}))
+
+    def _infos(self) -> dict[str, Any]:
+        """What is known of all environments in every step."""
+        if not self._arrays["has_cell"].any():
+            return {}
+        present = self._arrays["has_cell"].copy()
+        return {
+            "cell": self._arrays["cells"].copy(),
+            "_cell": present,
+            "life_lost": self._arrays["life_lost"].copy(),
+            "_life_lost": present.copy(),
+        }
 
     def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
@@ -197,7 +251,7 @@ def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
     start = time.perf_counter()
     while True:
         pipe.send((episodes, scenery, time.perf_counter() - start))
-        rows, options = pipe.recv()  # which to step: some may be new, others gone
+        rows, options, played = pipe.recv()  # which to step: some may be new, others gone
         start = time.perf_counter()
         for row in envs.keys() - rows:
             envs.pop(row).close()
@@ -209,8 +263,10 @@ def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
             terminated = truncated = False
             if arrays["opening"][row]:
                 state, info = env.reset(seed=int(arrays["seeds"][row]), options=options)
+                actions = played.get(row, [])
             else:
-                action = int(arrays["actions"][row])
+                actions = [int(arrays["actions"][row])]
+            for action in actions:
                 state, reward, terminated, truncated, info = env.step(action)
             arrays["observations"][row] = state
             arrays["rewards"][row] = reward

@@ -198,29 +198,22 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
 class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
     """Adds `info["episode"]` to an episode's last step: its length, game reward and progress.
 
-    What a game-specific wrapper below left in `info["game_progress"]` is copied into it. `seed`,
-    None if none was given, and `actions` play the episode again.
+    What a game-specific wrapper below left in `info["game_progress"]` is copied into it.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Start counting."""
-        self.seed, self.actions, self.reward = seed, list[int](), 0.0
+        self.length, self.reward = 0, 0.0
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Any:
         """Count."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self.actions.append(int(action))
+        self.length += 1
         self.reward += float(reward)
         progress = info.pop("game_progress", {})
         if terminated or truncated:
-            info["episode"] = {
-                "length": len(self.actions),
-                "reward": self.reward,
-                **progress,
-                "seed": self.seed,
-                "actions": self.actions,
-            }
+            info["episode"] = {"length": self.length, "reward": self.reward, **progress}
         return observation, reward, terminated, truncated, info
 
 

@@ -12,10 +12,22 @@ import pygame
 from icm.agents.base import Agent
 from icm.errors import UserError
 from icm.playing import Moment, Player
-from icm.viz.mind import BACKGROUND, CHOSEN, FAINT, FONT, TEXT, MindPanel, beside, enlarged
+from icm.viz.mind import (
+    BACKGROUND,
+    CHOSEN,
+    FAINT,
+    FONT,
+    HEIGHT,
+    TEXT,
+    WIDTH,
+    MindPanel,
+    beside,
+    enlarged,
+)
 from icm.viz.video import FPS
 
 BAR = 52  # pixels below the picture
+USUAL_WIDTH = 768  # of an NES picture
 SLOWEST, FASTEST = 1 / 8, 8.0
 
 BUTTONS = {
@@ -80,7 +92,7 @@ class Window:
             pygame.display.init()
             pygame.font.init()
             self.font = pygame.font.Font(FONT, 15)
-            self.screen = pygame.display.set_mode((640, 480))
+            self._resize(USUAL_WIDTH + (WIDTH if mind else 0), HEIGHT)
         except pygame.error as error:
             raise UserError(f"render=human: no window can be opened here ({error})") from None
         pygame.display.set_caption("icm")
@@ -182,10 +194,15 @@ class Window:
             self._draw()
             self.clock.tick(FPS * self.speed / stride)
 
+    def _resize(self, width: int, height: int) -> None:
+        """Make room for a picture; the person may change the scale."""
+        size = width, height + BAR
+        self.screen = pygame.display.set_mode(size, pygame.SCALED | pygame.RESIZABLE)
+
     def _draw(self) -> None:
         height, width, _ = self.picture.shape
         if self.screen.get_size() != (width, height + BAR):
-            self.screen = pygame.display.set_mode((width, height + BAR))
+            self._resize(width, height)
         self.screen.fill(BACKGROUND)
         picture = pygame.image.frombuffer(self.picture.tobytes(), (width, height), "RGB")
         self.screen.blit(picture, (0, 0))

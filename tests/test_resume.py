@@ -1,0 +1,151 @@
+"""A run that was stopped and resumed is the run that was not, to the last bit."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, settings
+
+from icm import checkpoint
+from icm.config import Config
+from icm.envs import action_count, make_vector_env
+from icm.factory import build_agent
+from icm.trainer import Trainer
+
+TOTAL = 192
+ROLLOUTS = ("agent.rollout_steps=16", "agent.epochs=1", "agent.replayed=2")
+ALL = [s for s in SMALL[1:] if not s.startswith(("env.num_envs", "agent.steps_per_update"))]
+LEARNERS = {
+    "dqn": ["agent=dqn", "agent.steps_per_update=8", "agent.batch_size=4"],
+    "ppo": ["agent=ppo", *ROLLOUTS],
+    "pqn": ["agent=pqn", *ROLLOUTS],
+}
+
+
+class StoppedTrainer(Trainer):
+    """Gets SIGTERM at an agent step."""
+
+    stops_at = 0  # never
+
+    def _draw(self) -> None:
+        if self.step == self.stops_at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def config_of(learner: str, *more: str) -> Config:
+    fast = ("env.emulator=libretro", "env.num_envs=2", "env.num_workers=1")
+    given = [*LEARNERS[learner], *ALL, *fast, f"total_steps={TOTAL}", *more]
+    return settings(*given, "map.every=1")  # so that there is scenery
+
+
+def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None = None) -> Path:
+    """Train until a step; the run folder."""
+    envs = make_vector_env(config.env, scenery=True)
+    try:
+        shape: Any = envs.single_observation_space.shape
+        actions = action_count(envs.single_action_space)
+        agent = build_agent(config, shape, actions, torch.device("cpu"))
+        folder.mkdir()
+        trainer = StoppedTrainer(agent, envs, folder, config)
+        trainer._draw_the_end = lambda: None  # type: ignore[method-assign]
+        trainer.stops_at = stops_at
+        if resume is not None:
+            trainer.resume(resume)
+        stopped_by = trainer.run()
+        assert stopped_by == (signal.SIGTERM if stops_at else None)
+    finally:
+        envs.close()
+    return folder
+
+
+def latest(folder: Path) -> Path:
+    return folder / "checkpoints" / "latest.pt"
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """All values in containers, by where they are."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in leaves(value[key], f"{name}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return leaves(dict(enumerate(value)), name)
+    return {name: value}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two files of plain containers and tensors are equal to the bit."""
+    a, b = (leaves(checkpoint.load_file(path)) for path in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if name == ".config.resume" or name.startswith(".metrics.speed"):
+            continue
+        if isinstance(value, torch.Tensor):
+            x, y = value.contiguous().numpy(), b[name].contiguous().numpy()
+            assert x.dtype == y.dtype, name
+            assert x.tobytes() == y.tobytes(), name
+        else:
+            assert value == b[name], name
+
+
+def metrics_of(*folders: Path) -> list[dict[str, Any]]:
+    """The log lines of one run after the other, without speeds."""
+    text = "".join((folder / "metrics.jsonl").read_text() for folder in folders)
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("learner", "more"),
+    [
+        ("dqn", []),
+        ("ppo", []),
+        ("pqn", []),
+        ("ppo", ["curiosity=random_features", "env.sticky_probability=0.25"]),
+        ("ppo", ["curiosity=rnd", "curiosity.episodic_scale=null"]),
+        ("ppo", ["curiosity=disagreement", "env.noisy_tv=always"]),
+        ("dqn", ["curiosity=none", "env.emulator=nes_py"]),
+        ("pqn", ["curiosity.extrinsic_coef=1", "curiosity.surprise_limit=null"]),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    learner: str, more: list[str], tmp_path: Path
+) -> None:
+    config = config_of(learner, *more)
+    whole = train(config, tmp_path / "whole")
+    rng = np.random.default_rng(len(" ".join([learner, *more])))
+    stop = 2 * int(rng.integers(1, TOTAL // 2))
+    first = train(config, tmp_path / "first", stop)
+    assert checkpoint.load(latest(first))["step"] == stop
+    second = train(config, tmp_path / "second", resume=latest(first))
+    assert_same(latest(whole), latest(second))
+    assert_same(*(latest(folder).with_name("replay.pt") for folder in (whole, second)))
+    lines = metrics_of(whole)
+    assert len(lines) == TOTAL // 32
+    assert metrics_of(first, second) == lines
+
+
+def test_another_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    config = config_of("ppo")
+    whole = train(config, tmp_path / "whole")
+    first = train(config, tmp_path / "first", 100)
+    config.env.num_workers = 2
+    second = train(config, tmp_path / "second", resume=latest(first))
+    models = [checkpoint.load(latest(folder))["models"] for folder in (whole, second)]
+    for name, tensor in leaves(models[0]).items():
+        assert (tensor == leaves(models[1])[name]).all()
+
+
+def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
+    config = config_of("ppo")
+    first = train(config, tmp_path / "first", 100)
+    config.env.sticky_probability = 0.25
+    second = train(config, tmp_path / "second", 102, latest(first))
+    content = checkpoint.load(latest(second))
+    assert [len(actions) for actions in content["episodes"]["actions"]] == [1, 1]
+    assert content["exploration"]["best"] is None
+    memory = checkpoint.load_file(latest(second).with_name("replay.pt"))
+    assert memory["lives"]["count"].tolist() == [1, 1]
+    assert memory["reset"][memory["head"] - 2].all()
