@@ -1,8 +1,11 @@
 """What the tests share: the composed settings, and running the real scripts."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,17 +31,51 @@ def settings(*overrides: str) -> Config:
 def run_script(
     name: str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script of scripts/ as a user does, without a GPU and without a display."""
-    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"}
+    """Run a script of scripts/ as a user does, without a GPU and without a display.
+
+    In a process of its own, forked from one that has imported what scripts need and done nothing
+    else: importing would take most of the time. With `env`, in a wholly new one.
+    """
+    command = [str(ROOT / "scripts" / name), *map(str, arguments)]
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    if env is not None:
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = FORKS.Process(target=_as_script, args=(command, environment, outputs))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        printed = [path.read_text() for path in outputs]
+    return subprocess.CompletedProcess(command, process.exitcode, *printed)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["icm.cli", "icm.trainer", "icm.factory", "icm.evaluation", "icm.playing", "icm.viz.mind"]
+)
+
+
+def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 SMALL = (

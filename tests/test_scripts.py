@@ -258,7 +258,7 @@ def test_a_signal_saves_and_ends_with_its_status(
     assert "Traceback" not in stderr
     assert not psutil.wait_procs(workers, timeout=10)[1]
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
-    assert metrics_of(folder)[-1]["step"] == step
+    assert metrics_of(folder)[-1]["step"] == step // 32 * 32  # the last whole interval
     assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()
 
 
