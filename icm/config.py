@@ -292,6 +292,17 @@ def typed[T](settings: DictConfig, kind: type[T]) -> T:
     return result
 
 
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in plain containers by their names, such as `env.id`."""
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            named |= {f"{name}.{key}": inner for key, inner in flat(value).items()}
+        else:
+            named[name] = value
+    return named
+
+
 def special(kind: type, settings: DictConfig) -> type:
     """`kind` with the types of `agent` and `curiosity` that `settings` name, where it has these.
 

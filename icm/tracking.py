@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from icm.config import flat
 from icm.viz.charts import CHARTS
 
 
@@ -51,16 +52,11 @@ class Tracker:
             ("settings", OmegaConf.to_yaml(OmegaConf.create(config)), "yaml"),
         ):
             self.writer.add_text(f"run/{name}", f"```{kind}\n{text}\n```", step)
-        flat = {
-            f"{group}.{name}" if group else name: value
-            for group, settings in {"": config, **config}.items()
-            if isinstance(settings, dict)
-            for name, value in settings.items()
-            if isinstance(value, bool | int | float | str)
-        }
+        kinds = bool, int, float, str  # that it can show
+        shown = {name: value for name, value in flat(config).items() if isinstance(value, kinds)}
         metrics = dict.fromkeys(("episode/distance", "explore/cells", "icm/inverse_gain"))
         writer = self.writer._get_file_writer()
-        for summary in hparams(flat, metrics):  # in this run, not in one of its own below it
+        for summary in hparams(shown, metrics):  # in this run, not in one of its own below it
             writer.add_summary(summary)
 
     def collect(self, name: str, values: Tensor) -> None:

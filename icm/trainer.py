@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent
-from icm.config import Config
+from icm.config import Config, flat
 from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
@@ -211,6 +211,10 @@ class Trainer:
                 f"total_steps={self.config.total_steps}: {path} is at step {self.step} already; "
                 "give a greater total_steps to go on"
             )
+        before, now = flat(content["config"]), flat(asdict(self.config))
+        for name in sorted(before.keys() & now.keys() - {"resume"}):
+            if before[name] != now[name]:
+                print(f"changed: {name}={now[name]}, was {before[name]}")
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])

@@ -92,6 +92,7 @@ SMALL = (
     "video.every=0",
     "report.every=0",
     "precision=float32",
+    "compile=off",
     "device=cpu",
 )
 """Overrides that make a run of scripts/train.py take seconds."""
@@ -101,7 +102,7 @@ SMALL = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a real, short training on the real game."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    drawn = ("map.every=32", "video.every=32", "report.every=32")
-    done = run_script("train.py", *SMALL, *drawn, "total_steps=96", f"hydra.run.dir={folder}")
+    more = ("map.every=32", "video.every=32", "report.every=32", "compile=auto")
+    done = run_script("train.py", *SMALL, *more, "total_steps=96", f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     return folder

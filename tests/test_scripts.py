@@ -122,6 +122,8 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert "no memory of step" not in done.stdout
+    changed = [line for line in done.stdout.splitlines() if line.startswith("changed")]
+    assert changed == ["changed: compile=off, was auto", "changed: total_steps=160, was 96"]
     assert [line["step"] for line in metrics_of(folder)] == [128, 160]
     before = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
     after = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
