@@ -280,6 +280,9 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     workers = [worker for worker in found if "spawn_main" in " ".join(worker.cmdline())]
     for worker in workers:
         worker.suspend()  # the step does not end, and nothing can be saved
+    main, spent = psutil.Process(process.pid), None
+    while spent != (spent := sum(main.cpu_times()[:2])):  # until it waits for them
+        time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
