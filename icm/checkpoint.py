@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, loaded without executing anything."""
 
+import sys
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,27 @@ def for_playing(content: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "models": models, "agent": numbers}
 
 
+def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint `path`, and what it holds.
+
+    Where that is `latest.pt` and damaged, the newest whole one beside it; a line on stderr says so.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return path, load(path)
+    except UserError as error:
+        if path.name != "latest.pt":
+            raise
+        for older in sorted(path.parent.glob("step_*.pt"), reverse=True):
+            with suppress(UserError):
+                content = load(older)
+                print(f"{error}; going on with {older.name}", file=sys.stderr)
+                return older, content
+        raise
+
+
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
     """Turn what goes wrong while the content of `path` is restored into a `UserError` naming it."""
@@ -88,6 +111,8 @@ def load_file(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; give a checkpoint, runs/…/checkpoints/latest.pt")
     try:
+        if not _is_whole(path):
+            raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'cannot be read'}") from None
@@ -95,3 +120,10 @@ def load_file(path: Path) -> Any:
         raise UserError(
             f"{path}: damaged or not a checkpoint of this program (scripts/train.py writes them)"
         ) from None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of `torch.save` holds what was written: torch looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        is_plain = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+        return is_plain and archive.testzip() is None

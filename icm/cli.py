@@ -70,13 +70,16 @@ class RunFolder(Callback):
 def adopt_settings(config: DictConfig) -> None:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
+    Of a damaged `latest.pt` those of the newest whole checkpoint beside it, which is then `resume`.
+
     Raises:
         UserError: another group (`preset=…`) is chosen, or the checkpoint cannot be read.
     """
     from icm import checkpoint  # here, because torch takes its time to import
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    merged = OmegaConf.create(checkpoint.load(Path(config.resume))["config"])
+    path, content = checkpoint.newest_whole(Path(config.resume))
+    merged = OmegaConf.create(content["config"])
     for override in overrides:
         key = override.key_or_group
         if key not in config.hydra.runtime.choices:
@@ -90,6 +93,7 @@ def adopt_settings(config: DictConfig) -> None:
     with read_write(config), open_dict(config):
         for key, value in merged.items():
             config[key] = value
+        config.resume = str(path)
 
 
 def claim_folder(config: DictConfig) -> None:

@@ -32,22 +32,32 @@ class Assistants:
     """
 
     def __init__(self, number: int, serve: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._given = serve, arguments
         self.pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
         # runs at the latest when Python ends, before it waits for processes
         self.end = Finalize(self, _end, (self.pipes, self.processes), exitpriority=0)
+        for _ in range(number):
+            pipe, process = self._start()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+
+    def restart(self, number: int) -> None:
+        """Kill a process, and put a new one in its place."""
+        self.processes[number].kill()
+        _end([self.pipes[number]], [self.processes[number]])
+        self.pipes[number], self.processes[number] = self._start()
+
+    def _start(self) -> tuple[Connection, SpawnProcess]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        serve, arguments = self._given
         resource_tracker.ensure_running()  # starting it with the first process clears the mask
         with _signals_blocked():
-            for _ in range(number):
-                ours, theirs = context.Pipe()
-                self.pipes.append(ours)
-                process = context.Process(
-                    target=_assist, args=(serve, theirs, *arguments), daemon=True
-                )
-                process.start()
-                self.processes.append(process)
-                theirs.close()
+            process = context.Process(target=_assist, args=(serve, theirs, *arguments), daemon=True)
+            process.start()
+        theirs.close()
+        return ours, process
 
 
 @contextmanager

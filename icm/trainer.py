@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
-from icm.exploration import Exploration, Recording
+from icm.exploration import Exploration
 from icm.models import NO_ACTION
 from icm.processes import SIGNALS
 from icm.tracking import Tracker
 from icm.versions import versions
-from icm.viz import studio
+from icm.viz.gallery import Gallery
+from icm.viz.studio import Drawn
 
 EPISODE_METRICS = ("distance", "length", "reward", "flag", "levels_passed")
 SAME_SIGNAL = 1.0  # seconds: a terminal and `uv run` both pass one on, for instance
@@ -54,9 +54,7 @@ class Trainer:
         self.agent, self.envs, self.folder, self.config = agent, envs, folder, config
         self.step = 0
         self.exploration = Exploration()
-        self.studio = studio.Studio()
-        self.to_draw: set[str] = set()  # what is due, of "map", "video" and "report"
-        self.filmed: Recording | None = None
+        self.gallery = Gallery(folder, config)
         self.stopped_by: int | None = None
         self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
@@ -82,15 +80,18 @@ class Trainer:
                         self._log(clock)
                     if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
                         self.save()
-                    self._draw()
+                    before = self.step - self.envs.num_envs
+                    self._show(self.gallery.update(self.step, before, self.exploration))
                     if self.stopped_by is not None:
                         break
                 if self.step >= total:  # or else whoever goes on completes the interval
                     self._log(clock)
                 self.save()
-                self._draw_the_end()
+                patience = None if self.stopped_by is None else HURRY
+                for drawn in self.gallery.finish(self.step, self.exploration, patience):
+                    self._show(drawn)
         finally:
-            self.studio.close()
+            self.gallery.close()
             self.display.close()
             self.tracker.close()
         print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
@@ -187,6 +188,7 @@ class Trainer:
         metrics |= self.exploration.statistics()
         metrics |= clock.speeds(self.step, self.config.env.action_repeat)
         metrics |= self.agent.policy.statistics(self.step)
+        metrics["workers/failures"] = self.envs.failures
         self.tracker.write(self.step, metrics)
         self.display.show(self.step, metrics)
 
@@ -218,29 +220,32 @@ class Trainer:
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
+            workers = {"num_workers": None}  # results do not depend on them
+            same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
+            if not same_env:
+                self.exploration.best = None  # it would go otherwise here
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
-        beside = path.parent / "replay.pt"
-        memory = checkpoint.load_file(beside) if beside.is_file() else {"step": None}
-        if memory.get("step") != self.step:
+        beside = path.with_name(memory_name(self.step))
+        if not beside.is_file():
             self.agent.forget(self.step)
             print(f"no memory of step {self.step} beside {path}: filling a new one first")
             return
         with checkpoint.restoring(beside):
-            self.agent.load_memory(memory)
-        workers = {"num_workers": None}  # results do not depend on them
-        same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
+            self.agent.load_memory(checkpoint.load_file(beside))
         if same_env and "episodes" in content:
             self.going_on = {name: content[name] for name in ("episodes", "interval")}
             steps = sum(map(len, content["episodes"]["actions"]))
             print(f"playing the {steps} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
-            self.exploration.best = None  # it would go otherwise here
 
     def save(self) -> None:
-        """Write step_<agent steps>.pt, latest.pt and the replay memory beside them, and maps."""
+        """Write the memory, step_<agent steps>.pt and latest.pt.
+
+        Whenever this is interrupted, the memory of what is `latest.pt` then is there.
+        """
         self._observe()
         content = {
             "format": checkpoint.FORMAT,
@@ -255,59 +260,16 @@ class Trainer:
             **self.agent.state_dict(),
         }
         checkpoints = self.folder / "checkpoints"
-        checkpoint.save(checkpoints / "replay.pt", {"step": self.step, **self.agent.memory_dict()})
+        memory = checkpoints / memory_name(self.step)
+        checkpoint.save(memory, self.agent.memory_dict())
         for name in (f"step_{self.step:09d}.pt", "latest.pt"):
             checkpoint.save(checkpoints / name, content)
+        for older in set(checkpoints.glob("replay_*.pt")) - {memory}:
+            older.unlink()
         self.display.saved = self.step
 
-    # --- drawing --------------------------------------------------------------------------------
-
-    def _draw(self) -> None:
-        """Order what is due, once what was ordered before is there."""
-        for name, every in self._intervals().items():
-            if crossed(self.step, self.envs.num_envs, every):
-                self.to_draw.add(name)
-        if self.studio.is_busy:
-            self._show(self.studio.finished())
-        if self.to_draw and not self.studio.is_busy:
-            self._order()
-
-    def _draw_the_end(self) -> None:
-        """Draw everything as it is now; after a signal only if it does not take long."""
-        seconds = None if self.stopped_by is None else HURRY
-        self._show(self.studio.finished(seconds))
-        self.to_draw = set(self._intervals())
-        if self.to_draw and not self.studio.is_busy:
-            self._order()
-            self._show(self.studio.finished(seconds))
-
-    def _intervals(self) -> dict[str, int]:
-        """What is drawn, and every how many agent steps."""
-        config = self.config
-        intervals = {
-            "map": config.map.every,
-            "video": config.video.every,
-            "report": config.report.every,
-        }
-        return {name: every for name, every in intervals.items() if every}
-
-    def _order(self) -> None:
-        """Order all that is due: the report at last, because it shows the others."""
-        drawings: list[studio.Drawing] = []
-        best = self.exploration.best
-        if "map" in self.to_draw and (news := self.exploration.news()):
-            drawings.append(partial(studio.maps, news, self.folder / "maps"))
-        if "video" in self.to_draw and best is not None and best is not self.filmed:
-            self.filmed = best
-            path = self.folder / "videos" / "best.mp4"
-            drawings.append(partial(studio.clip, self.config.env, best, path))
-        if "report" in self.to_draw and self.tracker.last:
-            drawings.append(partial(studio.report, self.folder))
-        self.to_draw.clear()
-        if drawings:
-            self.studio.order(self.step, drawings)
-
-    def _show(self, drawn: studio.Drawn | None) -> None:
+    def _show(self, drawn: Drawn | None) -> None:
+        """Show in TensorBoard what has been drawn."""
         if drawn is not None:
             self.tracker.images(drawn.step, drawn.images)
             for complaint in drawn.complaints:
@@ -335,6 +297,11 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def memory_name(step: int) -> str:
+    """The file that holds the memory of an agent step, beside its checkpoint."""
+    return f"replay_{step:09d}.pt"
 
 
 def crossed(step: int, num_envs: int, every: int) -> bool:

@@ -15,6 +15,7 @@ from icm.config import Config
 from icm.envs import action_count, make_vector_env
 from icm.factory import build_agent
 from icm.trainer import Trainer
+from icm.viz.studio import Drawn
 
 TOTAL = 192
 ROLLOUTS = ("agent.rollout_steps=16", "agent.epochs=1", "agent.replayed=2")
@@ -27,11 +28,11 @@ LEARNERS = {
 
 
 class StoppedTrainer(Trainer):
-    """Gets SIGTERM at an agent step."""
+    """Gets SIGTERM at an agent step, and draws nothing."""
 
     stops_at = 0  # never
 
-    def _draw(self) -> None:
+    def _show(self, drawn: Drawn | None) -> None:
         if self.step == self.stops_at:
             signal.raise_signal(signal.SIGTERM)
 
@@ -39,7 +40,7 @@ class StoppedTrainer(Trainer):
 def config_of(learner: str, *more: str) -> Config:
     fast = ("env.emulator=libretro", "env.num_envs=2", "env.num_workers=1")
     given = [*LEARNERS[learner], *ALL, *fast, f"total_steps={TOTAL}", *more]
-    return settings(*given, "map.every=1")  # so that there is scenery
+    return settings(*given)
 
 
 def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None = None) -> Path:
@@ -51,7 +52,6 @@ def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None =
         agent = build_agent(config, shape, actions, torch.device("cpu"))
         folder.mkdir()
         trainer = StoppedTrainer(agent, envs, folder, config)
-        trainer._draw_the_end = lambda: None  # type: ignore[method-assign]
         trainer.stops_at = stops_at
         if resume is not None:
             trainer.resume(resume)
@@ -64,6 +64,11 @@ def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None =
 
 def latest(folder: Path) -> Path:
     return folder / "checkpoints" / "latest.pt"
+
+
+def memory(folder: Path) -> Path:
+    (path,) = (folder / "checkpoints").glob("replay_*.pt")
+    return path
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
@@ -121,7 +126,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert checkpoint.load(latest(first))["step"] == stop
     second = train(config, tmp_path / "second", resume=latest(first))
     assert_same(latest(whole), latest(second))
-    assert_same(*(latest(folder).with_name("replay.pt") for folder in (whole, second)))
+    assert_same(memory(whole), memory(second))
     lines = metrics_of(whole)
     assert len(lines) == TOTAL // 32
     assert metrics_of(first, second) == lines
@@ -146,6 +151,6 @@ def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
     content = checkpoint.load(latest(second))
     assert [len(actions) for actions in content["episodes"]["actions"]] == [1, 1]
     assert content["exploration"]["best"] is None
-    memory = checkpoint.load_file(latest(second).with_name("replay.pt"))
-    assert memory["lives"]["count"].tolist() == [1, 1]
-    assert memory["reset"][memory["head"] - 2].all()
+    remembered = checkpoint.load_file(memory(second))
+    assert remembered["lives"]["count"].tolist() == [1, 1]
+    assert remembered["reset"][remembered["head"] - 2].all()

@@ -56,7 +56,7 @@ def test_train_leaves_a_complete_run_folder(trained: Path) -> None:
     assert height > 800
     assert width > 600
     names = sorted(path.name for path in (trained / "checkpoints").iterdir())
-    assert names == ["latest.pt", "replay.pt", "step_000000096.pt"]
+    assert names == ["latest.pt", "replay_000000096.pt", "step_000000096.pt"]
 
 
 def test_tensorboard_has_the_same_numbers_as_metrics_jsonl(trained: Path) -> None:
@@ -189,6 +189,28 @@ def test_resume_without_the_memory_fills_a_new_one_and_says_so(
     assert done.returncode == 0, done.stderr
     assert "no memory of step" in done.stdout
     assert "loss/q" in metrics_of(tmp_path / "run")[-1]
+
+
+def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
+    trained: Path, tmp_path: Path
+) -> None:
+    saved, folder = tmp_path / "checkpoints", tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", saved)
+    latest = saved / "latest.pt"
+    latest.write_bytes(flipped(latest.read_bytes()))
+    given = (f"resume={latest}", "total_steps=128")
+    done = run_script("train.py", *given, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert str(latest) in line
+    assert line.endswith("going on with step_000000096.pt")
+    assert "running episodes again" in done.stdout
+    assert [line["step"] for line in metrics_of(folder)] == [128]
+    assert "step_000000096.pt" in (folder / ".hydra" / "config.yaml").read_text()
+    (saved / "step_000000096.pt").write_text("damaged, too")
+    done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'none'}")
+    assert_refused(done, f"{latest}: damaged")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
@@ -491,6 +513,13 @@ def test_a_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def flipped(content: bytes) -> bytes:
+    """A bit in the middle, among the numbers of a tensor, is another."""
+    changed = bytearray(content)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
 def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
     good = trained / "checkpoints" / "latest.pt"
     path = tmp_path / f"{kind}.pt"
@@ -498,6 +527,8 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
         path.touch()
     elif kind == "truncated":
         path.write_bytes(good.read_bytes()[:-1000])
+    elif kind == "flipped":
+        path.write_bytes(flipped(good.read_bytes()))
     elif kind == "text":
         path.write_text("these are not the weights you are looking for")
     elif kind == "foreign":
@@ -520,8 +551,8 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
 
 
 EVERY_KIND = (
-    "missing", "empty", "truncated", "text", "foreign", "pickle", "directory", "sizes", "game",
-    "hollow",
+    "missing", "empty", "truncated", "flipped", "text", "foreign", "pickle", "directory", "sizes",
+    "game", "hollow",
 )  # fmt: skip
 
 

@@ -207,22 +207,59 @@ def test_a_mistake_in_a_worker_is_reported_with_its_traceback() -> None:
         with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*Traceback.*KeyError: 99"):
             envs.step(np.array([0, 0, 99]))  # there is no such action
         assert envs.closed
+        assert envs.failures == 1  # it was tried again
         assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-@pytest.mark.parametrize("is_stepping", [False, True])
-def test_a_worker_that_dies_is_reported(is_stepping: bool) -> None:
-    with vector_env() as envs:
-        workers = workers_of(envs)
-        envs.reset(seed=0)
-        if is_stepping:
-            workers[0].suspend()
-            envs.step_async(np.array([0, 0, 0]))
-        workers[0].kill()
-        with pytest.raises(RuntimeError, match=r"worker 0 .*\n.*exit code -9"):
-            envs.step_wait() if is_stepping else envs.step(np.array([0, 0, 0]))
-        assert not psutil.wait_procs(workers, timeout=10)[1]
+@pytest.mark.parametrize("when", ["before", "early", "late"])
+def test_in_place_of_a_worker_that_dies_another_goes_on(
+    when: str, expected: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    envs = make_vector_env(ENV, busy_cores=9)  # the second worker steps late
+    stepped = 0
+
+    class Killing:
+        """Kills a worker in every third step."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(envs, name)
+
+        def step(self, actions: np.ndarray) -> Any:
+            nonlocal stepped
+            stepped += 1
+            victim = workers_of(envs)[when == "late"]
+            if stepped % 3 == 0 and when == "before":
+                victim.kill()
+            elif stepped % 3 == 0:
+                victim.suspend()
+            envs.step_async(actions)
+            if stepped % 3 == 0:
+                victim.kill()
+            return envs.step_wait()
+
+    assert_equal(play(Killing()), expected)
+    assert envs.failures == 4
+    said = capsys.readouterr().err.splitlines()
+    number = int(when == "late")
+    line = (
+        f"worker {number} of the environments failed, and begins anew: it ended with exit code -9"
+    )
+    assert said == [line] * 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_in_place_of_a_worker_that_hangs_another_goes_on(expected: list[Any]) -> None:
+    envs = WorkerVectorEnv(partial(make_env, ENV), 3, 2, patience=2.0)
+    hanging = workers_of(envs)[0]
+    observations, _ = envs.reset(seed=5)
+    assert (observations == expected[0][0]).all()
+    hanging.suspend()
+    actions = np.random.default_rng(0).integers(0, 12, 3)
+    assert (envs.step(actions)[0] == expected[1][0]).all()
+    assert envs.failures == 1
+    assert not hanging.is_running()
+    envs.close()
 
 
 def test_closing_ends_the_workers_in_the_middle_of_a_step_and_twice() -> None:

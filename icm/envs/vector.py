@@ -1,6 +1,7 @@
 """Environments in worker processes, several in each, that step at the same time."""
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,20 +40,28 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     play it again.
 
     Workers are `icm.processes.Assistants`. The memory has no name under which it could be left
-    behind.
+    behind. In place of one that fails, or does not answer for long, a new one plays the running
+    episodes again, up to where they were: nothing is lost but time. `failures` counts them.
 
     Args:
         make: builds one environment; must be picklable. It is called here once, too.
         num_envs: how many, at least 1.
         num_workers: processes, from 1 to `num_envs`.
         late: how many of them step in `step_wait`, fewer than `num_workers`.
+        patience: seconds for a step; playing again may take twenty times as long.
 
     Raises:
-        RuntimeError: a worker failed, with its traceback. All methods raise it, and close first.
+        RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
+            methods raise it, and close first.
     """
 
     def __init__(
-        self, make: Callable[[], Env], num_envs: int, num_workers: int, late: int = 0
+        self,
+        make: Callable[[], Env],
+        num_envs: int,
+        num_workers: int,
+        late: int = 0,
+        patience: float = 60.0,
     ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
@@ -86,8 +95,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
 
+        self._options: dict[str, Any] | None = None
+        self._patience = patience
+        self.failures = 0
         self._workers = Assistants(num_workers, _work, make, memory)
-        self._receive()
+        for worker in range(num_workers):
+            self._sure(worker, self._listen(worker, patience))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -130,7 +143,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
         self._send(range(self._balance.num_workers), None, dict(enumerate(self._played)))
-        self._receive()
+        self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
         return self._arrays["observations"].copy(), ended, self._infos()
 
@@ -160,7 +173,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         lead = time.perf_counter() - self._started
         self._send(self._balance.late, self._options)
-        episodes, scenery, seconds = self._receive()
+        episodes, scenery, seconds = self._receive(self._patience)
         self._balance.measured(lead, seconds)
         infos = self._infos()
         for row, episode in episodes:
@@ -215,23 +228,53 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "_life_lost": present.copy(),
         }
 
-    def _receive(self) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
+    def _receive(
+        self, patience: float
+    ) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
         episodes, scenery, seconds = [], [], []
-        workers = zip(self._workers.pipes, self._workers.processes, strict=True)
-        for number, (pipe, process) in enumerate(workers):
-            try:
-                answer = pipe.recv()
-            except (EOFError, ConnectionError):
-                process.join(CLOSING_TIME)
-                answer = f"it ended with exit code {process.exitcode}"
+        for worker in range(self._balance.num_workers):
+            answer = self._listen(worker, patience)
             if isinstance(answer, str):
-                self.close()
-                raise RuntimeError(f"worker {number} of the environments failed:\n{answer}")
+                answer = self._begin_anew(worker, answer)
             episodes += answer[0]
             scenery += answer[1]
             seconds.append(answer[2])
         return episodes, scenery, seconds
+
+    def _listen(self, worker: int, patience: float) -> Any:
+        """What a worker answers; a str if it failed."""
+        pipe, process = self._workers.pipes[worker], self._workers.processes[worker]
+        try:
+            # twice, because of processes that were paused together the time is over when they go on
+            if pipe.poll(patience / 2) or pipe.poll(patience / 2):
+                return pipe.recv()
+        except (EOFError, ConnectionError):
+            process.join(CLOSING_TIME)
+            return f"it ended with exit code {process.exitcode}"
+        return f"it did not answer for {patience:g} seconds"
+
+    def _begin_anew(self, worker: int, reason: str) -> Any:
+        """The answer to the running step of a new worker in the place of one that failed."""
+        self.failures += 1
+        last = reason.strip().splitlines()[-1]
+        print(
+            f"worker {worker} of the environments failed, and begins anew: {last}", file=sys.stderr
+        )
+        self._workers.restart(worker)
+        self._sure(worker, self._listen(worker, self._patience))
+        rows = self._balance.rows[worker]
+        self._arrays["opening"][rows] = True
+        played = {row: self._played[row] for row in rows}
+        self._send(range(worker, worker + 1), self._options, played)
+        return self._sure(worker, self._listen(worker, 20 * self._patience))
+
+    def _sure(self, worker: int, answer: Any) -> Any:
+        """An answer that is none of failure."""
+        if isinstance(answer, str):
+            self.close()
+            raise RuntimeError(f"worker {worker} of the environments failed:\n{answer}")
+        return answer
 
 
 def arrays_in(memory: Memory) -> dict[str, np.ndarray]:

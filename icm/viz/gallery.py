@@ -1,0 +1,78 @@
+"""What is drawn of a run, and when."""
+
+from functools import partial
+from pathlib import Path
+
+from icm.config import Config
+from icm.exploration import Exploration, Recording
+from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
+
+
+class Gallery:
+    """Maps, the best episode and the report of a run, drawn beside it at their intervals.
+
+    Args:
+        folder: the run folder.
+        config: all settings.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+        self.studio = Studio()
+        every = {"map": config.map.every, "video": config.video.every}
+        every["report"] = config.report.every  # at last, because it shows the others
+        self.every = {name: steps for name, steps in every.items() if steps}
+        self.due: set[str] = set()
+        self.filmed: Recording | None = None
+
+    def update(self, step: int, before: int, exploration: Exploration) -> Drawn | None:
+        """Begin to draw what is due; never waits.
+
+        Args:
+            step: agent steps by now.
+            before: by the call before.
+            exploration: what the run has found.
+
+        Returns:
+            what has been drawn since.
+        """
+        self.due |= {name for name, every in self.every.items() if step // every > before // every}
+        drawn = self.studio.finished()
+        if self.due and not self.studio.is_busy:
+            self._order(step, exploration)
+        return drawn
+
+    def finish(self, step: int, exploration: Exploration, seconds: float | None) -> list[Drawn]:
+        """Draw everything once more, and end.
+
+        Args:
+            step: agent steps by now.
+            exploration: what the run has found.
+            seconds: to wait for what is being drawn, and then for this; None: as long as it takes.
+        """
+        drawn = [self.studio.finished(seconds)]
+        if self.every and not self.studio.is_busy:
+            self.due = set(self.every)
+            self._order(step, exploration)
+            drawn.append(self.studio.finished(seconds))
+        self.close()
+        return [each for each in drawn if each is not None]
+
+    def close(self) -> None:
+        """End the process that draws."""
+        self.studio.close()
+
+    def _order(self, step: int, exploration: Exploration) -> None:
+        drawings: list[Drawing] = []
+        best = exploration.best
+        if "map" in self.due and (news := exploration.news()):
+            drawings.append(partial(maps, news, self.folder / "maps"))
+        if "video" in self.due and best is not None and best is not self.filmed:
+            self.filmed = best
+            path = self.folder / "videos" / "best.mp4"
+            drawings.append(partial(clip, self.config.env, best, path))
+        if "report" in self.due:
+            drawings.append(partial(report, self.folder))
+        self.due.clear()
+        if drawings:
+            self.studio.order(step, drawings)

@@ -1,0 +1,70 @@
+"""What is drawn of a run, and when."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from conftest import settings
+
+from icm.exploration import Exploration, Recording
+from icm.viz.gallery import Gallery
+from icm.viz.studio import Drawn
+
+SHORT = ("env.noop_max=0", "report.every=0")
+
+
+def explored() -> Exploration:
+    found = Exploration()
+    cells = {"cell": np.array([[1, 1, 37, 2, 4]]), "_cell": np.array([True])}
+    found.visit(1, cells, np.array([False]))
+    return found
+
+
+def wait(gallery: Gallery, found: Exploration, step: int) -> Drawn:
+    while (drawn := gallery.update(step, step, found)) is None:
+        time.sleep(0.05)
+    return drawn
+
+
+def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=10", "video.every=20", *SHORT))
+    found = explored()
+    found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
+    assert gallery.update(9, 0, found) is None
+    assert not gallery.studio.is_busy
+    assert gallery.update(12, 9, found) is None
+    drawn = wait(gallery, found, 12)
+    assert drawn.step == 12
+    assert list(drawn.images) == ["map/1-1"]
+    # nobody has been anywhere since, but there is a film to make
+    gallery.update(24, 12, found)
+    drawn = wait(gallery, found, 24)
+    assert list(drawn.images) == ["clip/best"]
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert names == ["maps/1-1.png", "videos/best.gif", "videos/best.mp4"]
+    gallery.update(40, 24, found)
+    assert not gallery.studio.is_busy
+    found.visit(41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
+    (last,) = gallery.finish(42, found, None)
+    assert last.step == 42
+    assert list(last.images) == ["map/1-1"]
+    assert gallery.studio.assistants is None
+
+
+def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=10", "video.every=0", *SHORT))
+    found = explored()
+    gallery.update(10, 0, found)
+    found.visit(11, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
+    gallery.update(20, 10, found)
+    assert list(wait(gallery, found, 20).images) == ["map/1-1"]
+    assert list(wait(gallery, found, 21).images) == ["map/1-2"]
+    gallery.close()
+
+
+def test_nothing_is_drawn_where_nothing_is_wanted(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=0", "video.every=0", *SHORT))
+    assert gallery.update(1000, 0, explored()) is None
+    assert gallery.finish(1000, explored(), None) == []
+    assert gallery.studio.assistants is None
+    assert not list(tmp_path.iterdir())
