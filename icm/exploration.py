@@ -31,24 +31,29 @@ class Visits:
 
 @dataclass
 class Picture:
-    """What a place looks like, as far as that is known."""
+    """What a place looks like, as far as that is known, in blocks of 16x16 pixels."""
 
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
-    known: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # columns of blocks
+    known: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool))  # (rows, columns)
 
-    def add(self, block: int, strip: np.ndarray) -> None:
-        """Put a strip, uint8 (H, W, 3), at a column of blocks; what is known already stays."""
-        end = block + strip.shape[1] // CELL
-        if end > len(self.known):
-            pixels = np.zeros((strip.shape[0], end * CELL, 3), np.uint8)
-            pixels[: self.pixels.shape[0], : self.pixels.shape[1]] = self.pixels
-            self.pixels = pixels
-            self.known = np.concatenate((self.known, np.zeros(end - len(self.known), bool)))
-        for column in range(block, end):
-            if not self.known[column]:
-                source = slice((column - block) * CELL, (column - block + 1) * CELL)
-                self.pixels[:, column * CELL : (column + 1) * CELL] = strip[:, source]
-                self.known[column] = True
+    def add(self, block: tuple[int, int], patch: np.ndarray) -> None:
+        """Put a patch, uint8 (H, W, 3), at a row and column; what is known already stays."""
+        row, column = block
+        rows, columns = patch.shape[0] // CELL, patch.shape[1] // CELL
+        missing = (
+            max(0, row + rows - self.known.shape[0]),
+            max(0, column + columns - self.known.shape[1]),
+        )
+        if any(missing):
+            self.known = np.pad(self.known, [(0, n) for n in missing])
+            self.pixels = np.pad(self.pixels, [*((0, n * CELL) for n in missing), (0, 0)])
+        there = slice(row, row + rows), slice(column, column + columns)
+        new = ~self.known[there]
+        self.known[there] = True
+        new = new.repeat(CELL, 0).repeat(CELL, 1)
+        self.pixels[row * CELL : (row + rows) * CELL, column * CELL : (column + columns) * CELL][
+            new
+        ] = patch[new]
 
 
 @dataclass
@@ -202,7 +207,8 @@ class Exploration:
             world, stage, area = map(int, name.split())
             pixels = cv2.imdecode(picture["png"].numpy(), cv2.IMREAD_COLOR)
             assert pixels is not None
-            self.regions[world, stage, area].picture = Picture(
-                pixels[..., ::-1].copy(), picture["known"].numpy()
-            )
+            known = picture["known"].numpy()
+            if known.ndim == 1:  # of columns, before levels could scroll up and down
+                known = np.tile(known, (pixels.shape[0] // CELL, 1))
+            self.regions[world, stage, area].picture = Picture(pixels[..., ::-1].copy(), known)
         self.changed.update(self.regions)

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import settings
 
 from icm import checkpoint
 from icm.envs import make_env
-from icm.envs.mario import CELL
+from icm.envs.mario import CELL, GROUND
 from icm.exploration import Exploration, Picture, Recording
 
 
@@ -58,18 +59,22 @@ def test_an_environment_without_cells_has_none() -> None:
 
 def test_a_picture_grows_and_keeps_what_it_shows() -> None:
     picture = Picture()
-    strips = [np.full((8, 2 * CELL, 3), value, np.uint8) for value in (10, 20, 30)]
-    picture.add(3, strips[0])
-    picture.add(4, strips[1])
-    picture.add(0, strips[2])
-    columns = picture.pixels[0, ::CELL, 0].tolist()
-    assert columns == [30, 30, 0, 10, 10, 20]
-    assert picture.known.tolist() == [True, True, False, True, True, True]
+    patches = [np.full((CELL, 2 * CELL, 3), value, np.uint8) for value in (10, 20, 30)]
+    picture.add((0, 3), patches[0])
+    picture.add((0, 4), patches[1])
+    picture.add((2, 0), patches[2])
+    blocks = picture.pixels[::CELL, ::CELL, 0]
+    assert blocks.tolist() == [[0, 0, 0, 10, 10, 20], [0] * 6, [30, 30, 0, 0, 0, 0]]
+    assert (picture.pixels[:CELL, 5 * CELL :] == 20).all()
+    assert picture.known.tolist() == (blocks > 0).tolist()
 
 
-def explored(emulator: str = "nes_py", steps: int = 60) -> Exploration:
+def explored(
+    steps: int, env_id: str = "SuperMarioBros-1-1-v0", emulator: str = "nes_py"
+) -> Exploration:
     """What an agent sees that runs to the right, and jumps every now and then."""
-    env = make_env(settings("env.noop_max=0", f"env.emulator={emulator}").env, scenery=True)
+    given = (f"env.id={env_id}", f"env.emulator={emulator}", "env.noop_max=0")
+    env = make_env(settings(*given).env, scenery=True)
     found = Exploration()
     env.reset(seed=1)
     for step in range(steps):
@@ -84,14 +89,15 @@ def explored(emulator: str = "nes_py", steps: int = 60) -> Exploration:
 
 
 def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
-    found = explored()
+    found = explored(60)
     ((place, region),) = found.regions.items()
     assert place[:2] == (1, 1)
     picture = region.picture
     reached = max(x for x, y in region.cells)
     assert picture.known.all()
-    assert len(picture.known) >= reached + 8
-    assert picture.pixels.shape == (208, len(picture.known) * CELL, 3)
+    assert picture.known.shape[0] == 13
+    assert picture.known.shape[1] >= reached + 8
+    assert picture.pixels.shape == (208, picture.known.shape[1] * CELL, 3)
     # strips fit each other: the ground is the same in all blocks where nobody stands
     ground = picture.pixels[-CELL:].reshape(CELL, -1, CELL, 3).swapaxes(0, 1)
     assert (ground == ground[0]).all()
@@ -100,6 +106,38 @@ def test_strips_of_the_screen_make_a_picture_of_the_level() -> None:
     assert (bricks[20] == bricks[22]).all()
     assert (bricks[20] == bricks[24]).all()
     assert (bricks[20] != bricks[19]).any()
+
+
+@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+@pytest.mark.parametrize(
+    ("env_id", "steps", "ground"),
+    [
+        ("SuperMarioBros2-1-1-v0", 40, slice(11, 13)),
+        ("SuperMarioBros3-1-1-v0", 60, slice(26, 27)),
+        ("SuperMarioBros2USA-1-1-v0", 60, None),
+    ],
+)
+def test_other_games_have_pictures(
+    env_id: str, steps: int, ground: slice | None, emulator: str
+) -> None:
+    found = explored(steps, env_id, emulator)
+    region = max(found.regions.values(), key=lambda region: region.picture.known.sum())
+    picture = region.picture
+    blocks = picture.pixels.reshape(picture.known.shape[0], CELL, -1, CELL, 3).swapaxes(1, 2)
+    if ground is None:  # it falls down a tower: more than one screen, which fits together
+        assert picture.known.shape == (picture.known.shape[0], 16)
+        assert picture.known.shape[0] > 20
+        bottom = int(np.flatnonzero(picture.known.any(1)).max())
+        tower = blocks[bottom - 6 : bottom - 2, 8]
+        assert (tower == tower[0]).all()
+    else:
+        bottom = blocks[ground][:, picture.known[-1]]
+        same = (bottom == bottom[:, :1]).all((0, 2, 3, 4))
+        assert len(same) > 12
+        assert same.mean() > 0.8  # all but where somebody stands or something grows
+    # it has been where the picture is
+    seen = [0 <= GROUND - y < len(blocks) for _, y in region.cells]
+    assert np.mean(seen) > 0.9
 
 
 def episode(distance: int | None, actions: list[int], seed: int = 7) -> dict[str, Any]:
@@ -136,7 +174,7 @@ def test_news_are_the_places_visited_since_the_last_call() -> None:
 
 
 def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
-    found = explored(steps=20)
+    found = explored(20)
     found.judge([0.25])
     found.finish(20, episode(123, [4, 3]))
     checkpoint.save(tmp_path / "state.pt", {"exploration": found.state_dict()})

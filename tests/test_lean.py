@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import settings
 from gym_super_mario_bros.actions import COMPLEX_MOVEMENT
+from gym_super_mario_bros.smb_env import SuperMarioBrosEnv
 from gymnasium.wrappers import FrameStackObservation
 from nes_py.wrappers import JoypadSpace
 
@@ -18,7 +19,7 @@ from icm.config import EnvConfig
 from icm.envs import make_env
 from icm.envs.cores import find_core
 from icm.envs.libretro import LibretroEmulator, on_libretro
-from icm.envs.mario import StuckLimit
+from icm.envs.mario import GROUND, StuckLimit
 from icm.envs.wrappers import ActionRepeat, Env, EpisodeStatistics, NoopStart, StickyActions
 from icm.errors import UserError
 
@@ -55,7 +56,10 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
             "levels_passed": len(self.cleared),
             "levels": " ".join(self.best),
         }
-        cell = [info["world"], info["stage"], info["x_pos"] // 16, info["y_pos"] // 16]
+        y = info["y_pos"] // 16
+        if not isinstance(self.unwrapped, SuperMarioBrosEnv):  # there y grows downwards
+            y = GROUND - 1 - y
+        cell = [info["world"], info["stage"], info["x_pos"] // 16, y]
         return {
             "game_progress": progress,
             "cell": np.array(cell, np.int32),

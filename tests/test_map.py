@@ -6,18 +6,19 @@ import cv2
 import numpy as np
 import pytest
 
-from icm.envs.mario import CELL
+from icm.envs.mario import CELL, GROUND
 from icm.errors import UserError
 from icm.exploration import Region, Visits
-from icm.viz.map import ABOVE, BELOW, LEFT, ROWS, draw_map, draw_maps
+from icm.viz.map import ABOVE, BELOW, LEFT, draw_map, draw_maps
 
 GREEN = (0, 200, 0)
+ROWS = 13  # of a screen of Super Mario Bros.
 
 
 def found() -> Region:
     """A level of 50 blocks, 30 of them seen, all green, with two visited cells."""
     region = Region()
-    region.picture.add(0, np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
+    region.picture.add((0, 0), np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
     region.cells = {
         (20, 4): Visits(first=3000, count=10, ends=2, surprise=5.0),
         (49, 4): Visits(first=9000, count=1),
@@ -45,6 +46,19 @@ def test_a_map_shows_the_picture_and_colours_where_somebody_was() -> None:
         assert (block(panel, 9, 20) == dim[0]).all()  # nobody was above it
         assert (block(panel, 10, 49) != 0).any(1).all()  # visited, though never seen whole
     assert (block(1, 10, 20)[0] != block(1, 10, 49)[0]).any()  # ten visits are not one
+
+
+def test_levels_that_scroll_up_and_down_have_more_rows() -> None:
+    region = found()
+    region.picture.add((20, 0), np.full((CELL, CELL, 3), (200, 0, 0), np.uint8))
+    region.cells[0, GROUND - 20] = Visits(first=1, count=5)
+    image = draw_map("1-2", region)
+    assert image.shape[0] == 4 * (ABOVE + 21 * CELL + BELOW)
+    last = image[ABOVE + 20 * CELL + 2 : ABOVE + 21 * CELL - 2, LEFT + 2 : LEFT + CELL - 2]
+    assert (last == (200, 0, 0)).all()
+    top = ABOVE + 21 * CELL + BELOW + ABOVE
+    visited = image[top + 20 * CELL + 2 : top + 21 * CELL - 2, LEFT + 2 : LEFT + CELL - 2]
+    assert (visited != 0).any(2).all()
 
 
 def test_maps_are_files(tmp_path: Path) -> None:

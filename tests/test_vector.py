@@ -164,7 +164,7 @@ def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:
     seen = [scenery for scenery in steps if scenery]
     assert len(seen) == 1  # what the first screen shows, and there is nothing new so soon
     assert [(place[:2], block, strip.shape) for place, block, strip in seen[0]] == [
-        ((1, 1), 0, (208, 256, 3))
+        ((1, 1), (0, 0), (208, 256, 3))
     ] * 3
 
 
@@ -250,9 +250,10 @@ def test_in_place_of_a_worker_that_dies_another_goes_on(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_in_place_of_a_worker_that_hangs_another_goes_on(expected: list[Any]) -> None:
-    envs = WorkerVectorEnv(partial(make_env, ENV), 3, 2, patience=2.0)
-    hanging = workers_of(envs)[0]
+    envs = make_vector_env(ENV)
     observations, _ = envs.reset(seed=5)
+    envs._patience = 3.0
+    hanging = workers_of(envs)[0]
     assert (observations == expected[0][0]).all()
     hanging.suspend()
     actions = np.random.default_rng(0).integers(0, 12, 3)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 from gym_super_mario_bros.actions import COMPLEX_MOVEMENT, RIGHT_ONLY, SIMPLE_MOVEMENT
+from gym_super_mario_bros.smb2_env import SuperMarioBros2Env
+from gym_super_mario_bros.smb3_env import SuperMarioBros3Env
 from gym_super_mario_bros.smb_env import SuperMarioBrosEnv
 from gymnasium.envs.registration import EnvSpec
 from nes_py import NESEnv
@@ -16,17 +18,27 @@ from icm.envs.wrappers import Env
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
 CELL = 16  # pixels; the games are built of 16x16 blocks
-STATUS_BAR = 32  # rows of the screen that show score and time
+GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
 
 class Camera(NamedTuple):
-    """What a screen shows: from which column on, in pixels, of which area of the level.
+    """Where the upper left corner of the screen is, in pixels of an area of the level.
 
     An area is a part of a level that is loaded at once, such as a room below a pipe.
     """
 
     area: int
     left: int
+    top: int
+
+
+class View(NamedTuple):
+    """The part of the screen that shows the level, and neither status nor what scrolls in."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
 
 
 class Progress:
@@ -64,8 +76,11 @@ class LeanGame(NESEnv):
     frame was noted in. Bytes of a memoryview are read in half the time of a numpy array's.
     """
 
-    is_clear: bool  # the game's own property, see `lean`
-    camera: Camera | None  # None where it is not known
+    # properties of the game, see `lean`
+    is_clear: bool
+    camera: Camera
+    height: int  # of Mario, pixels, up to SMB's scale
+    view: View
 
     def _ram_buffer(self) -> memoryview:
         return memoryview(super()._ram_buffer())
@@ -77,7 +92,7 @@ class LeanGame(NESEnv):
     def _get_info(self) -> dict[str, Any]:
         level = self._world, self._stage
         progress = self.progress
-        progress.note(level, self._x_position, self._y_position, self.is_clear, self._life)
+        progress.note(level, self._x_position, self.height, self.is_clear, self._life)
         progress.cameras = progress.cameras[1], self.camera
         return {"progress": progress}
 
@@ -86,7 +101,14 @@ def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
     """The specification of a game of gym-super-mario-bros with cheap frames, see `LeanGame`."""
     # what is info["clear"] in its info
     own: dict[str, Any] = {"is_clear": getattr(game, "_flag_get", None) or game._is_level_complete}
-    own["camera"] = property(_smb_camera) if issubclass(game, SuperMarioBrosEnv) else None
+    kinds = (
+        (SuperMarioBrosEnv, _smb_camera, _smb_height, View(32, 240, 0, 256)),
+        (SuperMarioBros2Env, _smb2_camera, _level_height, View(0, 240, 32, 256)),
+        (SuperMarioBros3Env, _smb3_camera, _level_height, View(0, 193, 16, 240)),
+    )
+    for kind, camera, height, view in kinds:
+        if issubclass(game, kind):
+            own |= {"camera": property(camera), "height": property(height), "view": view}
     maker: Any = type(game.__name__, (LeanGame, game), own)
     return replace(spec, entry_point=maker)
 
@@ -94,7 +116,29 @@ def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
 def _smb_camera(game: Any) -> Camera:
     """In Super Mario Bros. and Lost Levels: type and number of the area; edge of the screen."""
     ram = game.ram
-    return Camera(32 * ram[0x74E] + ram[0x74F], 256 * ram[0x71A] + ram[0x71C])
+    return Camera(32 * ram[0x74E] + ram[0x74F], 256 * ram[0x71A] + ram[0x71C], -32)
+
+
+def _smb2_camera(game: Any) -> Camera:
+    """In Super Mario Bros. 2 USA: number of the area; edges of the screen."""
+    ram = game.ram
+    return Camera(ram[0x532], 256 * ram[0x4BE] + ram[0x4C0], 256 * ram[0xCA] + ram[0xCB])
+
+
+def _smb3_camera(game: Any) -> Camera:
+    """In Super Mario Bros. 3: address of the area's layout; scrolling."""
+    ram = game.ram
+    return Camera(256 * ram[0x62] + ram[0x61], 256 * ram[0x12] + ram[0xFD], ram[0xFC])
+
+
+def _smb_height(game: Any) -> int:
+    """Already counted from below."""
+    return int(game._y_position)
+
+
+def _level_height(game: Any) -> int:
+    """Of a position that is counted from above, of two blocks of which the lower one is meant."""
+    return CELL * GROUND + CELL - 1 - (int(game._y_position) + CELL)
 
 
 class Screen(gym.ObservationWrapper[Any, Any, Any]):
@@ -158,13 +202,15 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
 class Scenery(gym.Wrapper[Any, Any, Any, Any]):
     """Cuts out of the screen what of a level it shows for the first time in this environment.
 
-    `info["scenery"]`, where there is something: the place (world, stage, area), the first column in
-    blocks of 16 pixels, and the picture, uint8 (208, width, 3), a copy.
+    `info["scenery"]`, where there is something: the place (world, stage, area), row and column of
+    its first block of 16 pixels, and the picture, uint8 (H, W, 3), a copy.
     """
 
     def __init__(self, env: Env) -> None:
         super().__init__(env)
-        self.known: dict[tuple[int, int, int], set[int]] = {}  # blocks of each place
+        self.known: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # blocks of each place
+        self.shown: Any = None  # place, rows and columns of the last screen
+        self.view: View = self.get_wrapper_attr("view")
 
     def step(self, action: Any) -> Any:
         """Step and cut out."""
@@ -172,15 +218,31 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
         progress: Progress = info["progress"]
         # the picture is of the frame before: the game draws what it has computed one frame later
         camera, now = progress.cameras
-        if camera and now and camera.area == now.area and 0 <= now.left - camera.left < CELL:
-            place = (*progress.level, camera.area)
-            known = self.known.setdefault(place, set())
-            shown = range(-(-camera.left // CELL), (camera.left + observation.shape[1]) // CELL)
-            if new := [block for block in shown if block not in known]:
-                known.update(new)
-                first, last = new[0] * CELL - camera.left, (new[-1] + 1) * CELL - camera.left
-                info["scenery"] = place, new[0], observation[STATUS_BAR:, first:last].copy()
+        if camera and now and camera.area == now.area:
+            moved = abs(now.left - camera.left), abs(now.top - camera.top)
+            if max(moved) < CELL:
+                self._cut((*progress.level, camera.area), camera, observation, info)
         return observation, reward, terminated, truncated, info
+
+    def _cut(
+        self, place: tuple[int, int, int], camera: Camera, screen: np.ndarray, info: dict[str, Any]
+    ) -> None:
+        view = self.view
+        rows = range(-(-(camera.top + view.top) // CELL), (camera.top + view.bottom) // CELL)
+        columns = range(-(-(camera.left + view.left) // CELL), (camera.left + view.right) // CELL)
+        before, self.shown = self.shown, (place, rows, columns)
+        if self.shown == before:
+            return
+        known = self.known.setdefault(place, set())
+        new = {(row, column) for row in rows for column in columns} - known
+        if not new:
+            return
+        known |= new
+        first_row, first = min(row for row, _ in new), min(column for _, column in new)
+        last_row, last = max(row for row, _ in new), max(column for _, column in new)
+        height = slice(first_row * CELL - camera.top, (last_row + 1) * CELL - camera.top)
+        width = slice(first * CELL - camera.left, (last + 1) * CELL - camera.left)
+        info["scenery"] = place, (first_row, first), screen[height, width].copy()
 
 
 class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):

@@ -48,7 +48,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: how many, at least 1.
         num_workers: processes, from 1 to `num_envs`.
         late: how many of them step in `step_wait`, fewer than `num_workers`.
-        patience: seconds for a step; playing again may take twenty times as long.
+        patience: seconds for a step; starting and playing again may take twenty times as long.
 
     Raises:
         RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
@@ -100,7 +100,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.failures = 0
         self._workers = Assistants(num_workers, _work, make, memory)
         for worker in range(num_workers):
-            self._sure(worker, self._listen(worker, patience))
+            self._sure(worker, self._listen(worker, 20 * patience))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -262,7 +262,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             f"worker {worker} of the environments failed, and begins anew: {last}", file=sys.stderr
         )
         self._workers.restart(worker)
-        self._sure(worker, self._listen(worker, self._patience))
+        self._sure(worker, self._listen(worker, 20 * self._patience))
         rows = self._balance.rows[worker]
         self._arrays["opening"][rows] = True
         played = {row: self._played[row] for row in rows}

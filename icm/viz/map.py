@@ -10,16 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from icm.envs.mario import CELL
+from icm.envs.mario import CELL, GROUND
 from icm.exploration import Region, Visits
 from icm.files import write_bytes
 
-ROWS = 13  # blocks of a screen without its status bar
-GROUND = 14  # a cell with y // 16 = y is in row GROUND - y: there stands a small Mario
 DPI = 100
 LEFT, RIGHT, ABOVE, BELOW = 16, 96, 30, 30  # pixels around a panel
-NARROWEST = 40  # blocks: room for a title
-WIDEST = 1000  # blocks: more than any level has, and as much as can be drawn
+SMALLEST = 13, 40  # rows of a screen of Super Mario Bros.; columns, in which a title has room
+LARGEST = 300, 1000  # rows and columns: more than any level has, and as much as can be drawn
 DIMMED = 0.45  # what is left of a picture's brightness under colours
 
 
@@ -43,18 +41,19 @@ def draw_maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
 def draw_map(name: str, region: Region) -> np.ndarray:
     """The map of one region, RGB uint8 (H, W, 3), a pixel of the game as a pixel."""
     picture = region.picture
-    cells = {cell: visits for cell, visits in region.cells.items() if 0 <= cell[0] < WIDEST}
+    cells = {cell: visits for cell, visits in region.cells.items() if 0 <= cell[0] < LARGEST[1]}
     farthest = max((cell[0] for cell in cells), default=0)
-    blocks = min(max(len(picture.known), farthest + 1, NARROWEST), WIDEST)
-    pixels = np.zeros((ROWS * CELL, blocks * CELL, 3), np.uint8)
-    shown = picture.pixels[:, : blocks * CELL]
+    rows = min(max(picture.known.shape[0], SMALLEST[0]), LARGEST[0])
+    columns = min(max(picture.known.shape[1], farthest + 1, SMALLEST[1]), LARGEST[1])
+    pixels = np.zeros((rows * CELL, columns * CELL, 3), np.uint8)
+    shown = picture.pixels[: rows * CELL, : columns * CELL]
     pixels[: shown.shape[0], : shown.shape[1]] = shown
 
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
-        """A value of every cell, nan where nobody has been: (ROWS, blocks)."""
-        values = np.full((ROWS, blocks), np.nan)
+        """A value of every cell, nan where nobody has been: (rows, columns)."""
+        values = np.full((rows, columns), np.nan)
         for (x, y), visits in cells.items():
-            values[min(max(GROUND - y, 0), ROWS - 1), x] = value(visits)
+            values[min(max(GROUND - y, 0), rows - 1), x] = value(visits)
         return values
 
     if not cells:
@@ -66,7 +65,7 @@ def draw_map(name: str, region: Region) -> np.ndarray:
         ("first visit, at so many thousand agent steps", first, None),
         ("mean surprise", surprise, Normalize(0, max(np.nanpercentile(surprise, 98), 1e-9))),
     )
-    height, width = ABOVE + ROWS * CELL + BELOW, LEFT + blocks * CELL + RIGHT
+    height, width = ABOVE + rows * CELL + BELOW, LEFT + columns * CELL + RIGHT
     figure = Figure(figsize=(width / DPI, (1 + len(panels)) * height / DPI), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     figure.patch.set_facecolor("white")
@@ -75,20 +74,20 @@ def draw_map(name: str, region: Region) -> np.ndarray:
             (
                 LEFT / width,
                 ((len(panels) - i) * height + BELOW) / figure.bbox.height,
-                blocks * CELL / width,
-                ROWS * CELL / figure.bbox.height,
+                columns * CELL / width,
+                rows * CELL / figure.bbox.height,
             )
         )
         for i in range(1 + len(panels))
     ]
-    extent = (0, blocks * CELL, ROWS * CELL, 0)
+    extent = (0, columns * CELL, rows * CELL, 0)
     total = int(np.nansum(ends))
     _show(all_axes[0], pixels, f"{name}: what the agent saw; ✕ where {total} lives ended", extent)
-    rows, columns = np.nonzero(np.nan_to_num(ends))
+    ended = np.nonzero(np.nan_to_num(ends))
     all_axes[0].scatter(
-        (columns + 0.5) * CELL,
-        (rows + 0.5) * CELL,
-        s=20 + 200 * np.sqrt(ends[rows, columns] / max(np.nanmax(ends), 1)),
+        (ended[1] + 0.5) * CELL,
+        (ended[0] + 0.5) * CELL,
+        s=20 + 200 * np.sqrt(ends[ended] / max(np.nanmax(ends), 1)),
         marker="x",
         color="red",
         linewidths=2,
