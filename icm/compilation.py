@@ -1,11 +1,16 @@
 """`torch.compile` where it pays and where it works."""
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._functorch.config import patch
 
 from icm.errors import UserError
+from icm.processes import signals_blocked
 
 WORTHWHILE = 2_000
 """Updates after which the time that compiling takes, up to a minute, is won back (measured)."""
@@ -16,8 +21,25 @@ def resolve_compile(name: str, updates: int) -> str:
     return "off" if name == "auto" and updates < WORTHWHILE else name
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Compile the backward pass at once, too, so that its failures are seen; say nothing."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of a missing GPU
+    try:
+        with warnings.catch_warnings(), patch(force_non_lazy_backward_lowering=True):
+            warnings.filterwarnings("ignore", "Guards may run slower")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class Compiler:
     """Compiles functions of tensors of always the same shapes, each when it is first called.
+
+    The compiler, a process, is deaf to Ctrl-C, which a terminal sends it as well: a run that is to
+    be saved needs what it compiles.
 
     On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
     returns is then overwritten by its next call. Dropout draws the same numbers compiled or not.
@@ -51,7 +73,8 @@ class Compiler:
             tried = True
             faster = torch.compile(function, dynamic=False, options=self.options)
             try:
-                result = faster(*args, **kwargs)
+                with signals_blocked(), compiling():
+                    result = faster(*args, **kwargs)
             except Exception as error:  # of any kind: a mistake of `function` shows again below
                 reason = " ".join(str(error).split())[:200]
                 if self.mode == "on":

@@ -53,7 +53,7 @@ class Assistants:
         ours, theirs = context.Pipe()
         serve, arguments = self._given
         resource_tracker.ensure_running()  # starting it with the first process clears the mask
-        with _signals_blocked():
+        with signals_blocked():
             process = context.Process(target=_assist, args=(serve, theirs, *arguments), daemon=True)
             process.start()
         theirs.close()
@@ -61,8 +61,11 @@ class Assistants:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started here are deaf to `SIGNALS` from their first moment; not on Windows."""
+def signals_blocked() -> Iterator[None]:
+    """Processes started inside are deaf to `SIGNALS` from their first moment; not on Windows.
+
+    This process gets them afterwards.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

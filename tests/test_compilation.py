@@ -1,5 +1,6 @@
 """Compiled and bfloat16 updates against those of plain float32, and doing without a compiler."""
 
+import math
 import os
 import subprocess
 import sys
@@ -169,3 +170,45 @@ def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Pa
     last = result.stderr.strip().splitlines()[-1]
     assert "error: compile=on: failed (" in last
     assert "compile=auto and compile=off work" in last
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_ctrl_c_does_not_end_the_compiler(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, threading, time, psutil, torch\n"
+        "from icm.compilation import Compiler\n"
+        "hit, got, watching = set(), [], True\n"
+        "signal.signal(signal.SIGINT, lambda *_: got.append('here'))\n"
+        "def watch():\n"
+        "    while watching:\n"
+        "        for child in psutil.Process().children(recursive=True):\n"
+        "            if child.name() == 'cc1plus' and child.pid not in hit:\n"
+        "                hit.add(child.pid)\n"
+        "                os.killpg(0, signal.SIGINT)\n"  # as a terminal does
+        "        time.sleep(0.01)\n"
+        "watcher = threading.Thread(target=watch)\n"
+        "watcher.start()\n"
+        "x = torch.ones(1000, requires_grad=True)\n"
+        "loss = Compiler('on', torch.device('cpu'))(lambda x: (x.exp() * x).sum())(x)\n"
+        "before = len(hit)\n"
+        "loss.backward()\n"
+        "watching = False\n"
+        "watcher.join()\n"
+        "print(x.grad[0].item(), before >= 2, len(hit) - before, got[:1])\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # so that there is something to do
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    # forward and backward were compiled, both before the first needs a gradient
+    value, *rest = result.stdout.split(maxsplit=1)
+    assert float(value) == pytest.approx(2 * math.e)
+    assert rest == ["True 0 ['here']\n"]
