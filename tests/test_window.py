@@ -146,6 +146,15 @@ def test_a_person_takes_over_and_hands_back(window: Window) -> None:
     assert moment.action == np.argmax(moment.probabilities)
 
 
+def test_of_few_actions_the_one_that_fits_best_is_taken(window: Window) -> None:
+    window.player.actions = ["NOOP", "right", "right A", "right B", "right A B"]
+    press(pygame.K_t, pygame.K_x)
+    moments = window.play(9)
+    assert next(moments).action == 0  # A alone is not among them
+    press(pygame.K_RIGHT)
+    assert next(moments).action == 2
+
+
 def test_other_games_are_not_played_by_hand(window: Window) -> None:
     window.player.actions = ["0", "1"]
     press(pygame.K_t)

@@ -17,6 +17,9 @@ from icm.envs.wrappers import Env
 
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
+MOST_BLOCKS = (
+    12_000  # twice as many as any place has: while one is loaded, its camera may be anywhere
+)
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -208,8 +211,7 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: Env) -> None:
         super().__init__(env)
-        self.known: dict[tuple[int, int, int], set[tuple[int, int]]] = {}  # blocks of each place
-        self.shown: Any = None  # place, rows and columns of the last screen
+        self.known: dict[tuple[int, int, int], np.ndarray] = {}  # of each place, bool by block
         self.view: View = self.get_wrapper_attr("view")
 
     def step(self, action: Any) -> Any:
@@ -228,18 +230,23 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
         self, place: tuple[int, int, int], camera: Camera, screen: np.ndarray, info: dict[str, Any]
     ) -> None:
         view = self.view
-        rows = range(-(-(camera.top + view.top) // CELL), (camera.top + view.bottom) // CELL)
-        columns = range(-(-(camera.left + view.left) // CELL), (camera.left + view.right) // CELL)
-        before, self.shown = self.shown, (place, rows, columns)
-        if self.shown == before:
+        top, bottom = -(-(camera.top + view.top) // CELL), (camera.top + view.bottom) // CELL
+        left, right = -(-(camera.left + view.left) // CELL), (camera.left + view.right) // CELL
+        if bottom * right > MOST_BLOCKS:
             return
-        known = self.known.setdefault(place, set())
-        new = {(row, column) for row in rows for column in columns} - known
-        if not new:
+        known = self.known.get(place)
+        if known is None or bottom > known.shape[0] or right > known.shape[1]:
+            larger = np.zeros((bottom + 16, right + 256), bool)
+            if known is not None:
+                larger = np.pad(known, ((0, bottom + 16), (0, right + 256)))
+            self.known[place] = known = larger
+        there = known[top:bottom, left:right]
+        if there.all():
             return
-        known |= new
-        first_row, first = min(row for row, _ in new), min(column for _, column in new)
-        last_row, last = max(row for row, _ in new), max(column for _, column in new)
+        rows, columns = np.flatnonzero(~there.all(1)), np.flatnonzero(~there.all(0))
+        there[:] = True
+        first_row, last_row = top + int(rows[0]), top + int(rows[-1])
+        first, last = left + int(columns[0]), left + int(columns[-1])
         height = slice(first_row * CELL - camera.top, (last_row + 1) * CELL - camera.top)
         width = slice(first * CELL - camera.left, (last + 1) * CELL - camera.left)
         info["scenery"] = place, (first_row, first), screen[height, width].copy()

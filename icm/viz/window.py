@@ -175,7 +175,8 @@ class Window:
             self.message = str(error)
 
     def _take_over(self) -> None:
-        if "NOOP" not in self.player.actions or "A" not in self.player.actions:
+        words = {word for name in self.player.actions for word in name.split()}
+        if "NOOP" not in words or not words <= {"NOOP", *BUTTONS.values()}:
             self.message = "the actions of this game are no buttons"
             return
         self.person_plays = not self.person_plays
