@@ -157,7 +157,7 @@ class Exploration:
             return {}
         return {
             "explore/cells": cells,
-            "explore/levels": len({place[:2] for place in self.regions}),
+            "explore/levels": len({at[:2] for at, region in self.regions.items() if region.cells}),
             "explore/distance_max": self.distance_max,
         }
 

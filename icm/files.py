@@ -23,7 +23,8 @@ def whole(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        reason = error.strerror or str(error).partition("\n")[0]  # ffmpeg's has no number
+        raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

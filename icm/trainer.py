@@ -22,6 +22,7 @@ from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
 from icm.exploration import Exploration
+from icm.intervals import crossed
 from icm.models import NO_ACTION
 from icm.processes import SIGNALS
 from icm.tracking import Tracker
@@ -80,8 +81,8 @@ class Trainer:
                         self._log(clock)
                     if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
                         self.save()
-                    before = self.step - self.envs.num_envs
-                    self._show(self.gallery.update(self.step, before, self.exploration))
+                    drawn = self.gallery.update(self.step, self.envs.num_envs, self.exploration)
+                    self._show(drawn)
                     if self.stopped_by is not None:
                         break
                 if self.step >= total:  # or else whoever goes on completes the interval
@@ -302,11 +303,6 @@ class Trainer:
 def memory_name(step: int) -> str:
     """The file that holds the memory of an agent step, beside its checkpoint."""
     return f"replay_{step:09d}.pt"
-
-
-def crossed(step: int, num_envs: int, every: int) -> bool:
-    """Whether the last vector step reached or passed a multiple of `every`."""
-    return step // every > (step - num_envs) // every
 
 
 class Clock:

@@ -21,7 +21,7 @@ def explored() -> Exploration:
 
 
 def wait(gallery: Gallery, found: Exploration, step: int) -> Drawn:
-    while (drawn := gallery.update(step, step, found)) is None:
+    while (drawn := gallery.update(step, 0, found)) is None:
         time.sleep(0.05)
     return drawn
 
@@ -30,9 +30,9 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=20", *SHORT))
     found = explored()
     found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
-    assert gallery.update(9, 0, found) is None
+    assert gallery.update(9, 9, found) is None
     assert not gallery.studio.is_busy
-    assert gallery.update(12, 9, found) is None
+    assert gallery.update(12, 3, found) is None
     drawn = wait(gallery, found, 12)
     assert drawn.step == 12
     assert list(drawn.images) == ["map/1-1"]
@@ -42,7 +42,7 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     assert list(drawn.images) == ["clip/best"]
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
     assert names == ["maps/1-1.png", "videos/best.gif", "videos/best.mp4"]
-    gallery.update(40, 24, found)
+    gallery.update(40, 16, found)
     assert not gallery.studio.is_busy
     found.visit(41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
     (last,) = gallery.finish(42, found, None)
@@ -54,7 +54,7 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
 def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=0", *SHORT))
     found = explored()
-    gallery.update(10, 0, found)
+    gallery.update(10, 10, found)
     found.visit(11, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
     gallery.update(20, 10, found)
     assert list(wait(gallery, found, 20).images) == ["map/1-1"]
@@ -64,7 +64,7 @@ def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
 
 def test_nothing_is_drawn_where_nothing_is_wanted(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=0", "video.every=0", *SHORT))
-    assert gallery.update(1000, 0, explored()) is None
+    assert gallery.update(1000, 1000, explored()) is None
     assert gallery.finish(1000, explored(), None) == []
     assert gallery.studio.assistants is None
     assert not list(tmp_path.iterdir())

@@ -252,14 +252,8 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
-@pytest.mark.parametrize(
-    ("number", "to_workers", "status"),
-    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143)],
-)
-def test_a_signal_saves_and_ends_with_its_status(
-    number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
+def started(folder: Path) -> subprocess.Popen[str]:
+    """A training in a session of its own, as of a terminal, that has begun to log."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "train.py", *SMALL, f"hydra.run.dir={folder}"],
         cwd=ROOT,
@@ -272,6 +266,18 @@ def test_a_signal_saves_and_ends_with_its_status(
     log = folder / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text()):
         time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "to_workers", "status"),
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143)],
+)
+def test_a_signal_saves_and_ends_with_its_status(
+    number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = started(folder)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)  # as a terminal does
     process.send_signal(number)  # and then `uv run`
@@ -288,16 +294,7 @@ def test_a_signal_saves_and_ends_with_its_status(
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "train.py", *SMALL, f"hydra.run.dir={folder}"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    log = folder / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text()):
-        time.sleep(0.1)
+    process = started(folder)
     found = psutil.Process(process.pid).children(recursive=True)
     workers = [worker for worker in found if "spawn_main" in " ".join(worker.cmdline())]
     for worker in workers:

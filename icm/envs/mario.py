@@ -17,9 +17,7 @@ from icm.envs.wrappers import Env
 
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
-MOST_BLOCKS = (
-    12_000  # twice as many as any place has: while one is loaded, its camera may be anywhere
-)
+MOST_BLOCKS = 12_000  # more than any place has; while one is loaded, its camera may be anywhere
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -234,12 +232,9 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
         left, right = -(-(camera.left + view.left) // CELL), (camera.left + view.right) // CELL
         if bottom * right > MOST_BLOCKS:
             return
-        known = self.known.get(place)
-        if known is None or bottom > known.shape[0] or right > known.shape[1]:
-            larger = np.zeros((bottom + 16, right + 256), bool)
-            if known is not None:
-                larger = np.pad(known, ((0, bottom + 16), (0, right + 256)))
-            self.known[place] = known = larger
+        known = self.known.get(place, np.zeros((0, 0), bool))
+        if bottom > known.shape[0] or right > known.shape[1]:
+            self.known[place] = known = np.pad(known, ((0, bottom + 16), (0, right + 256)))
         there = known[top:bottom, left:right]
         if there.all():
             return

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from icm.config import Config
 from icm.exploration import Exploration, Recording
+from icm.intervals import crossed
 from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
 
 
@@ -25,18 +26,18 @@ class Gallery:
         self.due: set[str] = set()
         self.filmed: Recording | None = None
 
-    def update(self, step: int, before: int, exploration: Exploration) -> Drawn | None:
+    def update(self, step: int, num_envs: int, exploration: Exploration) -> Drawn | None:
         """Begin to draw what is due; never waits.
 
         Args:
             step: agent steps by now.
-            before: by the call before.
+            num_envs: how many there are more than at the call before.
             exploration: what the run has found.
 
         Returns:
             what has been drawn since.
         """
-        self.due |= {name for name, every in self.every.items() if step // every > before // every}
+        self.due |= {name for name, every in self.every.items() if crossed(step, num_envs, every)}
         drawn = self.studio.finished()
         if self.due and not self.studio.is_busy:
             self._order(step, exploration)
@@ -71,7 +72,7 @@ class Gallery:
             self.filmed = best
             path = self.folder / "videos" / "best.mp4"
             drawings.append(partial(clip, self.config.env, best, path))
-        if "report" in self.due:
+        if "report" in self.due and (self.folder / "metrics.jsonl").stat().st_size:
             drawings.append(partial(report, self.folder))
         self.due.clear()
         if drawings:
