@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +22,15 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written, see `write_whole`.
     """
-    write_whole(path, lambda file: torch.save(with_tensors(content), file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(with_tensors(content), file)
+        except RuntimeError as error:
+            # after an error of the disk, PyTorch ends its archive all the same, and fails again
+            raise error.__context__ or error from None
+
+    write_whole(path, write)
 
 
 def with_tensors(content: Any) -> Any:

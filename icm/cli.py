@@ -33,6 +33,12 @@ def fail(error: Exception) -> None:
     sys.exit(2)
 
 
+def leave() -> None:
+    """Exit with status 1 because nobody reads the output any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
 def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
@@ -43,12 +49,16 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
             task(settings)
         except (UserError, OmegaConfBaseException) as error:
             fail(error)
+        except BrokenPipeError:  # here, because Hydra would print it
+            leave()
 
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
         application(careful)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         fail(error)
+    except BrokenPipeError:  # of --help
+        leave()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -99,24 +109,29 @@ def adopt_settings(config: DictConfig) -> None:
 def claim_folder(config: DictConfig) -> None:
     """Create the run folder; a name that exists gets a number, unless the user gave it.
 
+    Of two runs that claim one folder at the same time, one gets it.
+
     Raises:
         UserError: the folder the user gave holds something, or it cannot be created.
     """
     wanted = Path(config.hydra.run.dir)
-    given = any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra)
-    if given and wanted.is_dir() and not any(wanted.iterdir()):
+    if any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra):
+        is_empty = wanted.is_dir() and not any(wanted.iterdir())
+        if not _made(wanted / str(config.hydra.output_subdir) if is_empty else wanted):
+            raise UserError(f"hydra.run.dir={wanted}: exists; a run needs a new or an empty folder")
         return
-    for number in itertools.count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if given:
-                raise UserError(
-                    f"hydra.run.dir={wanted}: exists; a run needs a new or an empty folder"
-                ) from None
-        except OSError as error:
-            raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
+    folders = (wanted.with_name(f"{wanted.name}_{number}") for number in itertools.count(2))
+    folder = next(filter(_made, itertools.chain([wanted], folders)))
     with read_write(config):
         config.hydra.run.dir = str(folder)
+
+
+def _made(folder: Path) -> bool:
+    """Create a folder; False if there is one."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
+    return True

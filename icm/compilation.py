@@ -1,16 +1,18 @@
 """`torch.compile` where it pays and where it works."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
 from torch._functorch.config import patch
 
 from icm.errors import UserError
-from icm.processes import signals_blocked
+from icm.processes import SIGNALS
 
 WORTHWHILE = 2_000
 """Updates after which the time that compiling takes, up to a minute, is won back (measured)."""
@@ -35,11 +37,49 @@ def compiling() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class GivenUp(BaseException):
+    """A signal came while something was compiled. No `Exception`: PyTorch catches those."""
+
+
+@contextmanager
+def given_up_on_signals() -> Iterator[None]:
+    """A signal that this process handles is handled, and ends what is under way with `GivenUp`.
+
+    Compiling may take a minute, and whoever sends a signal may kill after ten seconds.
+    """
+    this = psutil.Process()
+    others = set(this.children(recursive=True))
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    is_over = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal is_over
+        for compiler in set(this.children(recursive=True)) - others:
+            with suppress(psutil.NoSuchProcess):
+                compiler.kill()
+        handler = before[number]
+        assert callable(handler)
+        handler(number, frame)
+        if not is_over:
+            is_over = True
+            raise GivenUp
+
+    try:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handle)
+        yield
+    finally:
+        is_over = True
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Compiler:
     """Compiles functions of tensors of always the same shapes, each when it is first called.
 
-    The compiler, a process, is deaf to Ctrl-C, which a terminal sends it as well: a run that is to
-    be saved needs what it compiles.
+    A signal that comes meanwhile lets this and all other functions stay as they are: the run is
+    about to end.
 
     On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
     returns is then overwritten by its next call. Dropout draws the same numbers compiled or not.
@@ -73,8 +113,11 @@ class Compiler:
             tried = True
             faster = torch.compile(function, dynamic=False, options=self.options)
             try:
-                with signals_blocked(), compiling():
+                with given_up_on_signals(), compiling():
                     result = faster(*args, **kwargs)
+            except GivenUp:
+                self.mode = "off"
+                return function(*args, **kwargs)
             except Exception as error:  # of any kind: a mistake of `function` shows again below
                 reason = " ".join(str(error).split())[:200]
                 if self.mode == "on":

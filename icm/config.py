@@ -173,9 +173,10 @@ CURIOSITIES: dict[str, type[CuriosityConfig]] = {
 
 @dataclass
 class CheckpointConfig:
-    """When to save."""
+    """When to save, and how many of the checkpoints that are named by their step to keep."""
 
     every: int
+    keep: int = 20  # checkpoints from before this setting do not have it
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Config:
     log: LogConfig
     # checkpoints from before these settings do not have them
     compile: str = "off"
-    map: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
+    map: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     video: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     report: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
 
@@ -335,6 +336,7 @@ def _check(config: Config) -> None:
     for name, value in given(
         "total_steps",
         "checkpoint.every",
+        "checkpoint.keep",
         "log.every",
         "env.num_envs",
         "env.num_workers",

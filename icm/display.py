@@ -1,5 +1,7 @@
 """What a terminal shows of a training: a live picture, or plain lines where it is none."""
 
+import os
+import sys
 import time
 
 from rich.console import Console, Group
@@ -9,6 +11,17 @@ from rich.text import Text
 
 PHASES = ("act", "observe", "update", "wait")
 PLAIN_EVERY = 60.0  # seconds between two plain lines
+
+
+class Stderr(Console):
+    """The console of a program that goes on when nobody reads what it says any more."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """See the class; rich would end the program."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Display:
@@ -23,7 +36,7 @@ class Display:
         self.total_steps = total_steps
         self.saved: int | None = None
         self.printed = time.monotonic()
-        console = Console(stderr=True)
+        console = Stderr()
         self.is_live = console.is_terminal
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that a process that only draws stays small.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from icm.envs.mario import CELL
 
 type Place = tuple[int, int, int]
 """World, stage, area; see `icm.envs.mario`."""
+
+LATEST = 100  # episodes that say how good an agent is
 
 type Cell = tuple[int, int]
 """x // 16, y // 16 in a place."""
@@ -81,12 +83,13 @@ class Recording:
 
 
 class Exploration:
-    """Places and what is known of them, the greatest distance, and the best episode."""
+    """Places and what is known of them, the greatest distance, the best and the latest episodes."""
 
     def __init__(self) -> None:
         self.regions: dict[Place, Region] = defaultdict(Region)
         self.distance_max = 0.0
         self.best: Recording | None = None
+        self.latest: deque[float] = deque(maxlen=LATEST)  # scores, see `Recording`
         self.here: list[Visits | None] = []  # of each environment
         self.changed: set[Place] = set()
 
@@ -130,9 +133,14 @@ class Exploration:
         """Take in an episode that ended by an agent step, see `EpisodeStatistics`."""
         self.distance_max = max(self.distance_max, float(episode.get("distance", 0)))
         score = float(episode.get("distance", episode["reward"]))
+        self.latest.append(score)
         actions = episode["actions"]
         if self.best is None or (score, -len(actions)) > (self.best.score, -len(self.best.actions)):
             self.best = Recording(step, score, int(episode["seed"]), list(actions))
+
+    def average(self) -> float | None:
+        """Mean score of the latest episodes; None of fewer than `LATEST`."""
+        return sum(self.latest) / LATEST if len(self.latest) == LATEST else None
 
     def news(self) -> dict[str, Region]:
         """Where somebody has been since the last call.
@@ -170,6 +178,7 @@ class Exploration:
         return {
             "distance_max": self.distance_max,
             "best": None if self.best is None else asdict(self.best),
+            "latest": list(self.latest),
             "cells": np.array(cells, np.int64).reshape(-1, 5),
             "visits": np.array([(v.first, v.count, v.ends) for v in visits], np.int64),
             "surprise": np.array([v.surprise for v in visits], np.float64),
@@ -187,11 +196,12 @@ class Exploration:
         """Restore what `state_dict` gave and a checkpoint kept.
 
         Checkpoints from before there were visits begin without, those from before there were
-        recordings without the best episode.
+        recordings without the best episode, those from before there were scores without these.
         """
         self.distance_max = state["distance_max"]
         if state.get("best"):
             self.best = Recording(**state["best"])
+        self.latest.extend(state.get("latest", ()))
         if "visits" not in state:
             return
         table = zip(

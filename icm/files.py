@@ -2,12 +2,33 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 from icm.errors import UserError
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine were writing into a folder when they were killed."""
+    for file in folder.glob(".*.tmp"):
+        name, _, process = file.stem.rpartition(".")
+        is_ours = name.endswith(f".{socket.gethostname()}") and process.isdigit()
+        if is_ours and not psutil.pid_exists(int(process)):
+            _remove(file)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if file.is_dir():
+        shutil.rmtree(file, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            file.unlink()
 
 
 @contextmanager
@@ -17,7 +38,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -26,11 +47,7 @@ def whole(path: Path) -> Iterator[Path]:
         reason = error.strerror or str(error).partition("\n")[0]  # ffmpeg's has no number
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink()
+        _remove(temporary)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,7 +1,9 @@
 """Processes beside the main one: deaf to its signals, and gone when it is gone."""
 
 import multiprocessing
+import os
 import signal
+import stat
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +17,8 @@ CLOSING_TIME = 10.0  # seconds in which a process has to end
 
 # A terminal and a cluster's scheduler send these to every process; the main one alone reacts: it
 # saves and ends the others, and should it be killed, they end with their pipe.
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; not on Windows
+SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, HANGUP) if s is not None)
 
 
 class Assistants:
@@ -74,6 +77,13 @@ def signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_terminal() -> None:
+    """Let go of a terminal that is gone: what is printed to it from now on is lost, no error."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:

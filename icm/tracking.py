@@ -4,7 +4,10 @@ import json
 import math
 import shlex
 import sys
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from icm.config import flat
+from icm.errors import UserError
 from icm.viz.charts import CHARTS
 
 
@@ -31,6 +36,8 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
+        self.folder = folder
+        threading.excepthook = self._report
         self.writer = SummaryWriter(str(folder), purge_step=step or None)
         self.writer.add_custom_scalars(
             {
@@ -58,6 +65,19 @@ class Tracker:
         writer = self.writer._get_file_writer()
         for summary in hparams(shown, metrics):  # in this run, not in one of its own below it
             writer.add_summary(summary)
+
+    @staticmethod
+    def _report(failure: threading.ExceptHookArgs) -> None:
+        """Be silent of a thread of TensorBoard that cannot write: its next call raises that."""
+        if not isinstance(failure.thread, _AsyncWriterThread):
+            threading.__excepthook__(failure)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
     def collect(self, name: str, values: Tensor) -> None:
         """Keep values, any shape, for a histogram of the log interval."""
@@ -95,14 +115,19 @@ class Tracker:
         """Write one log interval at an agent step, and histograms of what was collected.
 
         In metrics.jsonl numbers that are not finite become null.
+
+        Raises:
+            UserError: it cannot be written.
         """
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        for name, values in self.values.items():
-            self.writer.add_histogram(name, torch.cat(values), step)
-        self.values.clear()
         self.last = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step, **self.last}) + "\n")
+        with self._writing():
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+            for name, values in self.values.items():
+                self.writer.add_histogram(name, torch.cat(values), step)
+            self.writer.flush()  # or kill -9 would lose two minutes of it
+            self.file.write(json.dumps({"step": step, **self.last}) + "\n")
+        self.values.clear()
 
     def images(self, step: int, images: dict[str, bytes]) -> None:
         """Show images, PNG or GIF files, at an agent step in TensorBoard."""
@@ -111,9 +136,10 @@ class Tracker:
                 size = {"width": image.width, "height": image.height, "colorspace": 3}
             shown = Summary.Image(encoded_image_string=content, **size)
             summary = Summary(value=[Summary.Value(tag=name, image=shown)])
-            self.writer._get_file_writer().add_summary(summary, step)
+            with self._writing():
+                self.writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self.writer.close()
-        self.file.close()
+        """Flush and close everything; see `write`."""
+        with self._writing(), self.file:
+            self.writer.close()

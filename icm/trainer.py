@@ -5,7 +5,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from icm import checkpoint
-from icm.agents.base import Agent
+from icm.agents.base import Agent, BrokenDownError
 from icm.config import Config, flat
 from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
 from icm.exploration import Exploration
+from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
-from icm.processes import SIGNALS
+from icm.processes import HANGUP, SIGNALS, leave_terminal
 from icm.tracking import Tracker
 from icm.versions import versions
 from icm.viz.gallery import Gallery
@@ -54,6 +55,7 @@ class Trainer:
     ) -> None:
         self.agent, self.envs, self.folder, self.config = agent, envs, folder, config
         self.step = 0
+        self.best_average = -math.inf  # score, of the checkpoints in this run folder
         self.exploration = Exploration()
         self.gallery = Gallery(folder, config)
         self.stopped_by: int | None = None
@@ -65,6 +67,10 @@ class Trainer:
 
         Returns:
             the number of that signal, None if there was none. The run is saved in both cases.
+
+        Raises:
+            UserError: nothing can be written any more, or learning has broken down. What was saved
+                before is as it was.
         """
         total, log_every = self.config.total_steps, self.config.log.every
         save_every = self.config.checkpoint.every
@@ -80,7 +86,8 @@ class Trainer:
                     if crossed(self.step, self.envs.num_envs, log_every):
                         self._log(clock)
                     if crossed(self.step, self.envs.num_envs, save_every) and self.step < total:
-                        self.save()
+                        with clock.phase("save"):
+                            self.save()
                     drawn = self.gallery.update(self.step, self.envs.num_envs, self.exploration)
                     self._show(drawn)
                     if self.stopped_by is not None:
@@ -91,11 +98,22 @@ class Trainer:
                 patience = None if self.stopped_by is None else HURRY
                 for drawn in self.gallery.finish(self.step, self.exploration, patience):
                     self._show(drawn)
+        except BrokenDownError as error:
+            raise UserError(
+                f"step {self.step}: {error}; resume an older step_….pt of "
+                f"{self.folder / 'checkpoints'} with a lower agent.lr "
+                f"(it is {self.config.agent.lr:g}) or with precision=float32"
+            ) from None
+        except UserError:  # something cannot be written; a checkpoint may, in spite of that
+            with suppress(UserError):
+                self.save()
+            raise
         finally:
             self.gallery.close()
             self.display.close()
             self.tracker.close()
-        print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
+        with suppress(OSError):  # nobody reads it any more
+            print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
@@ -181,6 +199,7 @@ class Trainer:
 
     def _log(self, clock: "Clock") -> None:
         self._observe()
+        self.agent.check_updates()
         metrics = self.tracker.averages()
         if not metrics:
             return
@@ -190,6 +209,7 @@ class Trainer:
         metrics |= clock.speeds(self.step, self.config.env.action_repeat)
         metrics |= self.agent.policy.statistics(self.step)
         metrics["workers/failures"] = self.envs.failures
+        metrics["learner/skipped"] = self.agent.skipped.item()
         self.tracker.write(self.step, metrics)
         self.display.show(self.step, metrics)
 
@@ -206,6 +226,7 @@ class Trainer:
             UserError: the checkpoint cannot be read, is complete, or does not fit.
         """
         content = checkpoint.load(path)
+        remove_leftovers(path.parent)
         if "optimizers" not in content:
             raise UserError(f"{path}: exported for playing; resume what it was exported from")
         self.step = content["step"]
@@ -225,6 +246,7 @@ class Trainer:
             same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
             if not same_env:
                 self.exploration.best = None  # it would go otherwise here
+                self.exploration.latest.clear()
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
@@ -243,11 +265,12 @@ class Trainer:
             self.agent.begin_lives()
 
     def save(self) -> None:
-        """Write the memory, step_<agent steps>.pt and latest.pt.
+        """Write the memory, step_<agent steps>.pt, latest.pt, and best.pt if it is that.
 
         Whenever this is interrupted, the memory of what is `latest.pt` then is there.
         """
         self._observe()
+        self.agent.check_updates()
         content = {
             "format": checkpoint.FORMAT,
             "config": asdict(self.config),
@@ -263,10 +286,17 @@ class Trainer:
         checkpoints = self.folder / "checkpoints"
         memory = checkpoints / memory_name(self.step)
         checkpoint.save(memory, self.agent.memory_dict())
-        for name in (f"step_{self.step:09d}.pt", "latest.pt"):
+        names = [f"step_{self.step:09d}.pt", "latest.pt"]
+        average = self.exploration.average()
+        if average is not None and average > self.best_average:
+            self.best_average = average
+            names.append("best.pt")
+        for name in names:
             checkpoint.save(checkpoints / name, content)
-        for older in set(checkpoints.glob("replay_*.pt")) - {memory}:
-            older.unlink()
+        steps = sorted(checkpoints.glob("step_*.pt"))
+        memories = set(checkpoints.glob("replay_*.pt")) - {memory}
+        for old in (*steps[: -self.config.checkpoint.keep], *memories):
+            old.unlink()
         self.display.saved = self.step
 
     def _show(self, drawn: Drawn | None) -> None:
@@ -280,11 +310,16 @@ class Trainer:
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the loop after the current step, so that it saves."""
+        """Each of `SIGNALS` ends the loop after the current step, so that it saves.
+
+        Not one that is ignored from the start, as `nohup` has it.
+        """
         first = math.inf
 
         def stop(number: int, frame: Any) -> None:
             nonlocal first
+            if number == HANGUP:
+                leave_terminal()
             now = time.monotonic()
             if now - first > SAME_SIGNAL:  # a second one ends at once
                 signal.signal(number, signal.SIG_DFL)
@@ -292,7 +327,8 @@ class Trainer:
             self.stopped_by = self.stopped_by or number
             first = min(first, now)
 
-        previous = {s: signal.signal(s, stop) for s in SIGNALS}
+        heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, stop) for number in heard}
         try:
             yield
         finally:

@@ -173,28 +173,31 @@ def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_ctrl_c_does_not_end_the_compiler(tmp_path: Path) -> None:
+def test_a_signal_ends_compiling_and_the_function_is_used_as_it_is(tmp_path: Path) -> None:
     program = (
         "import os, signal, threading, time, psutil, torch\n"
         "from icm.compilation import Compiler\n"
-        "hit, got, watching = set(), [], True\n"
+        "compilers, got, watching = set(), [], True\n"
         "signal.signal(signal.SIGINT, lambda *_: got.append('here'))\n"
         "def watch():\n"
         "    while watching:\n"
         "        for child in psutil.Process().children(recursive=True):\n"
-        "            if child.name() == 'cc1plus' and child.pid not in hit:\n"
-        "                hit.add(child.pid)\n"
+        "            if child.name() == 'cc1plus' and child not in compilers:\n"
+        "                compilers.add(child)\n"
         "                os.killpg(0, signal.SIGINT)\n"  # as a terminal does
         "        time.sleep(0.01)\n"
         "watcher = threading.Thread(target=watch)\n"
         "watcher.start()\n"
         "x = torch.ones(1000, requires_grad=True)\n"
-        "loss = Compiler('on', torch.device('cpu'))(lambda x: (x.exp() * x).sum())(x)\n"
-        "before = len(hit)\n"
+        "compiler = Compiler('on', torch.device('cpu'))\n"
+        "loss = compiler(lambda x: (x.exp() * x).sum())(x)\n"
         "loss.backward()\n"
+        "double = compiler(lambda x: 2 * x)(torch.ones(2)).tolist()\n"
         "watching = False\n"
         "watcher.join()\n"
-        "print(x.grad[0].item(), before >= 2, len(hit) - before, got[:1])\n"
+        "left = psutil.wait_procs(compilers, timeout=5)[1]\n"
+        "print(x.grad[0].item(), double, len(compilers), got, len(left))\n"
+        "print(signal.getsignal(signal.SIGINT).__name__)\n"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # so that there is something to do
@@ -208,7 +211,8 @@ def test_ctrl_c_does_not_end_the_compiler(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    # forward and backward were compiled, both before the first needs a gradient
-    value, *rest = result.stdout.split(maxsplit=1)
+    first, handler = result.stdout.splitlines()
+    value, rest = first.split(maxsplit=1)
     assert float(value) == pytest.approx(2 * math.e)
-    assert rest == ["True 0 ['here']\n"]
+    assert rest == "[2.0, 2.0] 1 ['here'] 0"
+    assert handler == "<lambda>"

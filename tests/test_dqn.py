@@ -1075,6 +1075,30 @@ def test_loaded_agent_learns_at_its_own_rates() -> None:
     assert [group["lr"] for group in second.optimizer.param_groups] == [3e-5, 7e-5]
 
 
+def test_what_is_not_finite_changes_no_weights_and_is_counted() -> None:
+    agent = make_agent(agent__target_tau=1.0)
+    play(agent)
+    agent.update()
+    before = copy.deepcopy(agent.state_dict())
+    mean, agent.interest.moments.mean = agent.interest.moments.mean, math.nan
+    for count in (1, 2):
+        assert agent.update()["loss/q"].isnan()
+        assert agent.skipped.item() == agent.skipped_running.item() == count
+    after = agent.state_dict()
+    torch.testing.assert_close(after["optimizers"], before["optimizers"], rtol=0, atol=0)
+    learning = [name for name in after["models"] if "target" not in name]  # those are averages
+    for name in learning:
+        assert same(after["models"][name], before["models"][name])
+    agent.interest.moments.mean = mean
+    agent.update()
+    assert (agent.skipped.item(), agent.skipped_running.item()) == (2, 0)
+    for name in ("qnetwork", "phi"):
+        assert not same(agent.state_dict()["models"][name], before["models"][name])
+    second = make_agent()
+    second.load_state_dict(through_a_file(agent.state_dict()))
+    assert second.skipped.item() == 2
+
+
 def test_learning_rate_falls_to_its_final_share() -> None:
     """That of the curiosity does not: it has to follow what the agent finds, to the end."""
     agent = make_agent(

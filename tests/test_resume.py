@@ -43,7 +43,13 @@ def config_of(learner: str, *more: str) -> Config:
     return settings(*given)
 
 
-def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None = None) -> Path:
+def train(
+    config: Config,
+    folder: Path,
+    stops_at: int = 0,
+    resume: Path | None = None,
+    kind: type[StoppedTrainer] = StoppedTrainer,
+) -> Path:
     """Train until a step; the run folder."""
     envs = make_vector_env(config.env, scenery=True)
     try:
@@ -51,7 +57,7 @@ def train(config: Config, folder: Path, stops_at: int = 0, resume: Path | None =
         actions = action_count(envs.single_action_space)
         agent = build_agent(config, shape, actions, torch.device("cpu"))
         folder.mkdir()
-        trainer = StoppedTrainer(agent, envs, folder, config)
+        trainer = kind(agent, envs, folder, config)
         trainer.stops_at = stops_at
         if resume is not None:
             trainer.resume(resume)
@@ -141,6 +147,30 @@ def test_another_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     models = [checkpoint.load(latest(folder))["models"] for folder in (whole, second)]
     for name, tensor in leaves(models[0]).items():
         assert (tensor == leaves(models[1])[name]).all()
+
+
+def test_what_was_found_best_and_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    config = config_of("dqn", "checkpoint.every=32", "checkpoint.keep=2")
+    run = tmp_path / "run"
+    train(config, run)
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"latest.pt", "step_000000160.pt", "step_000000192.pt", "replay_000000192.pt"}
+
+
+def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
+    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=640")
+    found = []
+
+    class Judged(StoppedTrainer):
+        def save(self) -> None:
+            found.append((self.exploration.average(), self.step))
+            super().save()
+
+    run = train(config, tmp_path / "run", kind=Judged)
+    whole = [(average, step) for average, step in found if average is not None]
+    assert len(whole) > 2
+    best = max(whole, key=lambda each: (each[0], -each[1]))[1]
+    assert checkpoint.load(run / "checkpoints" / "best.pt")["step"] == best
 
 
 def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:

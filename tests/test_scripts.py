@@ -271,7 +271,7 @@ def started(folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("number", "to_workers", "status"),
-    [(signal.SIGINT, False, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143)],
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, True, 143), (signal.SIGHUP, False, 129)],
 )
 def test_a_signal_saves_and_ends_with_its_status(
     number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
@@ -290,6 +290,14 @@ def test_a_signal_saves_and_ends_with_its_status(
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
     assert metrics_of(folder)[-1]["step"] == step // 32 * 32  # the last whole interval
     assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()
+
+
+def test_learning_that_breaks_down_ends_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    given = ("agent.lr=1e30", "curiosity.lr=1e30", "checkpoint.every=32", f"hydra.run.dir={folder}")
+    done = run_script("train.py", *SMALL, *given)
+    assert_refused(done, "finite; resume an older step_….pt")
+    assert checkpoint.load(folder / "checkpoints" / "latest.pt")["agent"]["skipped"] < 50
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ from icm.errors import UserError
 from icm.models import InputNorm, Phi, contrast_normalised
 from icm.replay import Replay, Sequences
 
+MOST_SKIPPED = 50  # updates without a break that may fail, before it is taken as final
+
+
+class BrokenDownError(UserError):
+    """What an agent computes is not finite, and will not be again."""
+
 
 @dataclass
 class Common:
@@ -106,6 +112,8 @@ class Agent(ABC):
         self.generator = torch.Generator().manual_seed(common.seed)
         self.learn_from = agent.warmup_steps
         self.updates = 0
+        self.skipped = torch.zeros((), device=device)  # updates that were not finite
+        self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -141,9 +149,18 @@ class Agent(ABC):
             previous: the actions before, int64 (batch,), NO_ACTION at the start of an episode.
             step: agent step.
             greedy: all probability on the best action instead.
+
+        Raises:
+            BrokenDownError: they are not finite.
         """
         preferences, _ = self._choose(states.to(self.device), previous.to(self.device))
-        return self.policy(preferences, step, greedy).cpu()
+        return self._probabilities(preferences, step, greedy)
+
+    def _probabilities(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
+        probabilities = self.policy(preferences, step, greedy).cpu()
+        if not probabilities.isfinite().all():
+            raise BrokenDownError("the policy is not finite")
+        return probabilities
 
     @torch.no_grad()
     def act(self, states: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,9 +169,12 @@ class Agent(ABC):
         Returns:
             the actions, int64 (batch,); the policy they were drawn from, (batch, actions); and what
             the states are worth, (batch, heads).
+
+        Raises:
+            BrokenDownError: the policy is not finite.
         """
         preferences, values = self._choose(states.to(self.device), previous.to(self.device))
-        probabilities = self.policy(preferences, step, False).cpu()
+        probabilities = self._probabilities(preferences, step, False)
         self.policy.adapt(probabilities, step)
         actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
         return actions, probabilities, values.cpu()
@@ -336,20 +356,42 @@ class Agent(ABC):
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 
     def descend(self, *batch: Any) -> dict[str, Tensor]:
-        """One gradient step on a batch for `losses`; the parts of the loss."""
+        """One gradient step on a batch for `losses`; the parts of the loss.
+
+        A loss or gradients that are not finite change no weights.
+        """
         learner, signal = self.optimizer.param_groups
         learner["lr"], signal["lr"] = self.learning_rate(), self.curiosity.lr
         self.signal.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss, parts = self._losses(*batch)
         loss.backward()
-        for group in self.optimizer.param_groups:
+        norms = [
             nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
+            for group in self.optimizer.param_groups
+        ]
+        finite = torch.stack((loss.detach(), *norms)).isfinite().all()
+        # as `torch.amp.GradScaler` lets a fused optimizer skip a step, on its device: nothing waits
+        skipped = 1.0 - finite.float()
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.skipped += skipped
+        self.skipped_running = (self.skipped_running + skipped) * skipped
         self.signal.update_target()
         self.updates += 1
         # copies, because the next replay of a CUDA graph writes to the same memory
         return {name: value.clone() for name, value in parts.items()}
+
+    def check_updates(self) -> None:
+        """See whether updates fail one after the other; waits for the device.
+
+        Raises:
+            BrokenDownError: they do.
+        """
+        if (skipped := int(self.skipped_running.item())) >= MOST_SKIPPED:
+            raise BrokenDownError(
+                f"loss or gradients of the last {skipped} updates were not finite"
+            )
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -364,6 +406,7 @@ class Agent(ABC):
             },
             "agent": {
                 "updates": self.updates,
+                "skipped": self.skipped,
                 "generator": self.generator.get_state(),
                 **self.policy.state_dict(),
             },
@@ -374,6 +417,8 @@ class Agent(ABC):
         self.load_to_play(state)
         self.optimizer.load_state_dict(state["optimizers"]["adam"])
         self.updates = state["agent"]["updates"]
+        if "skipped" in state["agent"]:  # checkpoints from before it do not have it
+            self.skipped.copy_(state["agent"]["skipped"])
         self.generator.set_state(state["agent"]["generator"])
 
     def load_to_play(self, state: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: int,
         num_workers: int,
         late: int = 0,
-        patience: float = 60.0,
+        patience: float = 20.0,
     ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
@@ -258,9 +258,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """The answer to the running step of a new worker in the place of one that failed."""
         self.failures += 1
         last = reason.strip().splitlines()[-1]
-        print(
-            f"worker {worker} of the environments failed, and begins anew: {last}", file=sys.stderr
-        )
+        line = f"worker {worker} of the environments failed, and begins anew: {last}"
+        with suppress(OSError):  # that nobody reads it any more is no reason to end
+            print(line, file=sys.stderr)
         self._workers.restart(worker)
         self._sure(worker, self._listen(worker, 20 * self._patience))
         rows = self._balance.rows[worker]

@@ -72,7 +72,8 @@ class Gallery:
             self.filmed = best
             path = self.folder / "videos" / "best.mp4"
             drawings.append(partial(clip, self.config.env, best, path))
-        if "report" in self.due and (self.folder / "metrics.jsonl").stat().st_size:
+        log = self.folder / "metrics.jsonl"
+        if "report" in self.due and log.is_file() and log.stat().st_size:
             drawings.append(partial(report, self.folder))
         self.due.clear()
         if drawings:

@@ -110,7 +110,8 @@ def read_run(folder: Path) -> Run:
     """
     try:
         settings = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        # a disk that is full may have cut the last line off
+        lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
     except OSError as error:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
     if not lines:

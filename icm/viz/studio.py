@@ -14,7 +14,7 @@ from icm.processes import Assistants
 type Drawing = Callable[[], dict[str, bytes]]
 """Writes files, and returns those that TensorBoard shows, PNG or GIF, by their names there."""
 
-NICENESS = 10  # a tenth of a core that a training wants, too
+NICENESS = 19  # a seventieth of a core that a training wants, too
 
 
 # What can be ordered imports what it needs when it is drawn: a training needs none of it.

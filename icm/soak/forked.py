@@ -1,0 +1,65 @@
+"""The real scripts, run often: forked from a process that has imported what they need.
+
+Importing PyTorch would take most of the time.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from icm.soak.program import ROOT
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["icm.cli", "icm.trainer", "icm.factory", "icm.evaluation", "icm.playing", "icm.viz.mind"]
+)
+
+
+@dataclass
+class Ended:
+    """How a script ended.
+
+    returncode: None if it was killed because it took too long.
+    peak: most bytes of memory that it had.
+    """
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+    peak: int
+
+
+def run_forked(
+    name: str, arguments: tuple[str, ...], environment: dict[str, str], timeout: float
+) -> Ended:
+    """Run scripts/`name` with arguments, in an environment, for at most `timeout` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, file) for file in ("stdout", "stderr", "peak")]
+        command = [str(ROOT / "scripts" / name), *arguments]
+        process = _FORKS.Process(target=_as_script, args=(command, environment, outputs))
+        process.start()
+        process.join(timeout)
+        status = process.exitcode
+        process.kill()
+        process.join()
+        stdout, stderr, peak = (file.read_text() if file.exists() else "" for file in outputs)
+    return Ended(status, stdout, stderr, int(peak or 0))
+
+
+def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs[:2], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        outputs[2].write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -1,0 +1,117 @@
+"""A training in pieces: ended at random moments, resumed, and compared with one that never was."""
+
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from icm import checkpoint
+from icm.errors import UserError
+from icm.soak.program import LEARNERS, QUICK, Findings, Training, facts, leftovers, shared_memory
+
+LONGEST = 4.0  # seconds of a piece
+
+
+def kills(folder: Path, number: int, seed: int) -> Findings:
+    """So many kill -9 at random moments, of all learners together."""
+    each = [number // len(LEARNERS) + (i < number % len(LEARNERS)) for i in range(len(LEARNERS))]
+    return _all_learners(folder, signal.SIGKILL, each, seed)
+
+
+def stops(folder: Path, number: int, seed: int) -> Findings:
+    """So many SIGTERM at random moments, of each learner."""
+    return _all_learners(folder, signal.SIGTERM, [number] * len(LEARNERS), seed)
+
+
+def _all_learners(folder: Path, how: signal.Signals, numbers: list[int], seed: int) -> Findings:
+    before = shared_memory()
+    with ThreadPoolExecutor(2) as side_by_side:
+        parts = list(
+            side_by_side.map(
+                lambda learner, number: _chain(folder / learner, learner, how, number, seed),
+                LEARNERS,
+                numbers,
+            )
+        )
+    found = Findings(
+        tried=sum(part.tried for part in parts),
+        failures=[line for part in parts for line in part.failures],
+        figures={learner: part.figures for learner, part in zip(LEARNERS, parts, strict=True)},
+    )
+    left = shared_memory() - before
+    found.expect(not left, f"shared memory is left: {', '.join(left)}")
+    return found
+
+
+def _chain(folder: Path, learner: str, how: signal.Signals, number: int, seed: int) -> Findings:
+    """One training that is ended `number` times."""
+    found, chance = Findings(), random.Random(f"{learner} {seed}")
+    settings = (*LEARNERS[learner], *QUICK, f"seed={seed}")
+    logged: dict[int, dict[str, Any]] = {}
+    newest: Path | None = None
+    step = lost = 0
+    for piece in range(number):
+        given = settings if newest is None else (f"resume={newest}",)
+        training = Training(folder / f"{piece:03d}", given)
+        if not training.has_begun():
+            found.failures.append(f"{training.folder}: did not begin: {training.last_words()}")
+            training.end(signal.SIGKILL, found)
+            continue
+        time.sleep(chance.uniform(0, LONGEST))
+        status = training.end(how, found)
+        found.tried += 1
+        wanted = -how if how == signal.SIGKILL else 128 + how
+        found.expect(status == wanted, f"{training.folder}: exit status {status}, not {wanted}")
+        if newest is not None:
+            left = leftovers(newest.parent)
+            found.expect(not left, f"{newest.parent}: left behind: {', '.join(left)}")
+            text = training.text()
+            found.expect("running episodes again" in text, f"{training.folder}: no exact resume")
+        _compare(logged, training.lines(), step, found, training.folder)
+        if training.latest.exists():
+            lost += max(training.step() - (step := _whole_step(training, step, found)), 0)
+            newest = training.latest
+    reference = Training(folder / "never_ended", settings)
+    reached = max(logged, default=0)
+    if not reference.wait_for(reached):
+        found.failures.append(f"{reference.folder}: did not get there: {reference.last_words()}")
+    reference.end(signal.SIGTERM, found)
+    truth = {line["step"]: facts(line) for line in reference.lines()}
+    different = [at for at, line in logged.items() if truth.get(at) != line]
+    found.expect(
+        not different, f"{folder}: from step {min(different, default=0)} on not as if never ended"
+    )
+    found.figures = {"agent_steps": step, "lines_compared": len(logged), "steps_lost": lost}
+    return found
+
+
+def _whole_step(training: Training, before: int, found: Findings) -> int:
+    """The agent step of a training's latest checkpoint, which must be whole, memory included."""
+    try:
+        step = int(checkpoint.load(training.latest)["step"])
+        checkpoint.load_file(training.latest.with_name(f"replay_{step:09d}.pt"))
+    except UserError as error:
+        found.failures.append(f"a damaged checkpoint: {error}")
+        return before
+    found.expect(step >= before, f"{training.latest}: step {step} after {before}")
+    return step
+
+
+def _compare(
+    logged: dict[int, dict[str, Any]],
+    lines: list[dict[str, Any]],
+    resumed_at: int,
+    found: Findings,
+    folder: Path,
+) -> None:
+    """What was logged before must be logged again, and nothing in between be missing."""
+    every = 32
+    expected = resumed_at // every * every + every
+    for line in lines:
+        step, said = int(line["step"]), facts(line)
+        found.expect(step == expected, f"{folder}: logged step {step}, not {expected}")
+        expected = step + every
+        found.expect(logged.get(step, said) == said, f"{folder}: step {step} went otherwise")
+        logged[step] = said

@@ -1,0 +1,192 @@
+"""The real scripts/train.py as a process, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "train.py"
+PATIENCE = 120.0  # seconds for a training to begin or to end by itself
+
+QUICK = (
+    "env.num_envs=2",
+    "env.num_workers=2",
+    "env.stuck_steps=20",
+    "agent.sequence_length=4",
+    "agent.warmup_steps=32",
+    "agent.replay_capacity=2000",
+    "checkpoint.every=100",
+    "log.every=32",
+    "map.every=0",
+    "video.every=0",
+    "report.every=0",
+    "compile=off",
+    "device=cpu",
+    "total_steps=1000000",
+)
+"""Settings with which much happens in a second: short episodes, small updates, many checkpoints."""
+
+ROLLOUTS = ("agent.rollout_steps=16", "agent.epochs=1", "agent.replayed=2", "agent.batch_size=2")
+LEARNERS = {
+    "dqn": ("agent=dqn", "agent.steps_per_update=8", "agent.batch_size=4"),
+    "ppo": ("agent=ppo", *ROLLOUTS),
+    "pqn": ("agent=pqn", *ROLLOUTS),
+}
+
+
+@dataclass
+class Findings:
+    """What a part of the soak test has found.
+
+    tried: how often something was broken.
+    failures: where the program did not do what is promised, a line each.
+    figures: numbers by name.
+    """
+
+    tried: int = 0
+    failures: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """Note a failure if something does not hold."""
+        if not holds:
+            self.failures.append(otherwise)
+
+
+class Training:
+    """A training that runs in a session of its own.
+
+    Args:
+        folder: its run folder.
+        settings: of scripts/train.py.
+        environment: variables that it gets besides ours.
+        output: descriptor of a file that it prints to; None: one beside its run folder.
+        terminal: descriptor of a terminal that it runs in, in place of that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: tuple[str, ...],
+        environment: dict[str, str] | None = None,
+        output: int | None = None,
+        terminal: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.printed = folder.with_name(f"{folder.name}.txt")
+        self.printed.parent.mkdir(parents=True, exist_ok=True)
+        with self.printed.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, SCRIPT, *settings, f"hydra.run.dir={folder}"],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=file if output is None else output,
+                stderr=file if output is None else output,
+                start_new_session=terminal is None,
+                preexec_fn=None if terminal is None else lambda: os.login_tty(terminal),
+            )
+
+    @property
+    def latest(self) -> Path:
+        """Its newest checkpoint."""
+        return self.folder / "checkpoints" / "latest.pt"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has logged."""
+        try:
+            text = (self.folder / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+
+    def step(self) -> int:
+        """The agent step of the latest line, or 0."""
+        lines = self.lines()
+        return int(lines[-1]["step"]) if lines else 0
+
+    def wait_for(self, what: Path | int) -> bool:
+        """Wait until a file is there, or an agent step is logged; False if it ended before."""
+        limit = time.monotonic() + PATIENCE
+        while not (what.exists() if isinstance(what, Path) else self.step() >= what):
+            if self.process.poll() is not None or time.monotonic() > limit:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def has_begun(self) -> bool:
+        """Wait until its loop begins; False if it never does."""
+        return self.wait_for(self.folder / "metrics.jsonl")
+
+    def children(self) -> list[psutil.Process]:
+        """Its processes but the first."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def workers(self) -> list[psutil.Process]:
+        """Those with environments in them."""
+        found = []
+        for child in self.children():
+            try:
+                if "spawn_main" in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    def end(self, number: signal.Signals, findings: Findings) -> int:
+        """Send a signal and wait; its exit status. No process of it may be left."""
+        children = self.children()
+        self.process.send_signal(number)
+        return self.ended(findings, children)
+
+    def ended(self, findings: Findings, children: list[psutil.Process] | None = None) -> int:
+        """Wait for it to end; its exit status. Of given processes none may be left."""
+        try:
+            status = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+            findings.failures.append(f"{self.folder}: did not end")
+        left = psutil.wait_procs(children or [], timeout=10)[1]
+        findings.expect(not left, f"{self.folder}: {len(left)} processes are left")
+        for process in left:
+            process.kill()
+        findings.expect(
+            "Traceback" not in self.text(), f"{self.folder}: {self.last_words()} (a traceback)"
+        )
+        return status
+
+    def text(self) -> str:
+        """What it printed."""
+        return self.printed.read_text()
+
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        return next(iter(self.text().strip().splitlines()[-1:]), "nothing printed")
+
+
+def facts(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log without what depends on the machine."""
+    return {k: v for k, v in line.items() if not k.startswith(("speed/", "workers/"))}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files anywhere below a folder."""
+    return [str(file) for file in folder.rglob(".*.tmp")]
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm, where there is one."""
+    place = Path("/dev/shm")
+    return {file.name for file in place.iterdir()} if place.is_dir() else set()

@@ -1,0 +1,78 @@
+"""The parts of scripts/soak.py, and what it says of them."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from icm.errors import UserError
+from icm.files import write_bytes
+from icm.soak.faults import faults
+from icm.soak.files import files
+from icm.soak.hour import hour
+from icm.soak.pieces import kills, stops
+from icm.soak.program import Findings
+from icm.soak.workers import workers
+from icm.versions import versions
+
+SHOWN = 5  # failures of a part; soak.json has all
+
+
+@dataclass
+class SoakConfig:
+    """See `conf/soak.yaml`."""
+
+    parts: list[str]
+    kills: int
+    stops: int
+    files: int
+    worker_kills: int
+    worker_hangs: int
+    minutes: float
+    train: list[str]
+    seed: int
+    folder: str
+
+
+def soak(config: SoakConfig) -> bool:
+    """Run the parts; whether everything held.
+
+    Raises:
+        UserError: a part is unknown, or the folder is not new.
+    """
+    folder = Path(config.folder).resolve()
+    parts: dict[str, Callable[[Path], Findings]] = {
+        "kills": lambda here: kills(here, config.kills, config.seed),
+        "stops": lambda here: stops(here, config.stops, config.seed),
+        "files": lambda here: files(here, config.files, config.seed),
+        "workers": lambda here: workers(
+            here, config.worker_kills, config.worker_hangs, config.seed
+        ),
+        "faults": faults,
+        "hour": lambda here: hour(here, config.train, config.minutes),
+    }
+    for name in config.parts:
+        if name not in parts:
+            raise UserError(f"parts={name}: must be some of {', '.join(parts)}")
+    if os.name != "posix":
+        raise UserError("soak.py sends signals, which Linux and macOS have")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"folder={folder}: cannot be created: {error.strerror}") from None
+    result = {"versions": versions(), "settings": asdict(config), "parts": {}}
+    held = True
+    for name in config.parts:
+        start = time.monotonic()
+        found = parts[name](folder / name)
+        seconds = round(time.monotonic() - start)
+        result["parts"][name] = {**asdict(found), "seconds": seconds}
+        write_bytes(folder / "soak.json", json.dumps(result, indent=1).encode())
+        held &= not found.failures
+        print(f"{name}: {found.tried} tried, {len(found.failures)} failures, {seconds} s")
+        for line in found.failures[:SHOWN]:
+            print(f"  {line}")
+    print(f"written to {folder / 'soak.json'}")
+    return held

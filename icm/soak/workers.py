@@ -1,0 +1,65 @@
+"""Worker processes that are killed and that hang, again and again, in one run."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+
+from icm.soak.program import LEARNERS, QUICK, Findings, Training, facts
+
+BACK = 10.0  # seconds after which a training must be as fast as before
+HANGING = 60.0  # seconds after which it must have noticed that a worker hangs
+
+
+def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
+    """Kill and stop workers of one training, which must be as if nothing had happened."""
+    found, chance = Findings(), random.Random(seed)
+    settings = (*LEARNERS["ppo"], *QUICK, f"seed={seed}")
+    training = Training(folder / "run", settings)
+    if not training.wait_for(2 * 32):
+        found.failures.append(f"did not begin: {training.last_words()}")
+    delays: dict[str, list[float]] = {"killed": [], "hung": []}
+    for what in chance.sample(["killed"] * kills + ["hung"] * hangs, kills + hangs):
+        time.sleep(chance.uniform(0.2, 1.0))
+        running = training.workers()
+        if not running:
+            found.failures.append(f"no workers: {training.last_words()}")
+            break
+        worker = chance.choice(running)
+        worker.send_signal(signal.SIGKILL if what == "killed" else signal.SIGSTOP)
+        start = time.monotonic()
+        found.tried += 1
+        gone = psutil.wait_procs([worker], timeout=HANGING)[0]
+        found.expect(bool(gone), f"{what}: worker {worker.pid} was not replaced")
+        noticed = time.monotonic()
+        goes_on = training.wait_for(training.step() + 3 * 32)
+        found.expect(goes_on, f"{what}: it did not go on: {training.last_words()}")
+        delays[what].append(time.monotonic() - (start if what == "killed" else noticed))
+        found.expect(delays[what][-1] < BACK, f"{what}: {delays[what][-1]:.0f} s without a step")
+    failures = training.lines()[-1]["workers/failures"] if training.lines() else 0
+    found.expect(failures == found.tried, f"{failures} failures counted, not {found.tried}")
+    found.expect(
+        training.end(signal.SIGTERM, found) == 143, f"it did not end: {training.last_words()}"
+    )
+    logged = {line["step"]: facts(line) for line in training.lines()}
+    reference = Training(folder / "undisturbed", settings)
+    reference.wait_for(max(logged, default=0))
+    reference.end(signal.SIGTERM, found)
+    truth = {line["step"]: facts(line) for line in reference.lines()}
+    different = [step for step, line in logged.items() if truth.get(step) != line]
+    found.expect(not different, f"from step {min(different, default=0)} on not as if undisturbed")
+    found.figures = {
+        "agent_steps": max(logged, default=0),
+        "lines_compared": len(logged),
+        **{
+            f"seconds_until_96_more_steps_after_{what}": {
+                "median": sorted(seconds)[len(seconds) // 2],
+                "most": max(seconds),
+            }
+            for what, seconds in delays.items()
+            if seconds
+        },
+    }
+    return found

@@ -1,0 +1,22 @@
+"""Try what docs/reliability.md promises: `python scripts/soak.py [parts=[kills,files]]`.
+
+The real program is killed, hindered and given forged files; `--help` lists the settings.
+"""
+
+from omegaconf import DictConfig
+
+from icm import cli
+
+
+def main(settings: DictConfig) -> None:
+    """Run the parts, print what held, write JSON; exit with 1 if something did not hold."""
+    import sys
+
+    from icm.config import typed
+    from icm.soak.suite import SoakConfig, soak
+
+    sys.exit(0 if soak(typed(settings, SoakConfig)) else 1)
+
+
+if __name__ == "__main__":
+    cli.run(main, "soak")
