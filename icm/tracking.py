@@ -124,7 +124,10 @@ class Tracker:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
             for name, values in self.values.items():
-                self.writer.add_histogram(name, torch.cat(values), step)
+                numbers = torch.cat(values)
+                finite = numbers[numbers.isfinite()]  # it refuses others
+                if len(finite):
+                    self.writer.add_histogram(name, finite, step)
             self.writer.flush()  # or kill -9 would lose two minutes of it
             self.file.write(json.dumps({"step": step, **self.last}) + "\n")
         self.values.clear()

@@ -1,11 +1,8 @@
 """What the tests share: the composed settings, and running the real scripts."""
 
-import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from icm.config import Config, parse_config
+from icm.soak.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,33 +47,10 @@ def run_script(
             text=True,
             timeout=timeout,
         )
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=_as_script, args=(command, environment, outputs))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
-        printed = [path.read_text() for path in outputs]
-    return subprocess.CompletedProcess(command, process.exitcode, *printed)
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["icm.cli", "icm.trainer", "icm.factory", "icm.evaluation", "icm.playing", "icm.viz.mind"]
-)
-
-
-def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    for number, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    ended = run_forked(name, tuple(map(str, arguments)), environment, timeout)
+    if ended.returncode is None:
+        raise subprocess.TimeoutExpired(command, timeout, ended.stdout, ended.stderr)
+    return subprocess.CompletedProcess(command, ended.returncode, ended.stdout, ended.stderr)
 
 
 SMALL = (

@@ -24,7 +24,7 @@ _FORKS.set_forkserver_preload(
 class Ended:
     """How a script ended.
 
-    returncode: None if it was killed because it took too long.
+    returncode: as a shell sees it; None if it took too long, or crashed.
     peak: most bytes of memory that it had.
     """
 
@@ -39,16 +39,17 @@ def run_forked(
 ) -> Ended:
     """Run scripts/`name` with arguments, in an environment, for at most `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, file) for file in ("stdout", "stderr", "peak")]
+        outputs = [Path(folder, file) for file in ("stdout", "stderr", "status", "peak")]
         command = [str(ROOT / "scripts" / name), *arguments]
         process = _FORKS.Process(target=_as_script, args=(command, environment, outputs))
         process.start()
         process.join(timeout)
-        status = process.exitcode
-        process.kill()
+        process.kill()  # nothing happens to one that has ended
         process.join()
-        stdout, stderr, peak = (file.read_text() if file.exists() else "" for file in outputs)
-    return Ended(status, stdout, stderr, int(peak or 0))
+        stdout, stderr, status, peak = (
+            file.read_text() if file.exists() else "" for file in outputs
+        )
+    return Ended(int(status) if status else None, stdout, stderr, int(peak or 0))
 
 
 def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
@@ -59,7 +60,14 @@ def _as_script(command: list[str], environment: dict[str, str], outputs: list[Pa
     os.chdir(ROOT)
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
+    status: object = 1  # of an exception
     try:
         runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+        raise
     finally:
-        outputs[2].write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        # files, because of several processes of several threads an exit status may get lost
+        outputs[3].write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        outputs[2].write_text(str(status))
