@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from icm.config import Config, parse_config
@@ -53,6 +54,9 @@ def run_script(
     return subprocess.CompletedProcess(command, ended.returncode, ended.stdout, ended.stderr)
 
 
+UNSEEN = ("map.every=0", "video.every=0", "report.every=0")
+"""Overrides that let a training draw nothing."""
+
 SMALL = (
     "agent=dqn",
     "env.num_envs=1",
@@ -63,9 +67,7 @@ SMALL = (
     "agent.replay_capacity=200",
     "agent.steps_per_update=8",
     "log.every=32",
-    "map.every=0",
-    "video.every=0",
-    "report.every=0",
+    *UNSEEN,
     "precision=float32",
     "compile=off",
     "device=cpu",
@@ -74,10 +76,14 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a real, short training on the real game."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
+def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The run folder of a real, short training on the real game; one for all test processes."""
+    mine = tmp_path_factory.getbasetemp()
+    folder = (mine if worker_id == "master" else mine.parent) / "trained"
     more = ("map.every=32", "video.every=32", "report.every=32", "compile=auto")
-    done = run_script("train.py", *SMALL, *more, "total_steps=96", f"hydra.run.dir={folder}")
-    assert done.returncode == 0, done.stderr
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            given = (*SMALL, *more, "total_steps=96", f"hydra.run.dir={folder}")
+            done = run_script("train.py", *given)
+            assert done.returncode == 0, done.stderr
     return folder

@@ -67,13 +67,15 @@ def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]
     return losses, torch.cat(gradients)
 
 
-@pytest.mark.parametrize("name", list(AGENTS))
 @pytest.mark.parametrize(
-    ("mode", "tolerance", "angle"),
-    [
-        (("precision=float32", "compile=on"), 1e-3, 2e-3),
-        (("precision=bf16", "compile=off"), 2e-2, 5e-2),
-        (("precision=bf16", "compile=on"), 2e-2, 5e-2),
+    ("name", "mode", "tolerance", "angle"),
+    [  # compiling one takes ten seconds and more
+        ("dqn", ("precision=float32", "compile=on"), 1e-3, 2e-3),
+        ("dqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        ("ppo", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        ("ppo", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
+        ("pqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        ("pqn", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Guards may run slower")

@@ -14,7 +14,7 @@ import imageio.v2 as imageio
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script, settings
+from conftest import ROOT, SMALL, UNSEEN, run_script, settings
 
 from icm import checkpoint
 
@@ -118,12 +118,19 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
         f"resume={trained / 'checkpoints' / 'latest.pt'}",
         "total_steps=160",
         "compile=off",  # false for YAML, but not for Hydra
+        *UNSEEN,
         f"hydra.run.dir={folder}",
     )
     assert done.returncode == 0, done.stderr
     assert "no memory of step" not in done.stdout
     changed = [line for line in done.stdout.splitlines() if line.startswith("changed")]
-    assert changed == ["changed: compile=off, was auto", "changed: total_steps=160, was 96"]
+    assert changed == [
+        "changed: compile=off, was auto",
+        "changed: map.every=0, was 32",
+        "changed: report.every=0, was 32",
+        "changed: total_steps=160, was 96",
+        "changed: video.every=0, was 32",
+    ]
     assert [line["step"] for line in metrics_of(folder)] == [128, 160]
     before = torch.load(trained / "checkpoints" / "latest.pt", weights_only=True)
     after = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
@@ -183,9 +190,8 @@ def test_resume_without_the_memory_fills_a_new_one_and_says_so(
 ) -> None:
     alone = tmp_path / "alone.pt"
     shutil.copy(trained / "checkpoints" / "latest.pt", alone)
-    done = run_script(
-        "train.py", f"resume={alone}", "total_steps=160", f"hydra.run.dir={tmp_path / 'run'}"
-    )
+    given = (f"resume={alone}", "total_steps=160", *UNSEEN)
+    done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "no memory of step" in done.stdout
     assert "loss/q" in metrics_of(tmp_path / "run")[-1]
@@ -198,7 +204,7 @@ def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
     shutil.copytree(trained / "checkpoints", saved)
     latest = saved / "latest.pt"
     latest.write_bytes(flipped(latest.read_bytes()))
-    given = (f"resume={latest}", "total_steps=128")
+    given = (f"resume={latest}", "total_steps=128", *UNSEEN)
     done = run_script("train.py", *given, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
@@ -215,9 +221,8 @@ def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
 
 def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
     folder = tmp_path / "tutorial"
-    done = run_script(
-        "train.py", "preset=tutorial", "total_steps=170", "log.every=85", f"hydra.run.dir={folder}"
-    )
+    given = ("total_steps=170", "log.every=85", *UNSEEN)
+    done = run_script("train.py", "preset=tutorial", *given, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     last = metrics_of(folder)[-1]
     assert 0 < last["loss/q"] < float("inf")

@@ -131,8 +131,10 @@ def test_episodes_tell_how_to_play_them_again() -> None:
         done += episode["length"]
 
 
-@pytest.mark.parametrize("steps", [0, 2, 3, 4, 9])
-@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+@pytest.mark.parametrize(
+    ("emulator", "steps"),
+    [("nes_py", 0), ("nes_py", 9), *(("libretro", n) for n in (0, 2, 3, 4, 9))],
+)
 def test_another_one_goes_on_where_one_was(emulator: str, steps: int) -> None:
     config = replace(ENV, emulator=emulator, sticky_probability=0.25)
     given = np.random.default_rng(0).integers(0, 12, (steps + 8, 3))

@@ -10,11 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from icm import checkpoint
 from icm.errors import UserError
 from icm.soak.program import LEARNERS, QUICK, Findings, Training
 
 SETTINGS = (*LEARNERS["ppo"], *QUICK)
+
+TRIES = 6
+PROMPTLY = 10.0  # seconds, after which many a scheduler kills
+COMPILERS = ("cc1plus", "g++", "clang++", "clang")
 
 DAY_BACK = """
 import time
@@ -212,6 +218,32 @@ def _resumed_while_it_lives(folder: Path, found: Findings) -> int:
     return _saved(training)
 
 
+def _interrupted_while_compiling(folder: Path, found: Findings) -> list[float]:
+    """Seconds from Ctrl-C to the end, a little later every time."""
+    seconds = []
+    for delay in range(TRIES):
+        settings = (*SETTINGS, "compile=on")
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{delay}")}
+        training = Training(folder / f"run{delay}", settings, cache)
+        begun = time.monotonic()
+        while not _compilers(training) and time.monotonic() < begun + 60:
+            time.sleep(0.05)
+        time.sleep(delay)
+        children = training.children()
+        start = time.monotonic()
+        os.killpg(training.process.pid, signal.SIGINT)  # as a terminal does
+        status = training.ended(found, children)
+        seconds.append(round(time.monotonic() - start, 1))
+        found.expect(status == 130, f"exit {status}: {training.last_words()}")
+        found.expect(seconds[-1] < PROMPTLY, f"took {seconds[-1]} s")
+        _saved(training)
+    return seconds
+
+
+def _compilers(training: Training) -> list[psutil.Process]:
+    return [child for child in training.children() if child.name() in COMPILERS]
+
+
 def _learning_breaks_down(folder: Path, found: Findings) -> str:
     training = Training(folder / "run", (*SETTINGS, "agent.lr=1e30", "curiosity.lr=1e30"))
     return _refused(training, found, "not finite")
@@ -227,5 +259,6 @@ FAULTS = {
     "resumed while it lives": _resumed_while_it_lives,
     "terminal closed": _closed_terminal,
     "output closed": _output_closed,
+    "interrupted while compiling": _interrupted_while_compiling,
     "learning breaks down": _learning_breaks_down,
 }
