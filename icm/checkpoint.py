@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from icm.errors import UserError
 from icm.files import write_whole
@@ -121,13 +122,32 @@ def load_file(path: Path) -> Any:
     try:
         if not _is_whole(path):
             raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(map(_has_its_data, _tensors(content))):
+            raise ValueError
+        return content
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or 'cannot be read'}") from None
     except Exception:  # torch raises many kinds for damaged and foreign files
         raise UserError(
             f"{path}: damaged or not a checkpoint of this program (scripts/train.py writes them)"
         ) from None
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """All tensors in containers."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict):
+        yield from _tensors([*content.values()])
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _has_its_data(tensor: Tensor) -> bool:
+    """Whether a file holds all numbers of a tensor: one repeated without end would fill memory."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _is_whole(path: Path) -> bool:

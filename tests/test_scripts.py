@@ -555,6 +555,10 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
         content = torch.load(good, weights_only=True)
         content["config"]["env"]["actions"] = "simple"
         torch.save(content, path)
+    elif kind == "endless":  # a number in the file, some gigabytes in memory
+        content = torch.load(good, weights_only=True)
+        content["exploration"]["surprise"] = torch.zeros(1).expand(1 << 40)
+        torch.save(content, path)
     elif kind == "hollow":
         torch.save({"format": checkpoint.FORMAT, "models": {}}, path)
     return path
@@ -570,7 +574,7 @@ EVERY_KIND = (
     ("script", "kind"),
     [
         *(("play.py", kind) for kind in EVERY_KIND),
-        *(("train.py", kind) for kind in ("missing", "truncated", "sizes", "hollow")),
+        *(("train.py", kind) for kind in ("missing", "truncated", "sizes", "hollow", "endless")),
         *(("evaluate.py", kind) for kind in ("missing", "game")),
     ],
 )
