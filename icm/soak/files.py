@@ -24,7 +24,7 @@ type Members = dict[str, bytes]
 
 
 def files(folder: Path, number: int, seed: int) -> Findings:
-    """So many files: each is looked into, played and resumed by the real scripts."""
+    """So many files: each is looked into, and played, exported or resumed, by the real scripts."""
     found = Findings()
     training = Training(folder / "run", (*LEARNERS["ppo"], *QUICK))
     if not training.wait_for(training.latest):
@@ -47,7 +47,8 @@ def files(folder: Path, number: int, seed: int) -> Findings:
         path.parent.mkdir(parents=True)
         path.write_bytes(KINDS[kind](whole, chance, canary))
         wrong, ends = [], set()
-        for script in SCRIPTS:
+        looking, *using = SCRIPTS
+        for script in (looking, using[number // len(KINDS) % len(using)]):
             ended = _run(script, path, path.parent, total)
             ends.add("accepted" if ended.returncode == 0 else "refused")
             if complaint := _wrong(ended, usual[script], path.stat().st_size):
