@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 
 from icm.models import NO_ACTION
@@ -165,13 +168,24 @@ class Replay:
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled slots as tensors, on the CPU not copied, and where writing goes on."""
+        """The filled slots as tensors, on the CPU not copied, and where writing goes on.
+
+        The frames are compressed, to a seventh and less: uint8 (bytes,), as in a file of zstd.
+        """
         # by way of NumPy, because a file would hold all of what a slice of a tensor is part of
         filled = {
             name: torch.from_numpy(value[: self.size].cpu().numpy())
             for name, value in self._tensors().items()
         }
-        return {**filled, "head": self.head, "num_slots": self.num_slots}
+        frames = filled["frames"].numpy()
+        packed = np.frombuffer(zstandard.compress(frames.data, level=1), np.uint8)
+        return {
+            **filled,
+            "frames": torch.from_numpy(packed.copy()),
+            "frame_shape": list(frames.shape),
+            "head": self.head,
+            "num_slots": self.num_slots,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
@@ -179,6 +193,7 @@ class Replay:
         Raises:
             ValueError: the memory it was taken from has another shape; nothing has changed then.
         """
+        state = state | {"frames": _unpacked(state, tuple(self.frames.shape[1:]))}
         tensors = self._tensors()
         for name, value in tensors.items():
             found = (state["num_slots"], *state[name].shape[1:])
@@ -204,3 +219,20 @@ class Replay:
         if self.size > 1:
             before = self.head - 2
             self.truncated[before] |= ~self.reset[before] & ~self.terminated[before]
+
+
+def _unpacked(state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
+    """The frames (slots, *shape) of a `Replay.state_dict`; in files of before they are as they are.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    if "frame_shape" not in state:
+        return state["frames"]
+    slots, *found = state["frame_shape"]
+    packed = state["frames"].numpy().data
+    # asked before it fills memory
+    if tuple(found) != shape or zstandard.frame_content_size(packed) != slots * prod(shape):
+        raise ValueError(f"replay memory (frames {tuple(found)}) does not fit this one {shape}")
+    content = bytearray(zstandard.decompress(packed))
+    return torch.from_numpy(np.ndarray((slots, *shape), np.uint8, content))

@@ -387,11 +387,29 @@ def test_file_of_a_memory_that_is_hardly_filled_is_small_and_made_without_a_copy
     replay = make_replay(20_000, 2, FRAME, 3)
     fill(replay, Simulation(num_envs=2, frame_stack=3, seed=0), 10)
     state = replay.state_dict()
-    assert state["frames"].data_ptr() == replay.frames.data_ptr()
+    assert state["behaviour"].data_ptr() == replay.behaviour.data_ptr()
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() < Replay.nbytes(20, FRAME, ACTIONS) + 20_000
     assert file.tell() < Replay.nbytes(20_000, FRAME, ACTIONS) / 20
+
+
+def test_memories_in_files_of_before_were_not_compressed() -> None:
+    saved, loaded = make_replay(80, 2, FRAME, 3), make_replay(80, 2, FRAME, 3)
+    fill(saved, Simulation(num_envs=2, frame_stack=3, seed=1), 12)
+    state = saved.state_dict() | {"frames": saved.frames[:12]}
+    del state["frame_shape"]
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded.frames[:12], saved.frames[:12])
+
+
+@pytest.mark.parametrize("lie", [12, 1 << 40])
+def test_frames_that_are_more_than_they_say_are_refused(lie: int) -> None:
+    replay = make_replay(80, 2, FRAME, 3)
+    fill(replay, Simulation(num_envs=2, frame_stack=3, seed=1), 8)
+    bomb = replay.state_dict() | {"frame_shape": [lie, 2, *FRAME]}
+    with pytest.raises(ValueError, match="does not fit"):
+        replay.load_state_dict(bomb)
 
 
 @pytest.mark.parametrize(
