@@ -21,7 +21,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, plain containers, tensors, and arrays, which become tensors.
 
     Raises:
-        UserError: it cannot be written, see `write_whole`.
+        WriteError: it cannot be written, see `write_whole`.
     """
 
     def write(file: BinaryIO) -> None:

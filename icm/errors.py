@@ -1,4 +1,4 @@
-"""The one exception that means: the user has to change something."""
+"""The exceptions that mean: the user has to change something."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The scripts print it on stderr and exit with status 2, without a traceback.
     """
+
+
+class WriteError(UserError):
+    """A file cannot be written."""

@@ -12,10 +12,10 @@ import numpy as np
 
 from icm.envs.mario import CELL
 
+LATEST = 100  # episodes that say how good an agent is
+
 type Place = tuple[int, int, int]
 """World, stage, area; see `icm.envs.mario`."""
-
-LATEST = 100  # episodes that say how good an agent is
 
 type Cell = tuple[int, int]
 """x // 16, y // 16 in a place."""

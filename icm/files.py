@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import psutil
 
-from icm.errors import UserError
+from icm.errors import WriteError
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -36,7 +36,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A name to write a file or a folder under, which becomes `path` if nothing goes wrong.
 
     Raises:
-        UserError: it cannot be written.
+        WriteError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -45,7 +45,7 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or str(error).partition("\n")[0]  # ffmpeg's has no number
-        raise UserError(f"cannot write {path}: {reason}") from None
+        raise WriteError(f"cannot write {path}: {reason}") from None
     finally:
         _remove(temporary)
 
@@ -54,7 +54,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file so that `path` never holds half of it, not even after a power cut.
 
     Raises:
-        UserError: it cannot be written.
+        WriteError: it cannot be written.
     """
     with whole(path) as temporary, temporary.open("wb") as file:
         write(file)

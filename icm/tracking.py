@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from icm.config import flat
-from icm.errors import UserError
+from icm.errors import WriteError
 from icm.viz.charts import CHARTS
 
 
@@ -77,7 +77,7 @@ class Tracker:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
+            raise WriteError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
     def collect(self, name: str, values: Tensor) -> None:
         """Keep values, any shape, for a histogram of the log interval."""
@@ -117,7 +117,7 @@ class Tracker:
         In metrics.jsonl numbers that are not finite become null.
 
         Raises:
-            UserError: it cannot be written.
+            WriteError: it cannot be written.
         """
         self.last = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():

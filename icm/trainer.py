@@ -20,7 +20,7 @@ from icm.config import Config, flat
 from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
-from icm.errors import UserError
+from icm.errors import UserError, WriteError
 from icm.exploration import Exploration
 from icm.files import remove_leftovers
 from icm.intervals import crossed
@@ -104,8 +104,8 @@ class Trainer:
                 f"{self.folder / 'checkpoints'} with a lower agent.lr "
                 f"(it is {self.config.agent.lr:g}) or with precision=float32"
             ) from None
-        except UserError:  # something cannot be written; a checkpoint may, in spite of that
-            with suppress(UserError):
+        except WriteError:
+            with suppress(WriteError):  # this may be possible, in spite of that
                 self.save()
             raise
         finally:

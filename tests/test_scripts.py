@@ -555,6 +555,10 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
         content = torch.load(good, weights_only=True)
         content["config"]["env"]["actions"] = "simple"
         torch.save(content, path)
+    elif kind == "nan":
+        content = torch.load(good, weights_only=True)
+        content["models"]["phi"]["conv1.weight"][0] = float("nan")
+        torch.save(content, path)
     elif kind == "endless":  # a number in the file, some gigabytes in memory
         content = torch.load(good, weights_only=True)
         content["exploration"]["surprise"] = torch.zeros(1).expand(1 << 40)
@@ -566,7 +570,7 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
 
 EVERY_KIND = (
     "missing", "empty", "truncated", "flipped", "text", "foreign", "pickle", "directory", "sizes",
-    "game", "hollow",
+    "game", "hollow", "nan",
 )  # fmt: skip
 
 

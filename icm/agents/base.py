@@ -442,7 +442,7 @@ class Agent(ABC):
         """Load the networks alone.
 
         Raises:
-            UserError: they are missing or of other sizes; nothing has been changed then.
+            UserError: some are missing, of other sizes or not finite; nothing has changed then.
         """
         for name, network in self.networks.items():
             needed = {k: tuple(v.shape) for k, v in network.state_dict().items()}
@@ -453,5 +453,8 @@ class Agent(ABC):
                         f"{name}.{key} has size {found.get(key, 'none')} where this configuration "
                         f"needs {needed.get(key, 'none')}; use the settings it was trained with"
                     )
+            for key, value in models[name].items():
+                if not value.isfinite().all():
+                    raise UserError(f"{name}.{key} is not finite; take an older checkpoint")
         for name, network in self.networks.items():
             network.load_state_dict(models[name])
