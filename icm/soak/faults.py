@@ -14,7 +14,7 @@ import psutil
 
 from icm import checkpoint
 from icm.errors import UserError
-from icm.soak.program import LEARNERS, QUICK, Findings, Training
+from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training
 
 SETTINGS = (*LEARNERS["ppo"], *QUICK)
 
@@ -160,7 +160,7 @@ def _output_closed(folder: Path, found: Findings) -> int:
     os.close(end)
     (worker, *_) = training.workers()
     worker.kill()  # there is something to say now
-    found.expect(training.wait_for(training.step() + 320), "it ended")
+    found.expect(training.wait_for(training.step() + 10 * LOG_EVERY), "it ended")
     status = training.end(signal.SIGTERM, found)
     found.expect(status in (143, 120), f"exit {status}")  # 120: Python's, of such a pipe
     return _saved(training)
@@ -184,7 +184,9 @@ def _clock_set_back(folder: Path, found: Findings) -> int:
     time.sleep(12)
     events = [file.stat().st_size for file in training.folder.glob("events.*")]
     step = training.step()
-    found.expect(training.wait_for(step + 320), f"it did not go on: {training.last_words()}")
+    found.expect(
+        training.wait_for(step + 10 * LOG_EVERY), f"it did not go on: {training.last_words()}"
+    )
     grown = [file.stat().st_size for file in training.folder.glob("events.*")]
     found.expect(sum(grown) > sum(events), "TensorBoard gets nothing any more")
     status = training.end(signal.SIGTERM, found)
@@ -212,7 +214,9 @@ def _resumed_while_it_lives(folder: Path, found: Findings) -> int:
     training = Training(folder / "run", SETTINGS)
     training.wait_for(training.latest)
     _goes_on(training.latest, folder / "resumed", found)
-    found.expect(training.wait_for(training.step() + 320), f"it ended: {training.last_words()}")
+    found.expect(
+        training.wait_for(training.step() + 10 * LOG_EVERY), f"it ended: {training.last_words()}"
+    )
     status = training.end(signal.SIGTERM, found)
     found.expect(status == 143, f"exit {status}: {training.last_words()}")
     return _saved(training)

@@ -9,7 +9,16 @@ from typing import Any
 
 from icm import checkpoint
 from icm.errors import UserError
-from icm.soak.program import LEARNERS, QUICK, Findings, Training, facts, leftovers, shared_memory
+from icm.soak.program import (
+    LEARNERS,
+    LOG_EVERY,
+    QUICK,
+    Findings,
+    Training,
+    facts,
+    leftovers,
+    shared_memory,
+)
 
 LONGEST = 4.0  # seconds of a piece
 
@@ -27,18 +36,18 @@ def stops(folder: Path, number: int, seed: int) -> Findings:
 
 def _all_learners(folder: Path, how: signal.Signals, numbers: list[int], seed: int) -> Findings:
     before = shared_memory()
+    wanted = {learner: n for learner, n in zip(LEARNERS, numbers, strict=True) if n}
     with ThreadPoolExecutor(2) as side_by_side:
         parts = list(
             side_by_side.map(
-                lambda learner, number: _chain(folder / learner, learner, how, number, seed),
-                LEARNERS,
-                numbers,
+                lambda learner: _chain(folder / learner, learner, how, wanted[learner], seed),
+                wanted,
             )
         )
     found = Findings(
         tried=sum(part.tried for part in parts),
         failures=[line for part in parts for line in part.failures],
-        figures={learner: part.figures for learner, part in zip(LEARNERS, parts, strict=True)},
+        figures={learner: part.figures for learner, part in zip(wanted, parts, strict=True)},
     )
     left = shared_memory() - before
     found.expect(not left, f"shared memory is left: {', '.join(left)}")
@@ -69,7 +78,7 @@ def _chain(folder: Path, learner: str, how: signal.Signals, number: int, seed: i
             found.expect(not left, f"{newest.parent}: left behind: {', '.join(left)}")
             text = training.text()
             found.expect("running episodes again" in text, f"{training.folder}: no exact resume")
-        _compare(logged, training.lines(), step, found, training.folder)
+        compare(logged, training.lines(), step, found, training.folder)
         if training.latest.exists():
             lost += max(training.step() - (step := _whole_step(training, step, found)), 0)
             newest = training.latest
@@ -99,7 +108,7 @@ def _whole_step(training: Training, before: int, found: Findings) -> int:
     return step
 
 
-def _compare(
+def compare(
     logged: dict[int, dict[str, Any]],
     lines: list[dict[str, Any]],
     resumed_at: int,
@@ -107,11 +116,10 @@ def _compare(
     folder: Path,
 ) -> None:
     """What was logged before must be logged again, and nothing in between be missing."""
-    every = 32
-    expected = resumed_at // every * every + every
+    expected = (resumed_at // LOG_EVERY + 1) * LOG_EVERY
     for line in lines:
         step, said = int(line["step"]), facts(line)
         found.expect(step == expected, f"{folder}: logged step {step}, not {expected}")
-        expected = step + every
+        expected = step + LOG_EVERY
         found.expect(logged.get(step, said) == said, f"{folder}: step {step} went otherwise")
         logged[step] = said

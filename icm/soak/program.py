@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
 PATIENCE = 120.0  # seconds for a training to begin or to end by itself
 
+LOG_EVERY = 32  # agent steps
+
 QUICK = (
     "env.num_envs=2",
     "env.num_workers=2",
@@ -24,7 +26,7 @@ QUICK = (
     "agent.warmup_steps=32",
     "agent.replay_capacity=2000",
     "checkpoint.every=100",
-    "log.every=32",
+    f"log.every={LOG_EVERY}",
     "map.every=0",
     "video.every=0",
     "report.every=0",

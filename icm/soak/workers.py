@@ -7,9 +7,10 @@ from pathlib import Path
 
 import psutil
 
-from icm.soak.program import LEARNERS, QUICK, Findings, Training, facts
+from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training, facts
 
 BACK = 10.0  # seconds after which a training must be as fast as before
+ON = 3 * LOG_EVERY  # agent steps, after which a training goes on
 HANGING = 60.0  # seconds after which it must have noticed that a worker hangs
 
 
@@ -18,7 +19,7 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
     found, chance = Findings(), random.Random(seed)
     settings = (*LEARNERS["ppo"], *QUICK, f"seed={seed}")
     training = Training(folder / "run", settings)
-    if not training.wait_for(2 * 32):
+    if not training.wait_for(2 * LOG_EVERY):
         found.failures.append(f"did not begin: {training.last_words()}")
     delays: dict[str, list[float]] = {"killed": [], "hung": []}
     for what in chance.sample(["killed"] * kills + ["hung"] * hangs, kills + hangs):
@@ -34,7 +35,7 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
         gone = psutil.wait_procs([worker], timeout=HANGING)[0]
         found.expect(bool(gone), f"{what}: worker {worker.pid} was not replaced")
         noticed = time.monotonic()
-        goes_on = training.wait_for(training.step() + 3 * 32)
+        goes_on = training.wait_for(training.step() + ON)
         found.expect(goes_on, f"{what}: it did not go on: {training.last_words()}")
         delays[what].append(time.monotonic() - (start if what == "killed" else noticed))
         found.expect(delays[what][-1] < BACK, f"{what}: {delays[what][-1]:.0f} s without a step")
@@ -54,7 +55,7 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
         "agent_steps": max(logged, default=0),
         "lines_compared": len(logged),
         **{
-            f"seconds_until_96_more_steps_after_{what}": {
+            f"seconds_until_{ON}_more_steps_after_{what}": {
                 "median": sorted(seconds)[len(seconds) // 2],
                 "most": max(seconds),
             }

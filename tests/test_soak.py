@@ -1,0 +1,54 @@
+"""The soak test: that it runs what it says, and that it sees what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+
+from icm.soak.files import KINDS
+from icm.soak.pieces import compare
+from icm.soak.program import Findings
+
+
+def test_a_short_soak_holds_and_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "soak"
+    short = ("parts=[kills,files]", "kills=1", f"files={len(KINDS)}", f"folder={folder}")
+    done = run_script("soak.py", *short, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((folder / "soak.json").read_text())
+    assert [part["failures"] for part in result["parts"].values()] == [[], []]
+    kills, files = result["parts"].values()
+    assert kills["tried"] == 1
+    assert kills["figures"].keys() == {"dqn"}
+    assert files["figures"].keys() == KINDS.keys()
+    assert f"written to {folder / 'soak.json'}" in done.stdout
+
+
+def test_a_part_that_is_none_and_a_folder_that_exists_are_refused(tmp_path: Path) -> None:
+    for argument, words in (
+        ("parts=[kill]", "parts=kill: must be some of kills, stops"),
+        ("parts=[]", f"folder={tmp_path}: cannot be created"),
+    ):
+        done = run_script("soak.py", argument, f"folder={tmp_path}")
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "failures"),
+    [
+        ([{"step": 64, "a": 1.0}, {"step": 96, "a": 2.0, "speed/x": 5.0}], 0),
+        ([{"step": 96, "a": 2.0}], 1),  # 64 is missing
+        ([{"step": 64, "a": 1.5}, {"step": 96, "a": 2.0}], 1),  # 64 was otherwise
+        ([{"step": 32, "a": 0.0}, {"step": 64, "a": 1.0}], 1),  # 32 was before
+    ],
+)
+def test_lines_that_are_missing_or_otherwise_are_seen(
+    lines: list[dict[str, float]], failures: int
+) -> None:
+    found = Findings()
+    logged = {64: {"step": 64, "a": 1.0}}
+    compare(logged, lines, 40, found, Path("run"))
+    assert len(found.failures) == failures
