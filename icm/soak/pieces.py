@@ -20,7 +20,8 @@ from icm.soak.program import (
     shared_memory,
 )
 
-LONGEST = 4.0  # seconds of a piece
+LONGEST = 300  # agent steps of a piece, some three checkpoints
+EARLY = 0.2  # share of the pieces that end within a second
 
 
 def kills(folder: Path, number: int, seed: int) -> Findings:
@@ -68,7 +69,11 @@ def _chain(folder: Path, learner: str, how: signal.Signals, number: int, seed: i
             found.failures.append(f"{training.folder}: did not begin: {training.last_words()}")
             training.end(signal.SIGKILL, found)
             continue
-        time.sleep(chance.uniform(0, LONGEST))
+        if chance.random() < EARLY:
+            time.sleep(chance.uniform(0, 1))
+        else:  # so far that it has saved, or is about to
+            training.wait_for(step + chance.randrange(LONGEST))
+            time.sleep(chance.uniform(0, 0.5))
         status = training.end(how, found)
         found.tried += 1
         wanted = -how if how == signal.SIGKILL else 128 + how

@@ -116,9 +116,15 @@ class Training:
         return int(lines[-1]["step"]) if lines else 0
 
     def wait_for(self, what: Path | int) -> bool:
-        """Wait until a file is there, or an agent step is logged; False if it ended before."""
-        limit = time.monotonic() + PATIENCE
+        """Wait until a file is there, or an agent step is logged.
+
+        Returns:
+            False if it ended before, or logs nothing any more.
+        """
+        step, limit = 0, time.monotonic() + PATIENCE
         while not (what.exists() if isinstance(what, Path) else self.step() >= what):
+            if step != (step := self.step()):
+                limit = time.monotonic() + PATIENCE
             if self.process.poll() is not None or time.monotonic() > limit:
                 return False
             time.sleep(0.02)

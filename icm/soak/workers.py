@@ -46,7 +46,8 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
     )
     logged = {line["step"]: facts(line) for line in training.lines()}
     reference = Training(folder / "undisturbed", settings)
-    reference.wait_for(max(logged, default=0))
+    if not reference.wait_for(max(logged, default=0)):
+        found.failures.append(f"{reference.folder}: did not get there: {reference.last_words()}")
     reference.end(signal.SIGTERM, found)
     truth = {line["step"]: facts(line) for line in reference.lines()}
     different = [step for step, line in logged.items() if truth.get(step) != line]
