@@ -415,7 +415,10 @@ class Agent(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.load_to_play(state)
-        self.optimizer.load_state_dict(state["optimizers"]["adam"])
+        # its settings are those of this program
+        groups = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizers"]["adam"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.updates = state["agent"]["updates"]
         if "skipped" in state["agent"]:  # checkpoints from before it do not have it
             self.skipped.copy_(state["agent"]["skipped"])

@@ -16,9 +16,9 @@ from icm import checkpoint
 from icm.soak.forked import Ended, run_forked
 from icm.soak.program import LEARNERS, QUICK, Findings, Training
 
-TIMEOUT = 60.0  # seconds for a script
+TIMEOUT = 180.0  # seconds for a script, on a busy machine
 FACTOR = 10  # times the size of a file that reading it may take beside ...
-SPARE = 64 << 20  # ... this
+SPARE = 512 << 20  # ... this: settings in it may ask for more than the good ones do
 
 type Members = dict[str, bytes]
 
