@@ -312,7 +312,7 @@ class Trainer:
     def _stopping_on_signals(self) -> Iterator[None]:
         """Each of `SIGNALS` ends the loop after the current step, so that it saves.
 
-        Not one that is ignored from the start, as `nohup` has it.
+        Not SIGHUP where that is ignored from the start, as `nohup` has it.
         """
         first = math.inf
 
@@ -327,7 +327,7 @@ class Trainer:
             self.stopped_by = self.stopped_by or number
             first = min(first, now)
 
-        heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        heard = [s for s in SIGNALS if s != HANGUP or signal.getsignal(s) != signal.SIG_IGN]
         previous = {number: signal.signal(number, stop) for number in heard}
         try:
             yield

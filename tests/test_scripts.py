@@ -257,8 +257,9 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
+def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     """A training in a session of its own, as of a terminal, that has begun to log."""
+    hangup = signal.SIG_IGN if nohup else signal.SIG_DFL
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "train.py", *SMALL, f"hydra.run.dir={folder}"],
         cwd=ROOT,
@@ -267,6 +268,7 @@ def started(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )
     log = folder / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text()):
@@ -295,6 +297,17 @@ def test_a_signal_saves_and_ends_with_its_status(
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
     assert metrics_of(folder)[-1]["step"] == step // 32 * 32  # the last whole interval
     assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
+    process = started(tmp_path / "run", nohup=True)
+    before = len(metrics_of(tmp_path / "run"))
+    process.send_signal(signal.SIGHUP)
+    while process.poll() is None and len(metrics_of(tmp_path / "run")) < before + 3:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_learning_that_breaks_down_ends_in_one_line(tmp_path: Path) -> None:

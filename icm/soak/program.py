@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ class Findings:
             self.failures.append(otherwise)
 
 
+def _begin(terminal: int | None) -> None:
+    """Begin as a terminal would begin it, whatever `nohup` this process was started with."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if terminal is not None:
+        os.login_tty(terminal)
+
+
 class Training:
     """A training that runs in a session of its own.
 
@@ -94,7 +102,7 @@ class Training:
                 stdout=file if output is None else output,
                 stderr=file if output is None else output,
                 start_new_session=terminal is None,
-                preexec_fn=None if terminal is None else lambda: os.login_tty(terminal),
+                preexec_fn=partial(_begin, terminal),
             )
 
     @property
