@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from icm.config import parse_config
 from icm.errors import UserError
+from icm.processes import discard
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -35,7 +36,7 @@ def fail(error: Exception) -> None:
 
 def leave() -> None:
     """Exit with status 1 because nobody reads the output any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout.fileno())
     sys.exit(1)
 
 

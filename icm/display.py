@@ -1,6 +1,5 @@
 """What a terminal shows of a training: a live picture, or plain lines where it is none."""
 
-import os
 import sys
 import time
 
@@ -8,6 +7,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from icm.processes import discard
 
 PHASES = ("act", "observe", "update", "wait")
 PLAIN_EVERY = 60.0  # seconds between two plain lines
@@ -21,7 +22,7 @@ class Stderr(Console):
 
     def on_broken_pipe(self) -> None:
         """See the class; rich would end the program."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        discard(sys.stderr.fileno())
 
 
 class Display:

@@ -1,16 +1,26 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
 
 from icm.errors import WriteError
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that may be being written: what follows the last line break is no line.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -79,11 +79,16 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def discard(output: int) -> None:
+    """What is written to a file descriptor from now on is lost, and no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+
+
 def leave_terminal() -> None:
-    """Let go of a terminal that is gone: what is printed to it from now on is lost, no error."""
-    for stream in (1, 2):
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    """Let go of a terminal that is gone."""
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            discard(output)
 
 
 def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from icm.errors import UserError
 from icm.evaluation import standard_error
-from icm.files import write_bytes
+from icm.files import json_lines, write_bytes
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -116,7 +116,7 @@ def summarised(runs: Path) -> Iterator[dict[str, float]]:
     """The log intervals of a training, whatever number of times it was resumed, in short."""
     intervals: dict[int, dict[str, Any]] = {}
     for folder in attempts(runs):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = json_lines(folder / "metrics.jsonl")
         if lines:  # what an interrupted run did after its last checkpoint was done again
             intervals = {s: line for s, line in intervals.items() if s < lines[0]["step"]}
         intervals |= {line["step"]: line for line in lines}

@@ -278,7 +278,12 @@ def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("number", "to_workers", "status"),
-    [(signal.SIGINT, False, 130), (signal.SIGTERM, True, 143), (signal.SIGHUP, False, 129)],
+    [
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGHUP, False, 129),
+    ],
 )
 def test_a_signal_saves_and_ends_with_its_status(
     number: signal.Signals, to_workers: bool, status: int, tmp_path: Path

@@ -4,7 +4,6 @@ Processes, because how many threads compute is a setting of a whole process; tur
 machine is faster in one minute than in the next; pauses, because starting takes longer than a turn.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from icm.errors import UserError
+from icm.files import json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.1  # seconds between looks at a run; often enough, and next to no load
@@ -112,8 +112,7 @@ class Contender:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.progress.is_file():
             return []
-        # what follows the last line break may be half a line
-        lines = [json.loads(line) for line in self.progress.read_text().split("\n")[:-1]]
+        lines = json_lines(self.progress)
         return [line for line in lines if self.learning is None or self.learning in line]
 
     def _wait(self, done: Callable[[], bool], limit: float) -> None:

@@ -46,13 +46,6 @@ def faults(folder: Path) -> Findings:
     return found
 
 
-def _saved(training: Training) -> int:
-    """The agent step of its latest checkpoint, which is whole, memory included."""
-    step = int(checkpoint.load(training.latest)["step"])
-    checkpoint.load_file(training.latest.with_name(f"replay_{step:09d}.pt"))
-    return step
-
-
 def _refused(training: Training, found: Findings, words: str) -> str:
     """It has to end with exit status 2 and a line that has these words; the line."""
     status = training.ended(found)
@@ -98,7 +91,7 @@ def _full_disk(folder: Path, found: Findings) -> str:
     with _disk(folder / "disk", 30) as disk:
         training = Training(disk / "run", (*SETTINGS, "checkpoint.keep=1000"))
         line = _refused(training, found, "No space left on device")
-        found.expect(_saved(training) > 0, "nothing saved")
+        found.expect(training.saved() > 0, "nothing saved")
         _goes_on(training.latest, folder / "resumed", found)
     return line
 
@@ -114,7 +107,7 @@ def _disk_filled_by_others(folder: Path, found: Findings) -> str:
             except OSError:
                 pass
         line = _refused(training, found, "No space left on device")
-        found.expect(_saved(training) > 0, "nothing saved")
+        found.expect(training.saved() > 0, "nothing saved")
         (disk / "others").unlink()
         _goes_on(training.latest, folder / "resumed", found)
     return line
@@ -128,7 +121,7 @@ def _read_only(folder: Path, found: Findings) -> str:
     try:
         _mount("-o", "remount,bind,ro", place)
         line = _refused(training, found, "Read-only file system")
-        found.expect(_saved(training) > 0, "nothing saved")
+        found.expect(training.saved() > 0, "nothing saved")
         _goes_on(training.latest, folder / "resumed", found)
     finally:
         subprocess.run(["umount", "-l", place], check=True)
@@ -147,7 +140,7 @@ def _closed_terminal(folder: Path, found: Findings) -> int:
     os.close(terminal)
     status = training.ended(found, children)
     found.expect(status == 129, f"exit {status}")
-    step = _saved(training)
+    step = training.saved()
     found.expect(step >= training.step(), f"saved {step}, was at {training.step()}")
     return step
 
@@ -163,7 +156,7 @@ def _output_closed(folder: Path, found: Findings) -> int:
     found.expect(training.wait_for(training.step() + 10 * LOG_EVERY), "it ended")
     status = training.end(signal.SIGTERM, found)
     found.expect(status in (143, 120), f"exit {status}")  # 120: Python's, of such a pipe
-    return _saved(training)
+    return training.saved()
 
 
 def _removed_folder(folder: Path, found: Findings) -> str:
@@ -172,7 +165,7 @@ def _removed_folder(folder: Path, found: Findings) -> str:
     step = training.step()
     shutil.rmtree(training.folder)
     line = _refused(training, found, "No such file or directory")
-    found.expect(_saved(training) >= step, f"saved {_saved(training)}, was at {step}")
+    found.expect(training.saved() >= step, f"saved {training.saved()}, was at {step}")
     _goes_on(training.latest, folder / "resumed", found)
     return line
 
@@ -192,7 +185,7 @@ def _clock_set_back(folder: Path, found: Findings) -> int:
     status = training.end(signal.SIGTERM, found)
     found.expect(status == 143, f"exit {status}: {training.last_words()}")
     _goes_on(training.latest, folder / "resumed", found)
-    return _saved(training)
+    return training.saved()
 
 
 def _two_runs_in_one_folder(folder: Path, found: Findings) -> str:
@@ -206,7 +199,7 @@ def _two_runs_in_one_folder(folder: Path, found: Findings) -> str:
     third = Training(folder / "run", SETTINGS)
     _refused(third, found, "a run needs a new or an empty folder")
     status = winner.end(signal.SIGTERM, found)
-    found.expect(status == 143 and _saved(winner) > 0, f"exit {status}: {winner.last_words()}")
+    found.expect(status == 143 and winner.saved() > 0, f"exit {status}: {winner.last_words()}")
     return line
 
 
@@ -219,7 +212,7 @@ def _resumed_while_it_lives(folder: Path, found: Findings) -> int:
     )
     status = training.end(signal.SIGTERM, found)
     found.expect(status == 143, f"exit {status}: {training.last_words()}")
-    return _saved(training)
+    return training.saved()
 
 
 def _interrupted_while_compiling(folder: Path, found: Findings) -> list[float]:
@@ -240,7 +233,7 @@ def _interrupted_while_compiling(folder: Path, found: Findings) -> list[float]:
         seconds.append(round(time.monotonic() - start, 1))
         found.expect(status == 130, f"exit {status}: {training.last_words()}")
         found.expect(seconds[-1] < PROMPTLY, f"took {seconds[-1]} s")
-        _saved(training)
+        training.saved()
     return seconds
 
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from icm import checkpoint
 from icm.errors import UserError
 from icm.soak.program import (
     LEARNERS,
@@ -15,6 +14,7 @@ from icm.soak.program import (
     QUICK,
     Findings,
     Training,
+    compare_with_undisturbed,
     facts,
     leftovers,
     shared_memory,
@@ -85,32 +85,16 @@ def _chain(folder: Path, learner: str, how: signal.Signals, number: int, seed: i
             found.expect("running episodes again" in text, f"{training.folder}: no exact resume")
         compare(logged, training.lines(), step, found, training.folder)
         if training.latest.exists():
-            lost += max(training.step() - (step := _whole_step(training, step, found)), 0)
-            newest = training.latest
-    reference = Training(folder / "never_ended", settings)
-    reached = max(logged, default=0)
-    if not reference.wait_for(reached):
-        found.failures.append(f"{reference.folder}: did not get there: {reference.last_words()}")
-    reference.end(signal.SIGTERM, found)
-    truth = {line["step"]: facts(line) for line in reference.lines()}
-    different = [at for at, line in logged.items() if truth.get(at) != line]
-    found.expect(
-        not different, f"{folder}: from step {min(different, default=0)} on not as if never ended"
-    )
+            newest, before = training.latest, step
+            try:
+                step = training.saved()
+            except UserError as error:
+                found.failures.append(f"a damaged checkpoint: {error}")
+            found.expect(step >= before, f"{newest}: step {step} after {before}")
+            lost += max(training.step() - step, 0)
+    compare_with_undisturbed(folder / "never_ended", settings, logged, found)
     found.figures = {"agent_steps": step, "lines_compared": len(logged), "steps_lost": lost}
     return found
-
-
-def _whole_step(training: Training, before: int, found: Findings) -> int:
-    """The agent step of a training's latest checkpoint, which must be whole, memory included."""
-    try:
-        step = int(checkpoint.load(training.latest)["step"])
-        checkpoint.load_file(training.latest.with_name(f"replay_{step:09d}.pt"))
-    except UserError as error:
-        found.failures.append(f"a damaged checkpoint: {error}")
-        return before
-    found.expect(step >= before, f"{training.latest}: step {step} after {before}")
-    return step
 
 
 def compare(

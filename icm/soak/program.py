@@ -1,6 +1,5 @@
 """The real scripts/train.py as a process, and what it leaves behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from icm import checkpoint
+from icm.files import json_lines
+from icm.trainer import memory_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -110,13 +113,22 @@ class Training:
         """Its newest checkpoint."""
         return self.folder / "checkpoints" / "latest.pt"
 
+    def saved(self) -> int:
+        """The agent step of its newest checkpoint.
+
+        Raises:
+            UserError: that is damaged, or has no memory beside it.
+        """
+        step = int(checkpoint.load(self.latest)["step"])
+        checkpoint.load_file(self.latest.with_name(memory_name(step)))
+        return step
+
     def lines(self) -> list[dict[str, Any]]:
         """What it has logged."""
         try:
-            text = (self.folder / "metrics.jsonl").read_text()
+            return json_lines(self.folder / "metrics.jsonl")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
 
     def step(self) -> int:
         """The agent step of the latest line, or 0."""
@@ -190,6 +202,21 @@ class Training:
     def last_words(self) -> str:
         """The last line that it printed."""
         return next(iter(self.text().strip().splitlines()[-1:]), "nothing printed")
+
+
+def compare_with_undisturbed(
+    folder: Path, settings: tuple[str, ...], logged: dict[int, dict[str, Any]], findings: Findings
+) -> None:
+    """A training in `folder` to which nothing happens must log the same: `facts` by agent step."""
+    reference = Training(folder, settings)
+    if not reference.wait_for(max(logged, default=0)):
+        findings.failures.append(f"{folder}: did not get there: {reference.last_words()}")
+    reference.end(signal.SIGTERM, findings)
+    truth = {line["step"]: facts(line) for line in reference.lines()}
+    different = [step for step, line in logged.items() if truth.get(step) != line]
+    findings.expect(
+        not different, f"{folder}: was otherwise from step {min(different, default=0)} on"
+    )
 
 
 def facts(line: dict[str, Any]) -> dict[str, Any]:

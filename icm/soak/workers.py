@@ -7,7 +7,15 @@ from pathlib import Path
 
 import psutil
 
-from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training, facts
+from icm.soak.program import (
+    LEARNERS,
+    LOG_EVERY,
+    QUICK,
+    Findings,
+    Training,
+    compare_with_undisturbed,
+    facts,
+)
 
 BACK = 10.0  # seconds after which a training must be as fast as before
 ON = 3 * LOG_EVERY  # agent steps, after which a training goes on
@@ -45,13 +53,7 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
         training.end(signal.SIGTERM, found) == 143, f"it did not end: {training.last_words()}"
     )
     logged = {line["step"]: facts(line) for line in training.lines()}
-    reference = Training(folder / "undisturbed", settings)
-    if not reference.wait_for(max(logged, default=0)):
-        found.failures.append(f"{reference.folder}: did not get there: {reference.last_words()}")
-    reference.end(signal.SIGTERM, found)
-    truth = {line["step"]: facts(line) for line in reference.lines()}
-    different = [step for step, line in logged.items() if truth.get(step) != line]
-    found.expect(not different, f"from step {min(different, default=0)} on not as if undisturbed")
+    compare_with_undisturbed(folder / "undisturbed", settings, logged, found)
     found.figures = {
         "agent_steps": max(logged, default=0),
         "lines_compared": len(logged),

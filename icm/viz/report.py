@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from icm.errors import UserError
-from icm.files import write_bytes
+from icm.files import json_lines, write_bytes
 from icm.versions import versions
 from icm.viz.charts import CHARTS
 
@@ -110,14 +110,13 @@ def read_run(folder: Path) -> Run:
     """
     try:
         settings = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        # a disk that is full may have cut the last line off
-        lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+        rows = json_lines(folder / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
-    if not lines:
+    if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
     assert isinstance(settings, DictConfig)
-    return Run(folder, settings, [json.loads(line) for line in lines])
+    return Run(folder, settings, rows)
 
 
 def write_report(runs: list[Run], out: Path) -> None:
