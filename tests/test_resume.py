@@ -37,6 +37,13 @@ class StoppedTrainer(Trainer):
             signal.raise_signal(signal.SIGTERM)
 
 
+class EagerTrainer(StoppedTrainer):
+    """Observes each step before the next actions are drawn, as it does when it saves."""
+
+    def _show(self, drawn: Drawn | None) -> None:
+        self._observe()
+
+
 def config_of(learner: str, *more: str) -> Config:
     fast = ("env.emulator=libretro", "env.num_envs=2", "env.num_workers=1")
     given = [*LEARNERS[learner], *ALL, *fast, f"total_steps={TOTAL}", *more]
@@ -136,6 +143,15 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     lines = metrics_of(whole)
     assert len(lines) == TOTAL // 32
     assert metrics_of(first, second) == lines
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_at_which_steps_it_saves_changes_nothing(learner: str, tmp_path: Path) -> None:
+    config = config_of(learner)
+    seldom = train(config, tmp_path / "seldom")
+    often = train(config, tmp_path / "often", kind=EagerTrainer)
+    assert_same(latest(seldom), latest(often))
+    assert metrics_of(seldom) == metrics_of(often)
 
 
 def test_another_number_of_workers_changes_nothing(tmp_path: Path) -> None:

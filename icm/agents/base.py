@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,7 +110,10 @@ class Agent(ABC):
             fused=True,  # `descend` sets the learning rates
         )
         self.total_updates = common.total_updates
-        self.generator = torch.Generator().manual_seed(common.seed)
+        # two, because a step may be observed before the next actions are drawn, or after them
+        drawn, acted = np.random.SeedSequence(common.seed).generate_state(2).tolist()
+        self.generator = torch.Generator().manual_seed(drawn)
+        self.action_generator = torch.Generator().manual_seed(acted)
         self.learn_from = agent.warmup_steps
         self.updates = 0
         self.skipped = torch.zeros((), device=device)  # updates that were not finite
@@ -176,7 +180,7 @@ class Agent(ABC):
         preferences, values = self._choose(states.to(self.device), previous.to(self.device))
         probabilities = self._probabilities(preferences, step, False)
         self.policy.adapt(probabilities, step)
-        actions = torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
+        actions = torch.multinomial(probabilities, 1, generator=self.action_generator).squeeze(1)
         return actions, probabilities, values.cpu()
 
     @torch.no_grad()
@@ -408,6 +412,7 @@ class Agent(ABC):
                 "updates": self.updates,
                 "skipped": self.skipped,
                 "generator": self.generator.get_state(),
+                "action_generator": self.action_generator.get_state(),
                 **self.policy.state_dict(),
             },
         }
@@ -420,9 +425,12 @@ class Agent(ABC):
         moments = state["optimizers"]["adam"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.updates = state["agent"]["updates"]
-        if "skipped" in state["agent"]:  # checkpoints from before it do not have it
-            self.skipped.copy_(state["agent"]["skipped"])
         self.generator.set_state(state["agent"]["generator"])
+        # checkpoints from before these do not have them
+        if "skipped" in state["agent"]:
+            self.skipped.copy_(state["agent"]["skipped"])
+        if "action_generator" in state["agent"]:
+            self.action_generator.set_state(state["agent"]["action_generator"])
 
     def load_to_play(self, state: dict[str, Any]) -> None:
         """Load what acting and judging need alone."""
