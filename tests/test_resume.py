@@ -17,7 +17,7 @@ from icm.factory import build_agent
 from icm.trainer import Trainer
 from icm.viz.studio import Drawn
 
-TOTAL = 192
+TOTAL = 128
 ROLLOUTS = ("agent.rollout_steps=16", "agent.epochs=1", "agent.replayed=2")
 ALL = [s for s in SMALL[1:] if not s.startswith(("env.num_envs", "agent.steps_per_update"))]
 LEARNERS = {
