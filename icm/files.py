@@ -24,8 +24,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine were writing into a folder when they were killed."""
-    for file in folder.glob(".*.tmp"):
+    """Remove what processes of this machine were writing when they were killed.
+
+    In a folder and in the folders in it.
+    """
+    for file in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         name, _, process = file.stem.rpartition(".")
         is_ours = name.endswith(f".{socket.gethostname()}") and process.isdigit()
         if is_ours and not psutil.pid_exists(int(process)):

@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
-CLOSING_TIME = 10.0  # seconds in which a process has to end
+CLOSING_TIME = 4.0  # seconds in which a process has to end
 
 # A terminal and a cluster's scheduler send these to every process; the main one alone reacts: it
 # saves and ends the others, and should it be killed, they end with their pipe.

@@ -33,7 +33,7 @@ from icm.viz.studio import Drawn
 
 EPISODE_METRICS = ("distance", "length", "reward", "flag", "levels_passed")
 SAME_SIGNAL = 1.0  # seconds: a terminal and `uv run` both pass one on, for instance
-HURRY = 4.0  # seconds for drawing after a signal: some send a stronger one after ten
+HURRY = 5.0  # seconds for drawing after a signal: some send a stronger one after ten
 
 
 class Trainer:

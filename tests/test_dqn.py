@@ -441,7 +441,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
     ids=lambda changes: ",".join(changes),
 )
 def test_update_computes_the_losses_it_should(changes: dict[str, Any]) -> None:
-    agent = make_agent(**changes, agent__batch_size=24)
+    agent = make_agent(**changes, agent__batch_size=96)
     play(agent)
     agent.measure_input()
     disturb(agent.qnetwork, 1)

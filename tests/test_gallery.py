@@ -1,12 +1,15 @@
 """What is drawn of a run, and when."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 from conftest import settings
 
 from icm.exploration import Exploration, Recording
+from icm.files import whole
 from icm.viz.gallery import Gallery
 from icm.viz.studio import Drawn
 
@@ -60,6 +63,25 @@ def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
     assert list(wait(gallery, found, 20).images) == ["map/1-1"]
     assert list(wait(gallery, found, 21).images) == ["map/1-2"]
     gallery.close()
+
+
+def draw_for_ever(path: Path) -> dict[str, bytes]:
+    with whole(path) as temporary:
+        temporary.touch()
+        time.sleep(1000)
+    return {}
+
+
+def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=10", *SHORT))
+    gallery.studio.order(1, [partial(draw_for_ever, tmp_path / "maps" / "1-1.png")])
+    while not list(tmp_path.rglob("*.tmp")):
+        time.sleep(0.05)
+    assert gallery.studio.assistants is not None
+    drawing = psutil.Process(gallery.studio.assistants.processes[0].pid)
+    assert gallery.finish(2, explored(), 0.1) == []
+    assert not drawing.is_running()
+    assert [path.name for path in tmp_path.rglob("*")] == ["maps"]
 
 
 def test_nothing_is_drawn_where_nothing_is_wanted(tmp_path: Path) -> None:

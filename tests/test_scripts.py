@@ -221,7 +221,7 @@ def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
 
 def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
     folder = tmp_path / "tutorial"
-    given = ("total_steps=170", "log.every=85", *UNSEEN)
+    given = ("total_steps=154", "log.every=77", *UNSEEN)
     done = run_script("train.py", "preset=tutorial", *given, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     last = metrics_of(folder)[-1]

@@ -1,10 +1,12 @@
 """What is drawn of a run, and when."""
 
+import time
 from functools import partial
 from pathlib import Path
 
 from icm.config import Config
 from icm.exploration import Exploration, Recording
+from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
 
@@ -49,19 +51,26 @@ class Gallery:
         Args:
             step: agent steps by now.
             exploration: what the run has found.
-            seconds: to wait for what is being drawn, and then for this; None: as long as it takes.
+            seconds: to wait for what is being drawn and for this together; None: as long as it
+                takes.
         """
-        drawn = [self.studio.finished(seconds)]
+        start = time.monotonic()
+
+        def left() -> float | None:
+            return None if seconds is None else max(start + seconds - time.monotonic(), 0.0)
+
+        drawn = [self.studio.finished(left())]
         if self.every and not self.studio.is_busy:
             self.due = set(self.every)
             self._order(step, exploration)
-            drawn.append(self.studio.finished(seconds))
+            drawn.append(self.studio.finished(left()))
         self.close()
         return [each for each in drawn if each is not None]
 
     def close(self) -> None:
-        """End the process that draws."""
+        """End the process that draws, and remove what it leaves half drawn."""
         self.studio.close()
+        remove_leftovers(self.folder)
 
     def _order(self, step: int, exploration: Exploration) -> None:
         drawings: list[Drawing] = []

@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from icm.config import EnvConfig
 from icm.errors import UserError
@@ -87,8 +90,13 @@ class Studio:
         return Drawn(*answer)
 
     def close(self) -> None:
-        """End the process, after the drawing that is under way, or soon."""
+        """End the process, and ffmpeg, which it may be writing to, in the middle of a drawing."""
         if self.assistants is not None:
+            if self.is_busy:
+                with suppress(psutil.NoSuchProcess):
+                    drawing = psutil.Process(self.assistants.processes[0].pid)
+                    for process in (*drawing.children(), drawing):
+                        process.kill()
             self.assistants.end()
             self.assistants, self.is_busy = None, False
 
