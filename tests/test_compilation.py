@@ -74,6 +74,7 @@ def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]
         ("dqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
         ("ppo", ("precision=float32", "compile=on"), 1e-3, 2e-3),
         ("ppo", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        ("ppo", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
         ("pqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
         ("pqn", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
     ],

@@ -1,11 +1,16 @@
 """The soak test: that it runs what it says, and that it sees what is wrong."""
 
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import run_script
 
+from icm import checkpoint
+from icm.checkpoint_reader import read_checkpoint
+from icm.errors import UserError
 from icm.soak.files import KINDS
 from icm.soak.pieces import compare
 from icm.soak.program import Findings
@@ -21,8 +26,26 @@ def test_a_short_soak_holds_and_is_written(tmp_path: Path) -> None:
     kills, files = result["parts"].values()
     assert kills["tried"] == 1
     assert kills["figures"].keys() == {"dqn"}
+    assert files["tried"] == 1
     assert files["figures"].keys() == KINDS.keys()
+    assert sum(sum(ends.values()) for ends in files["figures"].values()) == 1
     assert f"written to {folder / 'soak.json'}" in done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_damage_is_refused_or_harmless(
+    kind: str, trained: Path, tmp_path: Path
+) -> None:
+    whole = (trained / "checkpoints" / "latest.pt").read_bytes()
+    path, canary = tmp_path / "latest.pt", tmp_path / "CANARY"
+    for number in range(3):
+        damaged = KINDS[kind](whole, random.Random(number), canary)
+        assert damaged != whole
+        path.write_bytes(damaged)
+        for read in (checkpoint.load, lambda path: read_checkpoint(str(path))):
+            with suppress(UserError):
+                read(path)
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_part_that_is_none_and_a_folder_that_exists_are_refused(tmp_path: Path) -> None:
