@@ -21,6 +21,11 @@ torch.set_num_threads(1)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes that they have started."""
+    return (os.process_cpu_count() or 1) + 1
+
+
 def settings(*overrides: str) -> Config:
     """The default settings of scripts/train.py with overrides."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
