@@ -54,9 +54,9 @@ def rollouts(
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             reset = torch.from_numpy(terminated | truncated)
             for i, episode in zip(np.flatnonzero(reset), episodes_in(infos), strict=True):
-                if left[i]:
-                    left[i] -= 1
-                    results.append(episode)
+                left[i] -= 1
+                results.append(episode)
+            envs.rest(np.flatnonzero(left == 0).tolist())
     finally:
         envs.close()
     return results

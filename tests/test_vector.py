@@ -112,6 +112,32 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
 
 
+def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_be() -> None:
+    rng = np.random.default_rng(0)
+    given = [rng.integers(0, 12, 3) for _ in range(12)]
+    with vector_env() as envs, vector_env() as all_at_work:
+        for e in (envs, all_at_work):
+            e.reset(seed=5)
+        rested, stood = list[int](), np.empty(0)
+        for actions in given:
+            found, expected = envs.step(actions), all_at_work.step(actions)
+            ended = expected[2] | expected[3]
+            awake = [row for row in range(3) if row not in rested]
+            for results, wanted in zip(found[:4], expected[:4], strict=True):
+                assert_equal(results[awake], wanted[awake])
+            if rested:
+                assert (found[0][0] == stood).all()
+                assert not found[2][0]
+                assert not found[3][0]
+                assert not found[4].get("_episode", np.zeros(1))[0]
+            elif ended[0]:
+                envs.rest([0])
+                rested, stood = [0], found[0][0].copy()
+        assert rested
+        assert (envs.reset(seed=5)[0] == all_at_work.reset(seed=5)[0]).all()
+        assert (envs.step(given[0])[0] == all_at_work.step(given[0])[0]).all()
+
+
 def test_episodes_tell_how_to_play_them_again() -> None:
     rng, episodes, given = np.random.default_rng(0), [], list[np.ndarray]()
     with vector_env() as envs:

@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from math import prod
 from multiprocessing.connection import Connection
@@ -94,6 +94,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
+        self._resting: set[int] = set()
 
         self._options: dict[str, Any] | None = None
         self._patience = patience
@@ -114,10 +115,17 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if seed is not None:
             self._entropy = seed
             self._begun[:] = 0
+        self._resting.clear()
         self._open(np.ones(self.num_envs, np.bool))
         self._start(options)
         observations, _, _, _, infos = self.step_wait()
         return observations, infos
+
+    def rest(self, rows: Collection[int]) -> None:
+        """Step these environments no more until the next `reset`: their episodes have ended."""
+        self._resting |= set(rows)
+        for name in ("terminated", "truncated"):  # or they would be reset
+            self._arrays[name][list(rows)] = False
 
     def state_dict(self) -> dict[str, Any]:
         """What `restore` needs, in plain containers; not while a step is under way."""
@@ -212,7 +220,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> None:
         """Let workers step: options of episodes that open, and actions to play in them at once."""
         for worker in workers:
-            rows = set(self._balance.rows[worker])
+            rows = set(self._balance.rows[worker]) - self._resting
             with suppress(ConnectionError):  # of a dead worker: `_receive` says why
                 self._workers.pipes[worker].send((rows, options, played or {}))
 
