@@ -103,7 +103,7 @@ class Agent(ABC):
         self.novelty = self.new_novelty(num_envs)
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
-        self._losses = compiler(self.losses)
+        self._losses = compiler(self.loss_and_parts)
         groups = nn.ModuleList(networks.values()), signal
         self.optimizer = torch.optim.Adam(
             [{"params": [p for p in group.parameters() if p.requires_grad]} for group in groups],
@@ -334,6 +334,15 @@ class Agent(ABC):
     def losses(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch on the device, and its parts."""
 
+    def loss_and_parts(self, *batch: Any) -> tuple[Tensor, list[str], Tensor]:
+        """What `losses` returns, the parts as their names and one tensor (parts,).
+
+        As a tensor of its own each, a part that equals the loss would be the same one as the loss
+        for the compiler (PyTorch 2.15), which then has no gradient: where nothing is curious.
+        """
+        loss, parts = self.losses(*batch)
+        return loss, list(parts), torch.stack(list(parts.values()))
+
     def signal_loss(self, x: Tensor, batch: Sequences) -> tuple[Errors, Tensor, dict[str, Tensor]]:
         """The signal on sequences, of which x (B * (L + 1), C, H, W) are the network inputs.
 
@@ -368,7 +377,7 @@ class Agent(ABC):
         learner["lr"], signal["lr"] = self.learning_rate(), self.curiosity.lr
         self.signal.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, parts = self._losses(*batch)
+        loss, names, parts = self._losses(*batch)
         loss.backward()
         norms = [
             nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
@@ -383,8 +392,8 @@ class Agent(ABC):
         self.skipped_running = (self.skipped_running + skipped) * skipped
         self.signal.update_target()
         self.updates += 1
-        # copies, because the next replay of a CUDA graph writes to the same memory
-        return {name: value.clone() for name, value in parts.items()}
+        # a copy, because the next replay of a CUDA graph writes to the same memory
+        return dict(zip(names, parts.clone(), strict=True))
 
     def check_updates(self) -> None:
         """See whether updates fail one after the other; waits for the device.
