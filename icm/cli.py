@@ -2,26 +2,37 @@
 
 import functools
 import itertools
+import multiprocessing
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from icm.config import parse_config
+from icm.config import Config, flat, parse_config
 from icm.errors import UserError
+from icm.files import LOCK, lock
 from icm.processes import discard
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+SETTINGS = ".hydra/config.yaml"
+
+# the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
+OmegaConf.register_new_resolver(
+    "file_name", lambda text: re.sub(r"[^\w=,.+-]+", "_", text)[:100], replace=True
+)
 
 
 def fail(error: Exception) -> None:
@@ -45,10 +56,15 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
 
     @functools.wraps(task)
-    def careful(settings: DictConfig) -> None:
+    def careful(settings: DictConfig) -> Any:
+        is_one_of_many = HydraConfig.get().mode == RunMode.MULTIRUN
+        if is_one_of_many:  # joblib's workers have a start method that their children do not know
+            multiprocessing.set_start_method("spawn", force=True)
         try:
-            task(settings)
+            return task(settings)
         except (UserError, OmegaConfBaseException) as error:
+            if is_one_of_many:  # the others go on
+                raise
             fail(error)
         except BrokenPipeError:  # here, because Hydra would print it
             leave()
@@ -72,10 +88,28 @@ class RunFolder(Callback):
         try:
             if config.resume is not None:
                 adopt_settings(config)
-            parse_config(config)
-            claim_folder(config)
+            claim_folder(config, parse_config(config))
+            # as long as this process lives
+            self.lock = lock(Path(config.hydra.run.dir))
         except (UserError, OmegaConfBaseException) as error:
             fail(error)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """A sweep that is given no folder gets one that no other has.
+
+        Its runs are named by what they differ in.
+        """
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        equal = [each.get_key_element() for each in overrides if not each.is_sweep_override()]
+        more = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(equal)}]"]
+        if not is_given(config, "hydra.sweep.dir"):
+            try:
+                folder = new_folder(Path(config.hydra.sweep.dir))
+            except UserError as error:
+                fail(error)
+            more.append(f"hydra.sweep.dir='{folder}'")
+        with read_write(config), open_dict(config):  # Hydra makes the settings of each run of these
+            config.hydra.overrides.hydra.extend(more)
 
 
 def adopt_settings(config: DictConfig) -> None:
@@ -107,24 +141,59 @@ def adopt_settings(config: DictConfig) -> None:
         config.resume = str(path)
 
 
-def claim_folder(config: DictConfig) -> None:
+def claim_folder(config: DictConfig, settings: Config) -> None:
     """Create the run folder; a name that exists gets a number, unless the user gave it.
 
-    Of two runs that claim one folder at the same time, one gets it.
+    A folder the user gave may hold a run of the same settings, which is to go on.
 
     Raises:
-        UserError: the folder the user gave holds something, or it cannot be created.
+        UserError: the folder the user gave holds something else, or it cannot be created.
     """
-    wanted = Path(config.hydra.run.dir)
-    if any(o.startswith("hydra.run.dir=") for o in config.hydra.overrides.hydra):
-        is_empty = wanted.is_dir() and not any(wanted.iterdir())
-        if not _made(wanted / str(config.hydra.output_subdir) if is_empty else wanted):
-            raise UserError(f"hydra.run.dir={wanted}: exists; a run needs a new or an empty folder")
+    folder = Path(config.hydra.run.dir)
+    if not is_given(config, "hydra.run.dir"):
+        with read_write(config):
+            config.hydra.run.dir = str(new_folder(folder))
         return
+    _made(folder)
+    if not folder.is_dir() or ({file.name for file in folder.iterdir()} - {LOCK}):
+        if not (folder / SETTINGS).exists():
+            raise UserError(f"hydra.run.dir={folder}: exists, and is no run folder")
+        own_checkpoint(settings, folder)
+
+
+def is_given(config: DictConfig, key: str) -> bool:
+    """Whether the user gave a setting of Hydra's."""
+    return any(override.startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+
+
+def new_folder(wanted: Path) -> Path:
+    """Create a folder of this name, or of this name and a number."""
     folders = (wanted.with_name(f"{wanted.name}_{number}") for number in itertools.count(2))
-    folder = next(filter(_made, itertools.chain([wanted], folders)))
-    with read_write(config):
-        config.hydra.run.dir = str(folder)
+    return next(filter(_made, itertools.chain([wanted], folders)))
+
+
+def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint with which the run of a folder goes on, and its content, if there is one.
+
+    Raises:
+        UserError: the settings are not those of that run, whether it has saved anything or not.
+    """
+    latest = folder / "checkpoints" / "latest.pt"
+    found: tuple[Path, dict[str, Any]] | None = None
+    before: Any = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS))
+    if latest.exists():
+        from icm import checkpoint  # here, because torch takes its time to import
+
+        found = checkpoint.newest_whole(latest)
+        before = found[1]["config"]
+    was, now = flat(before), flat(asdict(config))
+    for name in sorted(now.keys() - {"resume"}):
+        if now[name] != was.get(name):
+            raise UserError(
+                f"{folder}: exists, with a run of {name}={was.get(name)}, not {now[name]}; "
+                "give another folder"
+            )
+    return found
 
 
 def _made(folder: Path) -> bool:

@@ -138,6 +138,10 @@ class Exploration:
         if self.best is None or (score, -len(actions)) > (self.best.score, -len(self.best.actions)):
             self.best = Recording(step, score, int(episode["seed"]), list(actions))
 
+    def objective(self) -> float:
+        """Mean score of the latest episodes, however few; 0 of none. What a search maximises."""
+        return sum(self.latest) / max(1, len(self.latest))
+
     def average(self) -> float | None:
         """Mean score of the latest episodes; None of fewer than `LATEST`."""
         return sum(self.latest) / LATEST if len(self.latest) == LATEST else None
@@ -222,3 +226,10 @@ class Exploration:
                 known = np.tile(known, (pixels.shape[0] // CELL, 1))
             self.regions[world, stage, area].picture = Picture(pixels[..., ::-1].copy(), known)
         self.changed.update(self.regions)
+
+
+def restored(state: dict[str, Any]) -> Exploration:
+    """What a checkpoint says was found by then."""
+    found = Exploration()
+    found.load_state_dict(state)
+    return found

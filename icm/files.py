@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
+from filelock import FileLock, Timeout
 
-from icm.errors import WriteError
+from icm.errors import UserError, WriteError
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -21,6 +22,23 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         OSError: it cannot be read.
     """
     return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+LOCK = ".lock"
+
+
+def lock(folder: Path) -> FileLock:
+    """A run folder that no other process may write to while the result is kept.
+
+    Raises:
+        UserError: another one does.
+    """
+    found = FileLock(folder / LOCK, blocking=False, is_singleton=True)
+    try:
+        found.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another training writes there; give another folder") from None
+    return found
 
 
 def remove_leftovers(folder: Path) -> None:

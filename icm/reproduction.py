@@ -59,7 +59,7 @@ class ReproduceConfig:
 def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
     """Train and evaluate what of a row is not there yet.
 
-    A training that was interrupted is resumed. Beside the runs are written, for every seed,
+    A training that was interrupted goes on. Beside the runs are written, for every seed,
     `<row>_seed<seed>.metrics.jsonl` and, for every evaluation, `<row>_seed<seed>.<name>.json`.
 
     Returns:
@@ -75,54 +75,36 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
     for seed in config.seeds:
         name = f"{config.row}_seed{seed}"
         given = [*row.train, f"seed={seed}", f"device={config.device}"]
-        runs = folder / name
+        run = folder / name
         metrics = folder / f"{name}.metrics.jsonl"
         if not metrics.exists():
-            start = newest(folder / f"{row.after}_seed{seed}") if row.after else None
-            if row.after and start is None:
-                raise UserError(f"row={config.row}: needs row={row.after} of seed {seed} first")
-            train(runs, given, start)
-            write_lines(metrics, map(json.dumps, summarised(runs)))
+            if row.after:
+                start = latest(folder / f"{row.after}_seed{seed}")
+                if not start.exists():
+                    raise UserError(f"row={config.row}: needs row={row.after} of seed {seed} first")
+                given.append(f"resume={start}")
+            script("train.py", [*given, f"hydra.run.dir={run}"])
+            write_lines(metrics, map(json.dumps, summarised(json_lines(run / "metrics.jsonl"))))
         for kind, overrides in row.evaluate.items():
             out = folder / f"{name}.{kind}.json"
             if not out.exists():
-                arguments = [f"ckpt={newest(runs)}", f"device={config.device}", *overrides]
+                arguments = [f"ckpt={latest(run)}", f"device={config.device}", *overrides]
                 printed = script("evaluate.py", arguments, capture=True)
                 write_lines(out, printed.splitlines()[-1:])
             results[kind].append(json.loads(out.read_text()))
     return results
 
 
-def attempts(runs: Path) -> list[Path]:
-    """The run folders of a training, in order: one, and one more for each time it was resumed."""
-    return sorted(runs.glob("[0-9]*"), key=lambda folder: int(folder.name))
+def latest(run: Path) -> Path:
+    """The newest checkpoint of a run folder."""
+    return run / "checkpoints" / "latest.pt"
 
 
-def newest(runs: Path) -> Path | None:
-    """The newest checkpoint of a training; None if there is none."""
-    saved = [folder / "checkpoints/latest.pt" for folder in attempts(runs)]
-    return next((path for path in reversed(saved) if path.exists()), None)
-
-
-def train(runs: Path, overrides: list[str], start: Path | None) -> None:
-    """Train in a numbered folder under `runs`, from the newest checkpoint there or from `start`."""
-    checkpoint = newest(runs) or start
-    resume = [f"resume={checkpoint}"] if checkpoint else []
-    number = max((int(folder.name) for folder in attempts(runs)), default=0) + 1
-    script("train.py", [*overrides, *resume, f"hydra.run.dir={runs / str(number)}"])
-
-
-def summarised(runs: Path) -> Iterator[dict[str, float]]:
-    """The log intervals of a training, whatever number of times it was resumed, in short."""
-    intervals: dict[int, dict[str, Any]] = {}
-    for folder in attempts(runs):
-        lines = json_lines(folder / "metrics.jsonl")
-        if lines:  # what an interrupted run did after its last checkpoint was done again
-            intervals = {s: line for s, line in intervals.items() if s < lines[0]["step"]}
-        intervals |= {line["step"]: line for line in lines}
-    for step, line in intervals.items():
-        kept = {k: round(line[k], 4) for k in METRICS if line.get(k) is not None}
-        yield {"step": step, **kept}
+def summarised(rows: list[dict[str, Any]]) -> Iterator[dict[str, float]]:
+    """The log intervals of a training in short."""
+    for row in rows:
+        kept = {k: round(row[k], 4) for k in METRICS if row.get(k) is not None}
+        yield {"step": row["step"], **kept}
 
 
 def script(name: str, arguments: list[str], capture: bool = False) -> str:

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from icm.config import flat
 from icm.errors import WriteError
+from icm.files import json_lines, write_bytes
 from icm.viz.charts import CHARTS
 
 
@@ -46,7 +47,11 @@ class Tracker:
             }
         )
         self._describe(step, config)
-        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists():  # what a run did after its last checkpoint is done again
+            lines = [json.dumps(row) for row in json_lines(metrics) if row["step"] <= step]
+            write_bytes(metrics, "".join(f"{line}\n" for line in lines).encode())
+        self.file = metrics.open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, float | Tensor] = defaultdict(float)
         self.values: dict[str, list[Tensor]] = defaultdict(list)

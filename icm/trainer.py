@@ -21,7 +21,7 @@ from icm.display import Display
 from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError, WriteError
-from icm.exploration import Exploration
+from icm.exploration import Exploration, restored
 from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
@@ -239,6 +239,9 @@ class Trainer:
         for name in sorted(before.keys() & now.keys() - {"resume"}):
             if before[name] != now[name]:
                 print(f"changed: {name}={now[name]}, was {before[name]}")
+        best = self.folder / "checkpoints" / "best.pt"
+        if best.exists():  # it goes on in its own folder
+            self.best_average = restored(checkpoint.load(best)["exploration"]).objective()
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])

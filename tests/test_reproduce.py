@@ -1,6 +1,7 @@
 """Redoing a row of the results with the real scripts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,27 +25,26 @@ def reproduce(folder: Path, row: str) -> str:
 
 
 def steps(path: Path) -> list[int]:
-    """Those of a summary, in which every interval is there once, the one of the last attempt."""
+    """Those of a summary, in which every interval is there once."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line["policy/entropy"] > 0 for line in lines)
     return [line["step"] for line in lines]
 
 
 def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
-    # a training that was interrupted half way, and did a little after its last checkpoint
-    half = [s if s != "total_steps=96" else "total_steps=64" for s in TINY]
-    folder = tmp_path / "tiny_seed1" / "1"
-    done = run_script("train.py", *half, "seed=1", "device=cpu", f"hydra.run.dir={folder}")
+    # a training that was interrupted before it had saved anything
+    done = run_script(
+        "train.py", *TINY, "seed=1", "device=cpu", f"hydra.run.dir={tmp_path / 'tiny_seed1'}"
+    )
     assert done.returncode == 0, done.stderr
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 96, "policy/entropy": 0.0}\n{"step": 128}\n')
+    shutil.rmtree(tmp_path / "tiny_seed1" / "checkpoints")
 
     printed = reproduce(tmp_path, "tiny")
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("$")] == [
         "train.py",
         "evaluate.py",
     ]
-    assert f"resume={folder}/checkpoints/latest.pt" in printed
+    assert f"hydra.run.dir={tmp_path}/tiny_seed1" in printed
     assert steps(tmp_path / "tiny_seed1.metrics.jsonl") == [32, 64, 96]
     sticky = json.loads((tmp_path / "tiny_seed1.sticky.json").read_text())
     assert sticky["step"] == 96
@@ -54,7 +54,7 @@ def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in table] == [["sticky", policy] for policy in policies]
     assert reproduce(tmp_path, "tiny").splitlines() == table  # nothing is run again
 
-    continued = f"resume={tmp_path}/tiny_seed1/2/checkpoints/latest.pt"
+    continued = f"resume={tmp_path}/tiny_seed1/checkpoints/latest.pt"
     assert continued in reproduce(tmp_path, "on")
     assert steps(tmp_path / "on_seed1.metrics.jsonl") == [128]
 

@@ -506,27 +506,34 @@ def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_run_never_writes_into_the_folder_of_another(trained: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+def contents(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: Path) -> None:
+    before = contents(trained)
     done = run_script("train.py", *SMALL, "total_steps=32", f"hydra.run.dir={trained}")
-    assert_refused(done, str(trained), "exists")
-    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    assert_refused(done, str(trained), "exists", "compile=auto, not off")
+    assert contents(trained) == before
+    # nor into one that nothing was saved in yet
+    shutil.copytree(trained / ".hydra", tmp_path / "young" / ".hydra")
+    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'young'}")
+    assert_refused(done, "young", "exists", "compile=auto, not off")
+    # nor into any other
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "poem.txt").touch()
+    before = contents(tmp_path)
+    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'mine'}")
+    assert_refused(done, "mine", "no run folder")
+    assert contents(tmp_path) == before
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    from omegaconf import OmegaConf
+    from icm.cli import new_folder
 
-    from icm.cli import claim_folder
-
-    taken = []
-    for _ in range(3):
-        config = OmegaConf.create(
-            {"hydra": {"run": {"dir": str(tmp_path / "run")}, "overrides": {"hydra": []}}}
-        )
-        claim_folder(config)
-        taken.append(config.hydra.run.dir)
-    assert taken == [str(tmp_path / name) for name in ("run", "run_2", "run_3")]
-    assert all(Path(folder).is_dir() for folder in taken)
+    taken = [new_folder(tmp_path / "run") for _ in range(3)]
+    assert taken == [tmp_path / name for name in ("run", "run_2", "run_3")]
+    assert all(folder.is_dir() for folder in taken)
 
 
 def test_an_unwritable_folder_is_refused() -> None:

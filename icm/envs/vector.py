@@ -48,7 +48,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: how many, at least 1.
         num_workers: processes, from 1 to `num_envs`.
         late: how many of them step in `step_wait`, fewer than `num_workers`.
-        patience: seconds for a step; starting and playing again may take twenty times as long.
+        patience: seconds for a step; starting, a reset, which may build environments, and playing
+            again may take twenty times as long.
 
     Raises:
         RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
@@ -118,7 +119,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting.clear()
         self._open(np.ones(self.num_envs, np.bool))
         self._start(options)
-        observations, _, _, _, infos = self.step_wait()
+        observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
 
     def rest(self, rows: Collection[int]) -> None:
@@ -179,9 +180,15 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             copies of the observations (num_envs, ...), rewards float64 (num_envs,), terminated and
             truncated bool (num_envs,), and the infos.
         """
+        return self._finish(self._patience)
+
+    def _finish(
+        self, patience: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """See `step_wait`."""
         lead = time.perf_counter() - self._started
         self._send(self._balance.late, self._options)
-        episodes, scenery, seconds = self._receive(self._patience)
+        episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
         infos = self._infos()
         for row, episode in episodes:

@@ -1,0 +1,89 @@
+"""Runs that go on in their own folders, and many of them at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, SMALL, run_script
+
+from icm.files import lock
+
+LENGTH = ("total_steps=192", "checkpoint.every=64")
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def killed(folder: Path, *arguments: str) -> None:
+    """Kill a training, and all that belongs to it, as soon as a checkpoint is in its folder."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "train.py", *arguments, *SMALL, *LENGTH],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (folder / "checkpoints" / "latest.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # all of it in new processes: in forks of one, last digits differ
+    done = run_script("train.py", *SMALL, *LENGTH, f"hydra.run.dir={whole}", env={})
+    assert done.returncode == 0, done.stderr
+
+    killed(broken, f"hydra.run.dir={broken}")
+    with (broken / "metrics.jsonl").open("a") as file:  # what it did after it had saved
+        file.write('{"step": 160}\n{"step": 19')
+    again = (*SMALL, *LENGTH, f"hydra.run.dir={broken}")
+    holder = lock(broken)
+    done = run_script("train.py", *again)
+    assert done.returncode == 2
+    assert "another training writes there" in done.stderr
+    holder.release()
+    done = run_script("train.py", *again, env={})
+    assert done.returncode == 0, done.stderr
+    assert "of running episodes again" in done.stdout
+    assert metrics_of(broken) == metrics_of(whole)
+    done = run_script("train.py", *again)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"complete: {broken}\n"
+
+
+def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    names = ["0_curiosity=icm,seed=1", "1_curiosity=icm,seed=2", "2_curiosity=none,seed=1",
+             "3_curiosity=none,seed=2"]  # fmt: skip
+    runs = [folder / name for name in names]
+    given = ("-m", "curiosity=icm,none", "seed=1,2", f"hydra.sweep.dir={folder}")
+    killed(runs[1], *given)
+    finished = (runs[0] / "checkpoints" / "latest.pt").stat().st_mtime_ns
+
+    faster = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    done = run_script("train.py", *given, *faster, *SMALL, *LENGTH)
+    assert done.returncode == 0, done.stderr
+    assert (runs[0] / "checkpoints" / "latest.pt").stat().st_mtime_ns == finished
+    assert sorted(run.name for run in folder.iterdir() if run.is_dir()) == names
+    for run in runs:
+        assert [line["step"] for line in metrics_of(run)] == [32, 64, 96, 128, 160, 192]
+
+
+def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:
+    done = run_script(
+        "train.py", "-m", *SMALL, "total_steps=32", "agent.lr=-1,0.001",
+        f"hydra.sweep.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train.py: error: agent.lr=-1")
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "1_agent.lr=0.001")] == [32]
