@@ -1,6 +1,5 @@
 """Rollouts of an agent and their statistics."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from icm.agents.base import Agent
 from icm.config import Config
 from icm.envs import action_count, episodes_in, make_vector_env
 from icm.models import NO_ACTION
+from icm.uncertainty import standard_error
 
 THRESHOLDS = (200, 400, 600, 948)
 """Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
@@ -74,18 +74,13 @@ def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:
         values = np.array([float(e[name]) for e in episodes if name in e])
         if len(values):
             result[f"{name}_mean"] = float(values.mean())
-            result[f"{name}_stderr"] = standard_error(values)
+            result[f"{name}_stderr"] = float(standard_error(values))
     if "distance" in episodes[0]:
         distances = np.array([float(e["distance"]) for e in episodes])
         result |= {f"past_{x}": float((distances > x).mean()) for x in THRESHOLDS}
         result["flag_rate"] = float(np.mean([bool(e["flag"]) for e in episodes]))
         result["levels"] = sorted({level for e in episodes for level in e["levels"].split()})
     return result
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean, sample std / sqrt(n); 0 for a single value."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def table(summaries: list[dict[str, Any]]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from icm.errors import UserError
-from icm.evaluation import standard_error
 from icm.files import json_lines, write_bytes
+from icm.uncertainty import standard_error
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

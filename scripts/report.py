@@ -12,16 +12,19 @@ def main() -> int:
     parser = Parser(
         "report.py", "Write a report of runs as one HTML file.", "RUN [RUN ...] [--out FILE]"
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="a run folder, or that of a sweep"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the file, report.html if not given"
     )
     options = parser.parse_args()
 
-    from icm.viz.report import read_run, write_report  # only now: importing takes its time
+    from icm.viz.report import read_runs, write_report  # only now: importing takes its time
 
     try:
-        write_report([read_run(folder) for folder in options.runs], options.out)
+        runs = [run for folder in options.runs for run in read_runs(folder)]
+        write_report(runs, options.out)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(options.out)

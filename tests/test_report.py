@@ -10,7 +10,7 @@ import pytest
 from conftest import run_script
 from omegaconf import OmegaConf
 
-from icm.viz.report import read_run, smoothed, thousands, write_report
+from icm.viz.report import names_of, read_run, read_runs, smoothed, thousands, write_report
 
 
 def page_of(path: Path) -> str:
@@ -33,6 +33,8 @@ def make_run(folder: Path, seed: int, **settings: object) -> Path:
         "curiosity": {"name": "icm"},
     }
     OmegaConf.save(OmegaConf.create(known | settings), folder / ".hydra" / "config.yaml")
+    given = [f"seed={seed}", "device=cpu", *(f"{name}=<b>" for name in settings)]
+    OmegaConf.save(OmegaConf.create(given), folder / ".hydra" / "overrides.yaml")
     rows = [
         {
             "step": step,
@@ -91,12 +93,44 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{out}\n"
     text = page_of(out)
-    assert "seed1 and 2 more" in text
-    assert "&lt;b&gt;dqn with icm" in text
-    assert text.count("<th>seed") == 3
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", text)]
+    columns = ["kind", "runs", "agent steps", "minutes", "distance", "inverse gain", "farthest"]
+    assert rows[0] == [*columns, "cells", "levels"]
+    assert rows[1] == [
+        *(
+            '<span style="color: #1f4e8c">■</span> as it is',
+            "3",
+            "4000 ± 0",
+            "7 ± 0",
+            "4200 ± 58",
+            "0.25 ± 0.00",
+            "3161 ± 0",
+        ),
+        *("10 ± 0", "1 ± 0"),
+    ]
+    assert rows[2][:5] == [
+        '<span style="color: #c8641b">■</span> agent=&lt;b&gt;',
+        "1",
+        "4000",
+        "7",
+        "4100",
+    ]
+    assert len(rows) == 3
     alone = tmp_path / "alone.html"
     write_report([read_run(folders[0])], alone)
-    assert "seed1 and" not in page_of(alone)
+    assert "as it is" not in page_of(alone)
+
+
+def test_what_settings_do_not_tell_apart_is_named_by_its_folder(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name, 1)) for name in ("first", "second", "third")]
+    assert names_of([runs[:2], runs[2:]]) == ["first and 1 more", "third"]
+
+
+def test_a_sweep_is_all_runs_in_its_folder_that_have_begun(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / f"{seed}_seed={seed}", seed)
+    (make_run(tmp_path / "3_seed=3", 3) / "metrics.jsonl").write_text("")
+    assert [run.name for run in read_runs(tmp_path)] == ["1_seed=1", "2_seed=2"]
 
 
 def test_report_refuses(tmp_path: Path) -> None:

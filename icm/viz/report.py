@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from icm.errors import UserError
 from icm.files import json_lines, write_bytes
+from icm.uncertainty import standard_error
 from icm.versions import versions
 from icm.viz.charts import CHARTS
 
@@ -36,6 +37,7 @@ class Run:
 
     folder: Path
     settings: DictConfig
+    given: list[str]  # settings that the command named
     rows: list[dict[str, float]]
 
     @property
@@ -63,27 +65,43 @@ class Run:
         steps[0] = self.rows[0]["step"] if self.settings.resume is None else 0
         return np.cumsum(steps / speed) / 60
 
+    def figures(self) -> dict[str, float]:
+        """What it came to; of episodes, the mean over the last tenth of the run."""
+        last, latest = self.rows[-1], slice(-max(1, len(self.rows) // 10), None)
+        found = {"agent steps": last["step"], "minutes": self.minutes[-1]}
+        for name, metric in (
+            ("distance", "episode/distance"),
+            ("inverse gain", "icm/inverse_gain"),
+        ):
+            values = self.values(metric)[latest]
+            if not np.isnan(values).all():
+                found[name] = float(np.nanmean(values))
+        for name, metric in (
+            ("farthest", "explore/distance_max"),
+            ("cells", "explore/cells"),
+            ("levels", "explore/levels"),
+        ):
+            if metric in last:
+                found[name] = last[metric]
+        return found
+
     def facts(self) -> dict[str, str]:
         """What happened, in a few words each."""
-        step = int(self.rows[-1]["step"])
-        latest = slice(-max(1, len(self.rows) // 10), None)
+        figures = self.figures()
         facts = {
             "agent": f"{self.settings.agent.name} with {self.settings.curiosity.name}, "
             f"seed {self.settings.seed}",
             "game": str(self.settings.env.id),
-            "agent steps": f"{thousands(step)} of {thousands(self.settings.total_steps)}",
-            "time": f"{self.minutes[-1]:.0f} minutes",
+            "agent steps": f"{thousands(int(figures['agent steps']))} of "
+            f"{thousands(self.settings.total_steps)}",
+            "time": f"{figures['minutes']:.0f} minutes",
         }
-        distance = self.values("episode/distance")
-        if not np.isnan(distance[latest]).all():
-            facts["distance of an episode, last tenth"] = (
-                f"{np.nanmean(distance[latest]):.0f} pixels"
-            )
-        if "explore/cells" in self.rows[-1]:
-            facts["farthest"] = f"{self.rows[-1]['explore/distance_max']:.0f} pixels"
+        if "distance" in figures:
+            facts["distance of an episode, last tenth"] = f"{figures['distance']:.0f} pixels"
+        if "cells" in figures:
+            facts["farthest"] = f"{figures['farthest']:.0f} pixels"
             facts["discovered"] = (
-                f"{self.rows[-1]['explore/cells']:.0f} cells in "
-                f"{self.rows[-1]['explore/levels']:.0f} level(s)"
+                f"{figures['cells']:.0f} cells in {figures['levels']:.0f} level(s)"
             )
         at_flag = np.flatnonzero(np.nan_to_num(self.values("episode/flag")))
         if len(at_flag):
@@ -91,9 +109,8 @@ class Run:
             facts["first flag"] = (
                 f"after {thousands(first)} agent steps, {self.minutes[at_flag[0]]:.1f} minutes"
             )
-        gain = self.values("icm/inverse_gain")
-        if not np.isnan(gain[latest]).all():
-            facts["inverse gain, last tenth"] = f"{np.nanmean(gain[latest]):.2f} nats"
+        if "inverse gain" in figures:
+            facts["inverse gain, last tenth"] = f"{figures['inverse gain']:.2f} nats"
         return facts
 
 
@@ -102,21 +119,70 @@ def thousands(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run folder.
+def read_runs(folder: Path) -> list[Run]:
+    """The run of a run folder, or the runs of a sweep's folder that have begun to log.
 
     Raises:
         UserError: it is none, or nothing has been logged there.
     """
+    logs = sorted(folder.glob("*/metrics.jsonl"))
+    if logs and not (folder / "metrics.jsonl").exists():
+        return [read_run(log.parent) for log in logs if log.stat().st_size]
+    return [read_run(folder)]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder, see `read_runs`."""
+    hydra = folder / ".hydra"
     try:
-        settings = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        settings = OmegaConf.load(hydra / "config.yaml")
+        given = OmegaConf.load(hydra / "overrides.yaml")
         rows = json_lines(folder / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
     assert isinstance(settings, DictConfig)
-    return Run(folder, settings, rows)
+    return Run(folder, settings, [str(each) for each in given], rows)
+
+
+def names_of(kinds: list[list[Run]]) -> list[str]:
+    """What tells runs of several kinds apart: the settings given, if they do, else folders."""
+    given = [
+        [each for each in runs[0].given if not each.startswith(("seed=", "resume="))]
+        for runs in kinds
+    ]
+    of_all = set(given[0]).intersection(*given)
+    names = [" ".join(each for each in one if each not in of_all) for one in given]
+    if len(set(names)) < len(kinds):
+        return [
+            runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "") for runs in kinds
+        ]
+    return [name or "as it is" for name in names]
+
+
+def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A table of runs by kind, the farthest first: means, and standard errors where there are some.
+
+    Returns:
+        the names of the columns, and the colour of its curves and the cells of each kind.
+    """
+    figures = {name: [run.figures() for run in runs] for name, runs in kinds.items()}
+    columns = list(dict.fromkeys(key for found in figures.values() for one in found for key in one))
+    rows = []
+    for (name, found), colour in zip(figures.items(), _colours(), strict=False):
+        cells = []
+        for column in columns:
+            values = np.array([one[column] for one in found if column in one])
+            digits = 2 if column == "inverse gain" else 0
+            text = f"{values.mean():.{digits}f}" if len(values) else "-"
+            if len(values) > 1:
+                text += f" ± {standard_error(values):.{digits}f}"
+            cells.append(text)
+        mean = np.mean([one.get("distance", 0) for one in found])
+        rows.append((mean, colour, [name, str(len(found)), *cells]))
+    rows.sort(key=lambda row: -row[0])
+    return ["kind", "runs", *columns], [(colour, cells) for _, colour, cells in rows]
 
 
 def write_report(runs: list[Run], out: Path) -> None:
@@ -127,15 +193,16 @@ def write_report(runs: list[Run], out: Path) -> None:
     Raises:
         UserError: `out` cannot be written.
     """
-    kinds: dict[str, list[Run]] = {}
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        kinds.setdefault(run.kind, []).append(run)
+        by_settings.setdefault(run.kind, []).append(run)
+    kinds = dict(zip(names_of([*by_settings.values()]), by_settings.values(), strict=True))
     single = runs[0] if len(runs) == 1 else None
     page = TEMPLATE.render(
         title=single.name if single else f"{len(runs)} runs",
-        runs=[(run.name, run.facts()) for run in runs],
-        facts=list(dict.fromkeys(name for run in runs for name in run.facts())),
-        charts=list(_charts(list(kinds.values()))),
+        facts=single.facts() if single else None,
+        compared=None if single else compared(kinds),
+        charts=list(_charts(kinds)),
         maps=list(_maps(single.folder)) if single else [],
         clip=_clip(single.folder) if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
@@ -145,13 +212,13 @@ def write_report(runs: list[Run], out: Path) -> None:
     write_bytes(out, page.encode())
 
 
-def _charts(kinds: list[list[Run]]) -> Iterator[tuple[str, str]]:
+def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
     """A question and the SVG of its charts, for each question."""
     for question, charts in CHARTS.items():
         known = {
             title: names
             for title, names in charts.items()
-            if any(name in row for runs in kinds for name in names for row in runs[0].rows)
+            if any(name in row for runs in kinds.values() for name in names for row in runs[0].rows)
         }
         if not known:
             continue
@@ -163,15 +230,15 @@ def _charts(kinds: list[list[Run]]) -> Iterator[tuple[str, str]]:
         grid = {**room, "wspace": 0.12, "hspace": 0.45}
         all_axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).flatten()
         for axes, (title, names) in zip(all_axes, known.items(), strict=False):
-            for runs, colour in zip(kinds, _colours(), strict=False):
+            for number, (runs, colour) in enumerate(zip(kinds.values(), _colours(), strict=False)):
                 for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
-                    label = _label(runs) if len(kinds) > 1 else name.partition("/")[2]
+                    label = "_" if number else name.partition("/")[2]  # "_": not in the legend
                     _curve(axes, runs, name, label, colour, style)
             axes.set_title(title, loc="left", fontsize=11)
             axes.set_xlabel("agent steps, thousands")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            if len(kinds) > 1 or len(names) > 1:
+            if len(names) > 1:
                 axes.legend(frameon=False, fontsize=8)
         for axes in all_axes[len(known) :]:
             axes.set_visible(False)
@@ -186,10 +253,6 @@ def _colours() -> Iterator[str]:
         yield from COLOURS
 
 
-def _label(runs: list[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{runs[0].name} and {len(runs) - 1} more"
-
-
 def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, style: str) -> None:
     """Mean over runs and a band of ± one standard error; of a single run also the raw values."""
     shortest = min(len(run.rows) for run in runs)
@@ -200,7 +263,7 @@ def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, sty
     mean = values.mean(0)
     axes.plot(steps, mean, style, color=colour, label=label)
     if len(runs) > 1:
-        error = values.std(0, ddof=1) / np.sqrt(len(runs))
+        error = standard_error(values)
         axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
     else:
         axes.plot(steps, runs[0].values(metric)[:shortest], style, color=colour, alpha=0.2, lw=0.8)
