@@ -157,7 +157,9 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
     _made(folder)
     if not folder.is_dir() or ({file.name for file in folder.iterdir()} - {LOCK}):
         if not (folder / SETTINGS).exists():
-            raise UserError(f"hydra.run.dir={folder}: exists, and is no run folder")
+            raise UserError(
+                f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
+            )
         own_checkpoint(settings, folder)
 
 

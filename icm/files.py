@@ -38,6 +38,8 @@ def lock(folder: Path) -> FileLock:
         found.acquire()
     except Timeout:
         raise UserError(f"{folder}: another training writes there; give another folder") from None
+    except OSError as error:
+        raise WriteError(f"cannot write to {folder}: {error.strerror}") from None
     return found
 
 

@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, SMALL, run_script
+from omegaconf import OmegaConf
 
+from icm import checkpoint
+from icm.exploration import restored
 from icm.files import lock
 
 LENGTH = ("total_steps=192", "checkpoint.every=64")
@@ -87,3 +90,18 @@ def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_pat
     assert done.stderr.splitlines()[-1].startswith("train.py: error: agent.lr=-1")
     assert "Traceback" not in done.stderr
     assert [line["step"] for line in metrics_of(tmp_path / "1_agent.lr=0.001")] == [32]
+
+
+def test_a_search_tries_settings_and_says_which_were_best(tmp_path: Path) -> None:
+    small = [s for s in SMALL[1:] if "steps_per_update" not in s]
+    done = run_script(
+        *("train.py", "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2"),
+        *(*small, "agent.rollout_steps=16", "total_steps=96", f"hydra.sweep.dir={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    best = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    checkpoints = list(tmp_path.glob("*/checkpoints/latest.pt"))
+    assert len(checkpoints) == 2
+    found = [restored(checkpoint.load(path)["exploration"]).objective() for path in checkpoints]
+    assert best.best_value == max(found) > 0
+    assert 1e-4 <= best.best_params["agent.lr"] <= 1e-3

@@ -194,10 +194,10 @@ def _two_runs_in_one_folder(folder: Path, found: Findings) -> str:
     while all(each.process.poll() is None for each in both) and not both[0].latest.exists():
         time.sleep(0.05)
     loser, winner = sorted(both, key=lambda each: each.process.poll() is None)
-    line = _refused(loser, found, "a run needs a new or an empty folder")
+    line = _refused(loser, found, "give another folder")
     found.expect(winner.wait_for(winner.latest), f"the other one too: {winner.last_words()}")
     third = Training(folder / "run", SETTINGS)
-    _refused(third, found, "a run needs a new or an empty folder")
+    _refused(third, found, "give another folder")
     status = winner.end(signal.SIGTERM, found)
     found.expect(status == 143 and winner.saved() > 0, f"exit {status}: {winner.last_words()}")
     return line
