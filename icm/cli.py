@@ -180,6 +180,8 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
     Raises:
         UserError: the settings are not those of that run, whether it has saved anything or not.
     """
+    if not (folder / SETTINGS).exists():  # the user wants none: hydra.output_subdir=null
+        return None
     latest = folder / "checkpoints" / "latest.pt"
     found: tuple[Path, dict[str, Any]] | None = None
     before: Any = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS))

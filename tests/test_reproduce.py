@@ -1,7 +1,6 @@
 """Redoing a row of the results with the real scripts."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ def steps(path: Path) -> list[int]:
 
 
 def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
-    # a training that was interrupted before it had saved anything
-    done = run_script(
-        "train.py", *TINY, "seed=1", "device=cpu", f"hydra.run.dir={tmp_path / 'tiny_seed1'}"
-    )
-    assert done.returncode == 0, done.stderr
-    shutil.rmtree(tmp_path / "tiny_seed1" / "checkpoints")
-
     printed = reproduce(tmp_path, "tiny")
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("$")] == [
         "train.py",

@@ -15,12 +15,11 @@ from icm import checkpoint
 from icm.exploration import restored
 from icm.files import lock
 
-LENGTH = ("total_steps=192", "checkpoint.every=64")
+LENGTH = ("total_steps=128", "checkpoint.every=64")
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def killed(folder: Path, *arguments: str) -> None:
@@ -40,35 +39,31 @@ def killed(folder: Path, *arguments: str) -> None:
 
 
 def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # all of it in new processes: in forks of one, last digits differ
-    done = run_script("train.py", *SMALL, *LENGTH, f"hydra.run.dir={whole}", env={})
-    assert done.returncode == 0, done.stderr
-
-    killed(broken, f"hydra.run.dir={broken}")
-    with (broken / "metrics.jsonl").open("a") as file:  # what it did after it had saved
-        file.write('{"step": 160}\n{"step": 19')
-    again = (*SMALL, *LENGTH, f"hydra.run.dir={broken}")
-    holder = lock(broken)
+    run = tmp_path / "run"
+    killed(run, f"hydra.run.dir={run}")
+    with (run / "metrics.jsonl").open("a") as file:  # what it did after it had saved
+        file.write('{"step": 96}\n{"step": 12')
+    again = (*SMALL, *LENGTH, f"hydra.run.dir={run}")
+    holder = lock(run)
     done = run_script("train.py", *again)
     assert done.returncode == 2
     assert "another training writes there" in done.stderr
     holder.release()
-    done = run_script("train.py", *again, env={})
-    assert done.returncode == 0, done.stderr
-    assert "of running episodes again" in done.stdout
-    assert metrics_of(broken) == metrics_of(whole)
     done = run_script("train.py", *again)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"complete: {broken}\n"
+    assert "of running episodes again" in done.stdout
+    assert [line["step"] for line in metrics_of(run)] == [32, 64, 96, 128]
+    assert all("policy/entropy" in line for line in metrics_of(run))
+    done = run_script("train.py", *again)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"complete: {run}\n"
 
 
 def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    names = ["0_curiosity=icm,seed=1", "1_curiosity=icm,seed=2", "2_curiosity=none,seed=1",
-             "3_curiosity=none,seed=2"]  # fmt: skip
+    names = ["0_curiosity=icm", "1_curiosity=none", "2_curiosity=rnd"]
     runs = [folder / name for name in names]
-    given = ("-m", "curiosity=icm,none", "seed=1,2", f"hydra.sweep.dir={folder}")
+    given = ("-m", "curiosity=icm,none,rnd", f"hydra.sweep.dir={folder}")
     killed(runs[1], *given)
     finished = (runs[0] / "checkpoints" / "latest.pt").stat().st_mtime_ns
 
@@ -78,7 +73,7 @@ def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -
     assert (runs[0] / "checkpoints" / "latest.pt").stat().st_mtime_ns == finished
     assert sorted(run.name for run in folder.iterdir() if run.is_dir()) == names
     for run in runs:
-        assert [line["step"] for line in metrics_of(run)] == [32, 64, 96, 128, 160, 192]
+        assert [line["step"] for line in metrics_of(run)] == [32, 64, 96, 128]
 
 
 def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:
@@ -95,13 +90,11 @@ def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_pat
 def test_a_search_tries_settings_and_says_which_were_best(tmp_path: Path) -> None:
     small = [s for s in SMALL[1:] if "steps_per_update" not in s]
     done = run_script(
-        *("train.py", "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2"),
-        *(*small, "agent.rollout_steps=16", "total_steps=96", f"hydra.sweep.dir={tmp_path}"),
+        *("train.py", "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=1"),
+        *(*small, "agent.rollout_steps=16", "total_steps=64", f"hydra.sweep.dir={tmp_path}"),
     )
     assert done.returncode == 0, done.stderr
     best = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    checkpoints = list(tmp_path.glob("*/checkpoints/latest.pt"))
-    assert len(checkpoints) == 2
-    found = [restored(checkpoint.load(path)["exploration"]).objective() for path in checkpoints]
-    assert best.best_value == max(found) > 0
+    (path,) = tmp_path.glob("*/checkpoints/latest.pt")
+    assert best.best_value == restored(checkpoint.load(path)["exploration"]).objective() > 0
     assert 1e-4 <= best.best_params["agent.lr"] <= 1e-3

@@ -125,10 +125,10 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: it is none, or nothing has been logged there.
     """
+    if (folder / "metrics.jsonl").exists():
+        return [read_run(folder)]
     logs = sorted(folder.glob("*/metrics.jsonl"))
-    if logs and not (folder / "metrics.jsonl").exists():
-        return [read_run(log.parent) for log in logs if log.stat().st_size]
-    return [read_run(folder)]
+    return [read_run(log.parent) for log in logs if log.stat().st_size] or [read_run(folder)]
 
 
 def read_run(folder: Path) -> Run:
