@@ -160,7 +160,10 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             raise UserError(
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
             )
-        own_checkpoint(settings, folder)
+        if own_checkpoint(settings, folder) is None:
+            must_be_same(
+                folder, OmegaConf.to_container(OmegaConf.load(folder / SETTINGS)), settings
+            )
 
 
 def is_given(config: DictConfig, key: str) -> bool:
@@ -178,18 +181,20 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
     """The checkpoint with which the run of a folder goes on, and its content, if there is one.
 
     Raises:
-        UserError: the settings are not those of that run, whether it has saved anything or not.
+        UserError: the settings are not those of that run.
     """
-    if not (folder / SETTINGS).exists():  # the user wants none: hydra.output_subdir=null
-        return None
     latest = folder / "checkpoints" / "latest.pt"
-    found: tuple[Path, dict[str, Any]] | None = None
-    before: Any = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS))
-    if latest.exists():
-        from icm import checkpoint  # here, because torch takes its time to import
+    if not latest.exists():
+        return None
+    from icm import checkpoint  # here, because torch takes its time to import
 
-        found = checkpoint.newest_whole(latest)
-        before = found[1]["config"]
+    path, content = checkpoint.newest_whole(latest)
+    must_be_same(folder, content["config"], config)
+    return path, content
+
+
+def must_be_same(folder: Path, before: Any, config: Config) -> None:
+    """Refuse settings that are not those, plain containers, of the run in a folder."""
     was, now = flat(before), flat(asdict(config))
     for name in sorted(now.keys() - {"resume"}):
         if now[name] != was.get(name):
@@ -197,7 +202,6 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
                 f"{folder}: exists, with a run of {name}={was.get(name)}, not {now[name]}; "
                 "give another folder"
             )
-    return found
 
 
 def _made(folder: Path) -> bool:

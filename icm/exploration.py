@@ -144,7 +144,7 @@ class Exploration:
 
     def average(self) -> float | None:
         """Mean score of the latest episodes; None of fewer than `LATEST`."""
-        return sum(self.latest) / LATEST if len(self.latest) == LATEST else None
+        return self.objective() if len(self.latest) == LATEST else None
 
     def news(self) -> dict[str, Region]:
         """Where somebody has been since the last call.

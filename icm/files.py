@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from icm.errors import UserError, WriteError
 
@@ -27,20 +27,18 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 LOCK = ".lock"
 
 
-def lock(folder: Path) -> FileLock:
-    """A run folder that no other process may write to while the result is kept.
+def lock(folder: Path) -> AcquireReturnProxy:
+    """Let no other process write to a run folder while the result is kept, or in its context.
 
     Raises:
         UserError: another one does.
     """
-    found = FileLock(folder / LOCK, blocking=False, is_singleton=True)
     try:
-        found.acquire()
+        return FileLock(folder / LOCK, blocking=False, is_singleton=True).acquire()
     except Timeout:
         raise UserError(f"{folder}: another training writes there; give another folder") from None
     except OSError as error:
         raise WriteError(f"cannot write to {folder}: {error.strerror}") from None
-    return found
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,9 +1,13 @@
 """What the tests share: the composed settings, and running the real scripts."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +61,34 @@ def run_script(
     if ended.returncode is None:
         raise subprocess.TimeoutExpired(command, timeout, ended.stdout, ended.stderr)
     return subprocess.CompletedProcess(command, ended.returncode, ended.stdout, ended.stderr)
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """What a run folder's metrics.jsonl has."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_training(*arguments: object, **how: Any) -> subprocess.Popen[str]:
+    """Start scripts/train.py in a session of its own, as of a terminal; `how`: see `Popen`."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        **how,
+    )
+
+
+def killed_training(folder: Path, *arguments: object) -> None:
+    """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
+    process = start_training(*arguments)
+    while not (folder / "checkpoints" / "latest.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 UNSEEN = ("map.every=0", "video.every=0", "report.every=0")

@@ -76,6 +76,7 @@ def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]
         ("ppo", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
         ("ppo", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
         ("pqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
+        ("pqn", ("precision=float32", "compile=on", "curiosity=none"), 1e-3, 2e-3),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Guards may run slower")
@@ -84,7 +85,7 @@ def test_updates_agree_with_plain_float32(
 ) -> None:
     """Losses within `tolerance` of each other, the first gradients within `angle` (radians).
 
-    Means of what is positive and negative are near 0 by chance: a twentieth of `tolerance` is
+    Means of what is positive and negative are near 0 by chance: a hundredth of `tolerance` is
     enough for them.
     """
     losses, gradient = updated(name, *mode)
@@ -92,7 +93,7 @@ def test_updates_agree_with_plain_float32(
     for found, wanted in zip(losses, expected, strict=True):
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
-            smallest = 5e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
+            smallest = 1e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
             expected_value = pytest.approx(value, rel=tolerance, abs=smallest * tolerance)
             assert found[key] == expected_value, key
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)

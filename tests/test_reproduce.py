@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, run_script
+from conftest import SMALL, killed_training, run_script
 
-TINY = [s for s in SMALL if s != "device=cpu"] + ["total_steps=96"]
+TINY = [s for s in SMALL if s != "device=cpu"] + ["total_steps=96", "checkpoint.every=32"]
 ROWS = (
     f"+rows.tiny.train={json.dumps(TINY)}".replace('"', "'"),
     "+rows.tiny.evaluate={sticky:['episodes=1','env.sticky_probability=0.25']}",
@@ -31,7 +31,10 @@ def steps(path: Path) -> list[int]:
 
 
 def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
+    run = tmp_path / "tiny_seed1"
+    killed_training(run, *TINY, "seed=1", "device=cpu", f"hydra.run.dir={run}")
     printed = reproduce(tmp_path, "tiny")
+    assert "of running episodes again" in printed
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("$")] == [
         "train.py",
         "evaluate.py",

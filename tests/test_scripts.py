@@ -14,15 +14,11 @@ import imageio.v2 as imageio
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, UNSEEN, run_script, settings
+from conftest import ROOT, SMALL, UNSEEN, metrics_of, run_script, settings, start_training
 
 from icm import checkpoint
 
 # --- what works ---------------------------------------------------------------------------------
-
-
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_speed(lines: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -260,14 +256,10 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
 def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     """A training in a session of its own, as of a terminal, that has begun to log."""
     hangup = signal.SIG_IGN if nohup else signal.SIG_DFL
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "train.py", *SMALL, f"hydra.run.dir={folder}"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    process = start_training(
+        *SMALL,
+        f"hydra.run.dir={folder}",
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )
     log = folder / "metrics.jsonl"

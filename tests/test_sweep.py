@@ -1,14 +1,8 @@
 """Runs that go on in their own folders, and many of them at once."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from conftest import ROOT, SMALL, run_script
+from conftest import SMALL, killed_training, metrics_of, run_script
 from omegaconf import OmegaConf
 
 from icm import checkpoint
@@ -18,29 +12,9 @@ from icm.files import lock
 LENGTH = ("total_steps=128", "checkpoint.every=64")
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def killed(folder: Path, *arguments: str) -> None:
-    """Kill a training, and all that belongs to it, as soon as a checkpoint is in its folder."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / "train.py", *arguments, *SMALL, *LENGTH],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not (folder / "checkpoints" / "latest.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    killed(run, f"hydra.run.dir={run}")
+    killed_training(run, *SMALL, *LENGTH, f"hydra.run.dir={run}")
     with (run / "metrics.jsonl").open("a") as file:  # what it did after it had saved
         file.write('{"step": 96}\n{"step": 12')
     again = (*SMALL, *LENGTH, f"hydra.run.dir={run}")
@@ -48,7 +22,7 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None
     done = run_script("train.py", *again)
     assert done.returncode == 2
     assert "another training writes there" in done.stderr
-    holder.release()
+    holder.lock.release()
     done = run_script("train.py", *again)
     assert done.returncode == 0, done.stderr
     assert "of running episodes again" in done.stdout
@@ -64,7 +38,7 @@ def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -
     names = ["0_curiosity=icm", "1_curiosity=none", "2_curiosity=rnd"]
     runs = [folder / name for name in names]
     given = ("-m", "curiosity=icm,none,rnd", f"hydra.sweep.dir={folder}")
-    killed(runs[1], *given)
+    killed_training(runs[1], *given, *SMALL, *LENGTH)
     finished = (runs[0] / "checkpoints" / "latest.pt").stat().st_mtime_ns
 
     faster = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
