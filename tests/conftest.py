@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,23 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The run folder of a real, short training on the real game; one for all test processes."""
+def for_all(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all test processes share."""
     mine = tmp_path_factory.getbasetemp()
-    folder = (mine if worker_id == "master" else mine.parent) / "trained"
+    return mine if worker_id == "master" else mine.parent
+
+
+@pytest.fixture
+def shared_memory(for_all: Path) -> Iterator[None]:
+    """For a test that has named shared memory, or looks whether any is left: one at a time."""
+    with FileLock(for_all / "shared_memory.lock"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(for_all: Path) -> Path:
+    """The run folder of a real, short training on the real game; one for all test processes."""
+    folder = for_all / "trained"
     more = ("map.every=32", "video.every=32", "report.every=32", "compile=auto")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

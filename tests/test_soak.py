@@ -16,6 +16,7 @@ from icm.soak.pieces import compare
 from icm.soak.program import Findings
 
 
+@pytest.mark.usefixtures("shared_memory")
 def test_a_short_soak_holds_and_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "soak"
     short = ("parts=[kills,files]", "kills=1", "files=1", "seed=14", f"folder={folder}")

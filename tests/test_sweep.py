@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import SMALL, killed_training, metrics_of, run_script
 from omegaconf import OmegaConf
 
@@ -33,6 +34,7 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None
     assert done.stdout == f"complete: {run}\n"
 
 
+@pytest.mark.usefixtures("shared_memory")  # joblib's
 def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     names = ["0_curiosity=icm", "1_curiosity=none", "2_curiosity=rnd"]
