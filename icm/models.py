@@ -116,7 +116,7 @@ class _ELU(torch.autograd.Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         (y,) = ctx.saved_tensors
         return torch.ops.aten.elu_backward(gradient, 1.0, 1.0, 1.0, True, y)
 
@@ -303,4 +303,4 @@ def orthogonal(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
 @torch.no_grad()
 def follow(average: nn.Module, newest: nn.Module, tau: float) -> None:
     """Move the weights of `average` by the share `tau` towards those of its twin `newest`."""
-    torch._foreach_lerp_(list(average.parameters()), list(newest.parameters()), tau)
+    torch._foreach_lerp_([*average.parameters()], [*newest.parameters()], tau)

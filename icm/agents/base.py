@@ -60,8 +60,8 @@ class Common:
     total_updates: int
 
 
-class Agent(ABC):
-    """Acts, observes and learns.
+class Agent[Batch](ABC):
+    """Acts, observes and learns, from a `Batch` per update.
 
     A subclass says what it prefers (`choose`) and how it learns (`due`, `update`, `losses`).
 
@@ -331,16 +331,16 @@ class Agent(ABC):
         """
 
     @abstractmethod
-    def losses(self, *batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch on the device, and its parts."""
 
-    def loss_and_parts(self, *batch: Any) -> tuple[Tensor, list[str], Tensor]:
+    def loss_and_parts(self, batch: Batch) -> tuple[Tensor, list[str], Tensor]:
         """What `losses` returns, the parts as their names and one tensor (parts,).
 
         As a tensor of its own each, a part that equals the loss would be the same one as the loss
         for the compiler (PyTorch 2.15), which then has no gradient: where nothing is curious.
         """
-        loss, parts = self.losses(*batch)
+        loss, parts = self.losses(batch)
         return loss, list(parts), torch.stack(list(parts.values()))
 
     def signal_loss(self, x: Tensor, batch: Sequences) -> tuple[Errors, Tensor, dict[str, Tensor]]:
@@ -368,7 +368,7 @@ class Agent(ABC):
         done = min(self.updates / self.total_updates, 1.0)
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 
-    def descend(self, *batch: Any) -> dict[str, Tensor]:
+    def descend(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step on a batch for `losses`; the parts of the loss.
 
         A loss or gradients that are not finite change no weights.
@@ -377,7 +377,7 @@ class Agent(ABC):
         learner["lr"], signal["lr"] = self.learning_rate(), self.curiosity.lr
         self.signal.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, names, parts = self._losses(*batch)
+        loss, names, parts = self._losses(batch)
         loss.backward()
         norms = [
             nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
@@ -386,7 +386,7 @@ class Agent(ABC):
         finite = torch.stack((loss.detach(), *norms)).isfinite().all()
         # as `torch.amp.GradScaler` lets a fused optimizer skip a step, on its device: nothing waits
         skipped = 1.0 - finite.float()
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped  # pyrefly: ignore[missing-attribute]
         self.optimizer.step()
         self.skipped += skipped
         self.skipped_running = (self.skipped_running + skipped) * skipped

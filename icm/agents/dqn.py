@@ -15,6 +15,7 @@ could keep. Averaged values change slowly.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,7 +81,16 @@ def bootstraps_at_end(terminal: Tensor, truncated: Tensor, reset: Tensor, n: int
     return n_step_targets(rewards, values, terminal, truncated, reset, 1.0, n) > 0
 
 
-class DQN(Agent):
+@dataclass
+class Batch:
+    """What an update learns from, all on the device."""
+
+    sequences: Sequences  # (B, L)
+    novelty: Tensor  # of the states they led to, scaled, float32 (B, L)
+    usual: Tensor  # see `Interest.usual`; the surprise is today's, so that what is known bores
+
+
+class DQN(Agent[Batch]):
     """Q-learning from a replay memory.
 
     Args:
@@ -117,60 +127,56 @@ class DQN(Agent):
     def update(self) -> dict[str, Tensor]:
         """One gradient step, see `Agent.update`."""
         config = self.config
-        batch = self.memory.sample(config.batch_size, config.sequence_length, self.generator)
+        drawn = self.memory.sample(config.batch_size, config.sequence_length, self.generator)
         parts = self.descend(
-            batch.to(self.device),
-            self.scale(batch.novelty).to(self.device),
-            self.interest.usual().to(self.device),
+            Batch(
+                sequences=drawn.to(self.device),
+                novelty=self.scale(drawn.novelty).to(self.device),
+                usual=self.interest.usual().to(self.device),
+            )
         )
         follow(self.target, self.qnetwork, config.target_tau)
         return parts
 
-    def losses(
-        self, batch: Sequences, novelty: Tensor, usual: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al., eq. 7), and its parts.
-
-        Args:
-            batch: on the device.
-            novelty: scaled, float32 (B, L).
-            usual: see `Interest.usual`; the surprise is today's, so that what is known bores.
-        """
-        config = self.config
-        size, length = batch.actions.shape
-        valid = ~batch.reset
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al. 2017, eq. 7), and its parts."""
+        config, sequences = self.config, batch.sequences
+        size, length = sequences.actions.shape
+        valid = ~sequences.reset
         with self._autocast():
-            x = self._input(batch.states.flatten(0, 1))
-            previous = batch.previous.flatten()
+            x = self._input(sequences.states.flatten(0, 1))
+            previous = sequences.previous.flatten()
             q = self.qnetwork(x, previous).unflatten(0, (size, length + 1)).float()
-            errors, signal_loss, parts = self.signal_loss(x, batch)
+            errors, signal_loss, parts = self.signal_loss(x, sequences)
             with torch.no_grad():
                 target_q = self.target(x, previous).unflatten(0, (size, length + 1)).float()
         surprise = errors.surprise.view(size, length)
-        rewards = self.curiosity.coef * self.interest(surprise, usual) * novelty
-        rewards = rewards + self.curiosity.extrinsic_coef * batch.rewards
+        rewards = self.curiosity.coef * self.interest(surprise, batch.usual) * batch.novelty
+        rewards = rewards + self.curiosity.extrinsic_coef * sequences.rewards
 
         with torch.no_grad():
             # the online network chooses, the target network judges
             values = target_q.gather(2, q.argmax(2, keepdim=True)).squeeze(2)
-            terminal = batch.terminated & config.death_is_terminal
+            terminal = sequences.terminated & config.death_is_terminal
             returns = n_step_targets(
                 rewards,
                 values,
                 terminal,
-                batch.truncated,
-                batch.reset,
+                sequences.truncated,
+                sequences.reset,
                 config.discount,
                 config.n_step,
             )
-            advantages = target_q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
+            advantages = target_q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
             advantages = advantages - values[:, :-1]
             returns = returns + config.advantage_learning * advantages
             # where the sequence breaks off at a death, the start it leads to is not in sight
-            blind = (batch.terminated & ~terminal & valid)[:, -1:]
-            needs_end = bootstraps_at_end(terminal, batch.truncated, batch.reset, config.n_step)
+            blind = (sequences.terminated & ~terminal & valid)[:, -1:]
+            needs_end = bootstraps_at_end(
+                terminal, sequences.truncated, sequences.reset, config.n_step
+            )
             learnable = valid & ~(blind & needs_end)
-        chosen = q[:, :-1].gather(2, batch.actions.unsqueeze(2)).squeeze(2)
+        chosen = q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = masked_mean(td_error, learnable)
         parts["loss/q"] = q_loss.detach()

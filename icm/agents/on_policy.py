@@ -63,7 +63,7 @@ class Batch:
     replayed: Sequences  # of everything remembered, for the curiosity signal
 
 
-class OnPolicy(Agent):
+class OnPolicy(Agent[Batch]):
     """Learns from the newest rollout, in `epochs` passes, while the next one is made.
 
     So environments never wait for a learner that works through a whole rollout at once. Its

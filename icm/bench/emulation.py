@@ -61,7 +61,7 @@ def environment_steps(config: EnvConfig, with_state: bool = True) -> Measure:
     env: Env = make_env(config)
     if not with_state:
         while not isinstance(env, GreyImage):
-            env = env.env  # type: ignore[attr-defined]
+            env = env.env  # pyrefly: ignore[missing-attribute]
         env = env.env
     env.reset(seed=0)
     random = np.random.default_rng(0)

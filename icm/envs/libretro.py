@@ -275,7 +275,8 @@ class Core:
             if library.retro_get_memory_size(MEMORY_SYSTEM_RAM) != RAM_SIZE or not self.state_size:
                 raise UserError(f"env.core={path}: shows no NES memory, or cannot save its state")
             # not when Python exits: views of the memory may still be in use then
-            weakref.finalize(self, undo.pop_all().close).atexit = False
+            closing = weakref.finalize(self, undo.pop_all().close)
+            closing.atexit = False  # pyrefly: ignore[missing-attribute]
 
     def ram(self) -> np.ndarray:
         """A live view of the memory, uint8 (2048,), that keeps the core loaded."""
