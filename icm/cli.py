@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from icm.config import Config, flat, parse_config
 from icm.errors import UserError
 from icm.files import LOCK, lock
 from icm.processes import discard
+from icm.ranks import RANK, WORLD_SIZE
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SETTINGS = ".hydra/config.yaml"
@@ -49,6 +52,11 @@ def leave() -> None:
     """Exit with status 1 because nobody reads the output any more."""
     discard(sys.stdout.fileno())
     sys.exit(1)
+
+
+def one_voice() -> AbstractContextManager[None]:
+    """Inside, of all ranks the first alone prints."""
+    return nullcontext() if RANK == 0 else redirect_stdout(None)
 
 
 def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -81,14 +89,23 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 class RunFolder(Callback):
-    """Before Hydra writes: takes over a checkpoint's settings, checks, claims a new folder."""
+    """Before Hydra writes: takes over a checkpoint's settings, checks, claims a new folder.
+
+    The first rank does; the others have a folder that goes with them.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the class. Hydra only warns of exceptions here, so a mistake exits at once."""
         try:
             if config.resume is not None:
                 adopt_settings(config)
-            claim_folder(config, parse_config(config))
+            settings = parse_config(config)
+            if RANK > 0:
+                self.folder = tempfile.TemporaryDirectory(prefix="icm-rank-")
+                with read_write(config):
+                    config.hydra.run.dir = self.folder.name
+                return
+            claim_folder(config, settings)
             # as long as this process lives
             self.lock = lock(Path(config.hydra.run.dir))
         except (UserError, OmegaConfBaseException) as error:
@@ -99,6 +116,8 @@ class RunFolder(Callback):
 
         Its runs are named by what they differ in.
         """
+        if WORLD_SIZE > 1:
+            fail(UserError("-m: torchrun trains one agent at a time; a sweep needs a launcher"))
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         equal = [each.get_key_element() for each in overrides if not each.is_sweep_override()]
         more = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(equal)}]"]

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from icm.errors import UserError
+from icm.ranks import WORLD_SIZE
 
 
 @dataclass
@@ -357,6 +358,9 @@ def _check(config: Config) -> None:
     ):
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
+    for name, value in given("env.num_envs", "agent.batch_size", "agent.replayed"):
+        if value % WORLD_SIZE:
+            raise UserError(f"{name}={value}: must be a multiple of {WORLD_SIZE}, the world size")
     for name, value in given(
         "seed",
         "map.every",

@@ -5,27 +5,29 @@ import os
 import torch
 
 from icm.errors import UserError
+from icm.ranks import CORES, LOCAL_RANK
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device.
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; `cuda` is one GPU for each rank.
 
     Raises:
         UserError: the name is none of these, or there is no such GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda", 0) if count else torch.device("cpu")
+        name = "cuda" if count else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (":" in name and not index.isdigit()):
+    kind, colon, index = name.partition(":")
+    if kind != "cuda" or (colon and not index.isdigit()):
         raise UserError(f"device={name}: unknown device; one of auto, cpu, cuda, cuda:N")
-    if int(index or 0) >= count:
+    number = int(index) if colon else LOCAL_RANK
+    if number >= count:
         raise UserError(
             f"device={name}: {count} CUDA devices available here; device=cpu or device=auto work"
         )
-    return torch.device("cuda", int(index or 0))
+    return torch.device("cuda", number)
 
 
 def share_cores() -> None:
@@ -35,7 +37,7 @@ def share_cores() -> None:
     on two busy cores, two threads were measured to learn down to 8 times slower than one.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.process_cpu_count() or 2) // 2))
+        torch.set_num_threads(max(1, CORES // 2))
 
 
 def busy_cores(device: torch.device) -> int:

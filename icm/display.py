@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from icm.processes import discard
+from icm.ranks import RANK
 
 PHASES = ("act", "observe", "update", "wait")
 PLAIN_EVERY = 60.0  # seconds between two plain lines
@@ -17,8 +18,8 @@ PLAIN_EVERY = 60.0  # seconds between two plain lines
 class Stderr(Console):
     """The console of a program that goes on when nobody reads what it says any more."""
 
-    def __init__(self) -> None:
-        super().__init__(stderr=True)
+    def __init__(self, is_quiet: bool) -> None:
+        super().__init__(stderr=True, quiet=is_quiet)
 
     def on_broken_pipe(self) -> None:
         """See the class; rich would end the program."""
@@ -37,7 +38,7 @@ class Display:
         self.total_steps = total_steps
         self.saved: int | None = None
         self.printed = time.monotonic()
-        console = Stderr()
+        console = Stderr(is_quiet=RANK > 0)
         self.is_live = console.is_terminal
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),

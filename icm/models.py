@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.collectives import own
+from icm.ranks import WORLD_SIZE
+
 INPUT_NORMS = ("standard", "scale", "stack")
 NO_ACTION = -1
 """Stands for the previous action where an episode has just begun."""
@@ -227,7 +230,8 @@ class InverseNet(nn.Module):
         self, features: Tensor, next_features: Tensor, previous: Tensor | None = None
     ) -> Tensor:
         """Map phi(s) and phi(s'), both (batch, F), to action logits (batch, num_actions)."""
-        shown = self.dropout(torch.ones_like(features))
+        # drawn for all ranks, so that every part of the batch has its own
+        shown = own(self.dropout(features.new_ones(len(features) * WORLD_SIZE, features.shape[1])))
         both = torch.cat((features * shown, next_features * shown), dim=1)
         return self.linear2(F.relu(self.linear1(with_previous(both, previous, self.num_previous))))
 

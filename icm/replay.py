@@ -10,6 +10,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from icm.collectives import own
 from icm.models import NO_ACTION
 
 
@@ -125,6 +126,8 @@ class Replay:
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Sequences:
         """Draw `batch` sequences of `length` slots uniformly (see `Sequences` for shapes).
 
+        Every rank draws the same ones, and gets its part of them.
+
         Raises:
             ValueError: too little is stored (see `can_sample`).
         """
@@ -133,7 +136,7 @@ class Replay:
         # what belongs to the oldest states is already overwritten
         starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
-        return self.gather(self.head - self.size + starts, envs, length)
+        return self.gather(self.head - self.size + own(starts), own(envs), length)
 
     def gather(self, starts: Tensor, envs: Tensor, length: int) -> Sequences:
         """Sequences of `length` slots from `starts` on, of `envs`: both int64 (B, 1), on the CPU.

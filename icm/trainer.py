@@ -16,6 +16,7 @@ from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent, BrokenDownError
+from icm.collectives import all_objects, greatest, seconds
 from icm.config import Config, flat
 from icm.display import Display
 from icm.envs import episodes_in
@@ -26,6 +27,8 @@ from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
 from icm.processes import HANGUP, SIGNALS, leave_terminal
+from icm.ranks import RANK, WORLD_SIZE
+from icm.shared_envs import SharedVectorEnv
 from icm.tracking import Tracker
 from icm.versions import versions
 from icm.viz.gallery import Gallery
@@ -39,6 +42,8 @@ HURRY = 5.0  # seconds for drawing after a signal: some send a stronger one afte
 class Trainer:
     """Trains an agent in a vector environment and keeps its run folder.
 
+    All ranks do the same; the first alone saves.
+
     Args:
         agent: the learner.
         envs: environments that reset themselves on the step after an episode's end (NEXT_STEP).
@@ -49,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         agent: Agent,
-        envs: WorkerVectorEnv,
+        envs: WorkerVectorEnv | SharedVectorEnv,
         folder: Path,
         config: Config,
     ) -> None:
@@ -90,7 +95,8 @@ class Trainer:
                             self.save()
                     drawn = self.gallery.update(self.step, self.envs.num_envs, self.exploration)
                     self._show(drawn)
-                    if self.stopped_by is not None:
+                    if number := greatest(self.stopped_by or 0):  # all ranks stop together
+                        self.stopped_by = number
                         break
                 if self.step >= total:  # or else whoever goes on completes the interval
                     self._log(clock)
@@ -105,8 +111,9 @@ class Trainer:
                 f"(it is {self.config.agent.lr:g}) or with precision=float32"
             ) from None
         except WriteError:
-            with suppress(WriteError):  # this may be possible, in spite of that
-                self.save()
+            if WORLD_SIZE == 1:
+                with suppress(WriteError):  # this may be possible, in spite of that
+                    self.save()
             raise
         finally:
             self.gallery.close()
@@ -209,6 +216,8 @@ class Trainer:
         metrics |= clock.speeds(self.step, self.config.env.action_repeat)
         metrics |= self.agent.policy.statistics(self.step)
         metrics["workers/failures"] = self.envs.failures
+        if WORLD_SIZE > 1:
+            metrics["speed/ranks_share"] = max(all_objects(seconds() / clock.seconds))
         metrics["learner/skipped"] = self.agent.skipped.item()
         self.tracker.write(self.step, metrics)
         self.display.show(self.step, metrics)
@@ -286,6 +295,8 @@ class Trainer:
             "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),
         }
+        if RANK > 0:
+            return
         checkpoints = self.folder / "checkpoints"
         memory = checkpoints / memory_name(self.step)
         checkpoint.save(memory, self.agent.memory_dict())
@@ -349,6 +360,7 @@ class Clock:
 
     def __init__(self, step: int) -> None:
         self.since, self.step = time.perf_counter(), step
+        self.seconds = 0.0  # of the latest interval
         self.phases: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -361,7 +373,7 @@ class Clock:
     def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
         """The `speed/` metrics since the last call."""
         now = time.perf_counter()
-        seconds = now - self.since
+        seconds = self.seconds = now - self.since
         rate = (step - self.step) / seconds
         speeds = {"speed/agent_steps_per_s": rate, "speed/frames_per_s": rate * action_repeat}
         speeds |= {f"speed/{name}_share": spent / seconds for name, spent in self.phases.items()}

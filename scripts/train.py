@@ -1,12 +1,16 @@
 """Train an agent: `python scripts/train.py [key=value ...]`; `--help` lists the settings."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from icm import cli
 from icm.config import Config, parse_config
+from icm.ranks import WORLD_SIZE
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(settings: DictConfig) -> float:
@@ -16,35 +20,49 @@ def main(settings: DictConfig) -> float:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from icm.exploration import restored
+    # only now, because torch takes its time to import
+    from icm.collectives import all_objects, together
+    from icm.device import resolve_device
     from icm.files import lock
 
     config = parse_config(settings)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with lock(folder):
-        if own := cli.own_checkpoint(config, folder):
-            path, content = own
-            if content["step"] >= config.total_steps:
-                print(f"complete: {folder}")
-                return restored(content["exploration"]).objective()
-            config.resume = str(path)
-        return train(config, folder)
+    device = resolve_device(config.device)
+    with lock(folder), together(device), cli.one_voice():
+        config.resume, objective = all_objects(going_on(config, folder))[0]
+        if objective is not None:
+            print(f"complete: {folder}")
+            return objective
+        return train(config, folder, device)
 
 
-def train(config: Config, folder: Path) -> float:
+def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
+    """The checkpoint to continue, and the result if that is complete; of a folder with a run."""
+    from icm.exploration import restored
+
+    own = cli.own_checkpoint(config, folder)
+    if own is None:
+        return config.resume, None
+    path, content = own
+    is_complete = content["step"] >= config.total_steps
+    return str(path), restored(content["exploration"]).objective() if is_complete else None
+
+
+def train(config: Config, folder: Path, device: "torch.device") -> float:
     """Build environments and agent, and let them train; see `main`."""
     import sys
 
-    # only now, because torch takes its time to import
-    from icm.device import busy_cores, describe_device, resolve_device, share_cores
+    from icm.device import busy_cores, describe_device, share_cores
     from icm.envs import action_count, describe_emulator, make_vector_env
     from icm.factory import build_agent
+    from icm.shared_envs import SharedVectorEnv
     from icm.trainer import Trainer
 
-    device = resolve_device(config.device)
     share_cores()
     print(describe_device(device))
     envs = make_vector_env(config.env, busy_cores(device), scenery=config.map.every > 0)
+    if WORLD_SIZE > 1:
+        envs = SharedVectorEnv(envs)
     try:
         if emulator := describe_emulator(config.env):
             print(emulator)

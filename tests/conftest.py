@@ -69,10 +69,12 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_training(*arguments: object, **how: Any) -> subprocess.Popen[str]:
+def start_training(
+    *arguments: object, launcher: tuple[str, ...] = (), **how: Any
+) -> subprocess.Popen[str]:
     """Start scripts/train.py in a session of its own, as of a terminal; `how`: see `Popen`."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, arguments)],
+        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,

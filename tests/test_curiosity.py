@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from icm.curiosity import ICM, EpisodicNovelty, Errors, Interest, RewardScale, masked_mean
+from icm.curiosity import ICM, EpisodicNovelty, Errors, Interest, MaskedMean, RewardScale
 from icm.curiosity.novelty import CAPACITY
 from icm.models import Fnet, InverseNet, Phi
 
@@ -170,10 +170,10 @@ def test_masked_transitions_are_not_averaged() -> None:
 
 def test_masked_mean() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 10.0]])
-    assert masked_mean(values, torch.tensor([[True, False], [True, True]])).item() == (
+    assert MaskedMean(torch.tensor([[True, False], [True, True]]))(values).item() == (
         pytest.approx(14 / 3)
     )
-    assert masked_mean(values, torch.zeros(2, 2, dtype=torch.bool)).item() == 0
+    assert MaskedMean(torch.zeros(2, 2, dtype=torch.bool))(values).item() == 0
 
 
 # --- gradients ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from icm.agents.policy import Policy, entropy
+from icm.collectives import average_, gathered, own
 from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import (
@@ -177,7 +178,8 @@ class Agent[Batch](ABC):
         Raises:
             BrokenDownError: the policy is not finite.
         """
-        preferences, values = self._choose(states.to(self.device), previous.to(self.device))
+        given = own(states), own(previous)
+        preferences, values = gathered(self._choose(*(tensor.to(self.device) for tensor in given)))
         probabilities = self._probabilities(preferences, step, False)
         self.policy.adapt(probabilities, step)
         actions = torch.multinomial(probabilities, 1, generator=self.action_generator).squeeze(1)
@@ -212,8 +214,11 @@ class Agent[Batch](ABC):
         Shapes as in `observe`.
         """
         self.signal.eval()
-        given = (states, previous, actions, next_states, probabilities)
-        return self._errors(*(tensor.to(self.device) for tensor in given))
+        given = map(own, (states, previous, actions, next_states, probabilities))
+        errors, places = self._errors(*(tensor.to(self.device) for tensor in given))
+        found = {name: value for name, value in vars(errors).items() if value is not None}
+        *whole, places = gathered([*found.values(), places])
+        return Errors(**dict(zip(found, whole, strict=True))), places
 
     def places(self, states: Tensor) -> Tensor:
         """Features (batch, F) of uint8 states (batch, C, H, W) by which they are new or known.
@@ -379,11 +384,12 @@ class Agent[Batch](ABC):
         self.optimizer.zero_grad(set_to_none=True)
         loss, names, parts = self._losses(batch)
         loss.backward()
-        norms = [
-            nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
-            for group in self.optimizer.param_groups
-        ]
-        finite = torch.stack((loss.detach(), *norms)).isfinite().all()
+        loss = loss.detach()
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        gradients = [p.grad for group in groups for p in group if p.grad is not None]
+        average_([*gradients, loss, parts])
+        norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups]
+        finite = torch.stack((loss, *norms)).isfinite().all()
         # as `torch.amp.GradScaler` lets a fused optimizer skip a step, on its device: nothing waits
         skipped = 1.0 - finite.float()
         self.optimizer.found_inf = skipped  # pyrefly: ignore[missing-attribute]

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 from icm.agents.base import Agent, Common
 from icm.agents.policy import ValuePolicy
 from icm.config import DQNConfig
-from icm.curiosity import masked_mean
+from icm.curiosity import MaskedMean
 from icm.models import Qnetwork, follow
 from icm.replay import Replay, Sequences
 
@@ -178,7 +178,7 @@ class DQN(Agent[Batch]):
             learnable = valid & ~(blind & needs_end)
         chosen = q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
-        q_loss = masked_mean(td_error, learnable)
+        q_loss = MaskedMean(learnable)(td_error)
         parts["loss/q"] = q_loss.detach()
-        parts["q/mean"] = masked_mean(chosen.detach(), valid)
+        parts["q/mean"] = MaskedMean(valid)(chosen.detach())
         return config.q_weight * q_loss + signal_loss, parts

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from icm.agents.base import Agent, Common
 from icm.agents.policy import Policy
+from icm.collectives import own
 from icm.config import RolloutConfig
 from icm.replay import Replay, Sequences
 
@@ -181,7 +182,8 @@ class OnPolicy(Agent[Batch]):
         return self.descend(self.batch(numbers))
 
     def batch(self, numbers: Tensor) -> Batch:
-        """Sequences of the rollout by their number, and some drawn from memory."""
+        """This rank's part: sequences of the rollout by number, and some drawn from memory."""
+        numbers = own(numbers)
         length = self.config.sequence_length
         envs = (numbers % self.num_envs).unsqueeze(1)
         starts = (numbers // self.num_envs * length).unsqueeze(1)

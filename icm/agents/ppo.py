@@ -12,7 +12,7 @@ from icm.agents.base import Common
 from icm.agents.on_policy import Batch, OnPolicy
 from icm.agents.policy import LogitPolicy
 from icm.config import PPOConfig
-from icm.curiosity import masked_mean
+from icm.curiosity import MaskedMean
 from icm.models import ActorCritic
 from icm.replay import Replay
 
@@ -63,7 +63,7 @@ class PPO(OnPolicy):
         """L_CLIP - c_1 L_VF + c_2 S of the paper's eq. 9, negated, and the signal's loss."""
         config = self.config
         rollout = batch.rollout
-        valid, shape = ~rollout.reset, rollout.actions.shape
+        mean, shape = MaskedMean(~rollout.reset), rollout.actions.shape
         with self._autocast():
             seen = self._input(batch.replayed.states.flatten(0, 1))
             _, signal_loss, parts = self.signal_loss(seen, batch.replayed)
@@ -78,16 +78,16 @@ class PPO(OnPolicy):
         clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
         advantages, returns = batch.targets["advantages"], batch.targets["returns"]
         gain = torch.minimum(ratio * advantages, clipped * advantages)
-        policy_loss = -masked_mean(gain, valid)
-        value_loss = masked_mean((values - returns).square().sum(2), valid)
-        entropy = masked_mean(-(log_policy.exp() * log_policy).sum(2), valid)
+        policy_loss = -mean(gain)
+        value_loss = mean((values - returns).square().sum(2))
+        entropy = mean(-(log_policy.exp() * log_policy).sum(2))
         loss = policy_loss + config.value_coef * value_loss - config.entropy_coef * entropy
         with torch.no_grad():
             parts |= {
                 "loss/policy": policy_loss.detach(),
                 "loss/value": value_loss.detach(),
-                "policy/kl": masked_mean(ratio - 1 - log_ratio, valid).detach(),
-                "policy/clipped": masked_mean((ratio != clipped).float(), valid).detach(),
-                "value/mean": masked_mean(values.sum(2), valid).detach(),
+                "policy/kl": mean(ratio - 1 - log_ratio).detach(),
+                "policy/clipped": mean((ratio != clipped).float()).detach(),
+                "value/mean": mean(values.sum(2)).detach(),
             }
         return loss + signal_loss, parts

@@ -14,7 +14,7 @@ from icm.agents.base import Common
 from icm.agents.on_policy import Batch, OnPolicy
 from icm.agents.policy import ValuePolicy
 from icm.config import PQNConfig
-from icm.curiosity import masked_mean
+from icm.curiosity import MaskedMean
 from icm.models import Qnetwork
 from icm.replay import Replay
 
@@ -57,7 +57,7 @@ class PQN(OnPolicy):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the mean squared error of the chosen actions' values, and the signal's loss."""
         rollout = batch.rollout
-        valid = ~rollout.reset
+        mean = MaskedMean(~rollout.reset)
         with self._autocast():
             seen = self._input(batch.replayed.states.flatten(0, 1))
             _, signal_loss, parts = self.signal_loss(seen, batch.replayed)
@@ -65,7 +65,7 @@ class PQN(OnPolicy):
             q = self.qnetwork(x, rollout.previous[:, :-1].flatten())
         q = q.float().unflatten(0, rollout.actions.shape)
         chosen = q.gather(2, rollout.actions.unsqueeze(2))
-        loss = 0.5 * masked_mean((chosen - batch.targets["returns"]).square().squeeze(2), valid)
+        loss = 0.5 * mean((chosen - batch.targets["returns"]).square().squeeze(2))
         parts["loss/q"] = loss.detach()
-        parts["q/mean"] = masked_mean(chosen.detach().squeeze(2), valid)
+        parts["q/mean"] = mean(chosen.detach().squeeze(2))
         return loss + signal_loss, parts

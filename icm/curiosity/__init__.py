@@ -7,7 +7,7 @@ from icm.curiosity.novelty import EpisodicNovelty
 from icm.curiosity.random_features import RandomFeatures
 from icm.curiosity.rnd import RND
 from icm.curiosity.scale import Interest, RewardScale
-from icm.curiosity.signal import Errors, Signal, masked_mean, random_features
+from icm.curiosity.signal import Errors, MaskedMean, Signal, random_features
 
 __all__ = [
     "ICM",
@@ -16,10 +16,10 @@ __all__ = [
     "EpisodicNovelty",
     "Errors",
     "Interest",
+    "MaskedMean",
     "NoCuriosity",
     "RandomFeatures",
     "RewardScale",
     "Signal",
-    "masked_mean",
     "random_features",
 ]

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.collectives import own
 from icm.curiosity.signal import Errors, Signal, random_features
 from icm.models import Fnet, Phi
+from icm.ranks import WORLD_SIZE
 
 
 class Disagreement(Signal):
@@ -47,5 +49,7 @@ class Disagreement(Signal):
         variance = predicted.detach().var(0, correction=0).mean(1)
         errors = (predicted - next_features[:, 0]).square().mean(2)
         if self.training:
-            errors = errors * F.dropout(torch.ones_like(errors), 0.5)
+            # drawn for all ranks, so that every part of the batch has its own
+            shown = F.dropout(errors.new_ones(len(errors), errors.shape[1] * WORLD_SIZE), 0.5)
+            errors = errors * own(shown, dim=1)
         return Errors(variance, errors.mean(0))

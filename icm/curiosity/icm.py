@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from icm.curiosity.signal import Errors, Signal, masked_mean
+from icm.curiosity.signal import Errors, MaskedMean, Signal
 from icm.models import Fnet, InverseNet, Phi, follow
 
 
@@ -122,8 +122,8 @@ class ICM(Signal):
         """(1 - beta) L_I + beta L_F (eq. 7) over the transitions where `valid` (batch,) is true."""
         assert errors.forward is not None
         assert errors.inverse is not None
-        forward = masked_mean(errors.forward, valid)
-        inverse = masked_mean(errors.inverse, valid)
+        mean = MaskedMean(valid)
+        forward, inverse = mean(errors.forward), mean(errors.inverse)
         loss = (1 - self.beta) * inverse * self.inverse_scale
         loss = loss + self.beta * forward * self.forward_scale
         return loss, {"loss/forward": forward.detach(), "loss/inverse": inverse.detach()}

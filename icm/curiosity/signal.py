@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.collectives import summed
 from icm.models import Phi
+from icm.ranks import WORLD_SIZE
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Signal(nn.Module, ABC):
         """
         if errors.forward is None:
             return torch.zeros((), device=valid.device), {}
-        forward = masked_mean(errors.forward, valid)
+        forward = MaskedMean(valid)(errors.forward)
         return forward, {"loss/forward": forward.detach()}
 
     def update_target(self) -> None:
@@ -79,6 +81,19 @@ def random_features(phi: Phi, x: Tensor) -> Tensor:
     return F.layer_norm(features, features.shape[1:])
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where the boolean `mask` of the same shape is true; 0 where none is."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)
+class MaskedMean:
+    """Mean over the transitions of a batch where a mask is true; 0 where none is.
+
+    Each rank has a part of the batch. Of what it returns in them, the mean is that of the batch.
+
+    Args:
+        mask: bool, of any shape.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.count = summed(mask.sum()).clamp_min(1) / WORLD_SIZE
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Of values of the mask's shape."""
+        return (values * self.mask).sum() / self.count

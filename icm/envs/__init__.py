@@ -4,7 +4,6 @@ Nothing here imports torch, so worker processes stay small.
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,6 +45,7 @@ from icm.envs.wrappers import (
     StickyActions,
 )
 from icm.errors import UserError
+from icm.ranks import CORES, RANK, WORLD_SIZE
 
 
 def make_env(
@@ -108,19 +108,20 @@ def make_env(
 def make_vector_env(
     config: EnvConfig, busy_cores: int = 0, scenery: bool = False
 ) -> WorkerVectorEnv:
-    """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`.
+    """Build this rank's part of `num_envs` environments in `num_workers` processes.
+
+    See `WorkerVectorEnv`, and `icm.ranks`.
 
     Args:
         config: the settings.
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
     """
-    cores = os.process_cpu_count() or 1
-    workers = min(config.num_workers or cores, config.num_envs)
-    late = min(max(workers + busy_cores - cores, 0), workers - 1)
-    return WorkerVectorEnv(
-        partial(make_env, config, scenery=scenery), config.num_envs, workers, late
-    )
+    num_envs = config.num_envs // WORLD_SIZE
+    workers = min(config.num_workers or CORES, num_envs)
+    late = min(max(workers + busy_cores - CORES, 0), workers - 1)
+    make = partial(make_env, config, scenery=scenery)
+    return WorkerVectorEnv(make, num_envs, workers, late, first=RANK * num_envs)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

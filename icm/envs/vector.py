@@ -50,6 +50,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         late: how many of them step in `step_wait`, fewer than `num_workers`.
         patience: seconds for a step; starting, a reset, which may build environments, and playing
             again may take twenty times as long.
+        first: number of the first environment, if these are a part of more.
 
     Raises:
         RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
@@ -63,6 +64,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_workers: int,
         late: int = 0,
         patience: float = 20.0,
+        first: int = 0,
     ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
@@ -98,7 +100,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting: set[int] = set()
 
         self._options: dict[str, Any] | None = None
-        self._patience = patience
+        self._patience, self._first = patience, first
         self.failures = 0
         self._workers = Assistants(num_workers, _work, make, memory)
         for worker in range(num_workers):
@@ -206,7 +208,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _open(self, opening: np.ndarray) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so."""
         for row in np.flatnonzero(opening).tolist():
-            seeds = np.random.SeedSequence(self._entropy, spawn_key=(row, self._begun[row]))
+            key = self._first + row, self._begun[row]
+            seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             self._arrays["seeds"][row] = seeds.generate_state(1)[0]
             self._played[row] = []
         self._begun += opening

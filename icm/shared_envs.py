@@ -1,0 +1,122 @@
+"""Environments of all ranks, of which each steps its own."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from icm.collectives import all_objects, all_rows
+from icm.envs.vector import WorkerVectorEnv
+from icm.ranks import RANK, WORLD_SIZE
+
+type Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
+
+ARRAYS = ("observations", "rewards", "terminated", "truncated")
+
+
+class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """All ranks' environments as one vector environment, the same in every rank.
+
+    After each step ranks exchange what their environments gave: 7 kB per agent step, most of it
+    the state.
+
+    Args:
+        envs: of this rank, which numbers them as part of the whole.
+    """
+
+    def __init__(self, envs: WorkerVectorEnv) -> None:
+        self.envs = envs
+        self.num_envs = envs.num_envs * WORLD_SIZE
+        self.rows = slice(RANK * envs.num_envs, (RANK + 1) * envs.num_envs)
+        self.single_observation_space = envs.single_observation_space
+        self.single_action_space = envs.single_action_space
+        self.observation_space = batch_space(envs.single_observation_space, self.num_envs)
+        self.action_space = batch_space(envs.single_action_space, self.num_envs)
+        self.metadata = envs.metadata
+        space = envs.single_observation_space
+        self._row = np.dtype(
+            [
+                ("observations", space.dtype, space.shape),
+                ("rewards", np.float64),
+                ("terminated", np.bool),
+                ("truncated", np.bool),
+                ("cell", np.int32, (5,)),
+                ("_cell", np.bool),
+                ("life_lost", np.bool),
+                ("failures", np.int64),  # of the rank
+                ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
+            ]
+        )
+        self.failures = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin new episodes, see `WorkerVectorEnv.reset`."""
+        super().reset(seed=seed)
+        observations, infos = self.envs.reset(seed=seed, options=options)
+        nothing = np.zeros(self.envs.num_envs)
+        observations, _, _, _, infos = self._whole((observations, nothing, nothing, nothing, infos))
+        return observations, infos
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Let this rank's workers step, see `WorkerVectorEnv.step_async`."""
+        self.envs.step_async(actions[self.rows])
+
+    def step_wait(self) -> Step:
+        """Wait for this rank's workers and for the other ranks."""
+        return self._whole(self.envs.step_wait())
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of a `WorkerVectorEnv` with all environments."""
+        parts = all_objects(self.envs.state_dict())
+        names = "begun", "seeds", "actions"
+        whole = {name: [value for part in parts for value in part[name]] for name in names}
+        return {"entropy": parts[0]["entropy"], **whole}
+
+    def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Play running episodes again, see `WorkerVectorEnv.restore`."""
+        part = {name: state[name][self.rows] for name in ("begun", "seeds", "actions")}
+        observations, ended, infos = self.envs.restore({"entropy": state["entropy"], **part})
+        nothing = np.zeros(self.envs.num_envs)
+        observations, _, ended, _, infos = self._whole(
+            (observations, nothing, ended, nothing, infos)
+        )
+        return observations, ended, infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End this rank's workers."""
+        self.envs.close()
+
+    def _whole(self, step: Step) -> Step:
+        """A step of all environments, of this rank's part."""
+        *arrays, infos = step
+        episodes = [
+            (row + self.rows.start, {k: v[row] for k, v in infos["episode"].items() if k[0] != "_"})
+            for row in np.flatnonzero(infos.get("_episode", ())).tolist()
+        ]
+        scenery = infos.get("scenery", [])
+        rows = np.zeros(self.envs.num_envs, self._row)
+        for name, array in zip(ARRAYS, arrays, strict=True):
+            rows[name] = array
+        for name in ("cell", "_cell", "life_lost"):
+            rows[name] = infos.get(name, 0)
+        rows["failures"] = self.envs.failures
+        rows["has_news"] = bool(episodes or scenery)
+        packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
+        whole = all_rows(packed).numpy().view(self._row).squeeze(1)
+        self.failures = int(whole["failures"].sum()) // self.envs.num_envs
+        found: dict[str, Any] = {}
+        if whole["_cell"].any():
+            present = whole["_cell"].copy()
+            found = {"cell": whole["cell"].copy(), "_cell": present}
+            found |= {"life_lost": whole["life_lost"].copy(), "_life_lost": present.copy()}
+        if whole["has_news"].any():
+            for theirs, places in all_objects((episodes, scenery)):
+                for row, episode in theirs:
+                    found = self._add_info(found, {"episode": episode}, row)
+                found.setdefault("scenery", []).extend(places)
+        observations, rewards, terminated, truncated = (whole[name].copy() for name in ARRAYS)
+        return observations, rewards, terminated, truncated, found

@@ -1,0 +1,113 @@
+"""Several learners of one agent, started by torchrun."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import UNSEEN, metrics_of, run_script, start_training
+
+from icm import checkpoint
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+COMMON = (
+    "env.emulator=libretro",
+    "env.num_envs=8",
+    "env.stuck_steps=20",  # short episodes
+    "agent.warmup_steps=160",
+    "agent.replay_capacity=4000",
+    "agent.batch_size=4",
+    "agent.sequence_length=8",
+    "total_steps=560",
+    "checkpoint.every=320",
+    "log.every=80",
+    *UNSEEN,
+    "precision=float32",
+    "compile=off",
+    "device=cpu",
+)
+PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
+DQN = (*COMMON, "agent=dqn", "curiosity=disagreement", "agent.steps_per_update=16")
+
+
+def alone(folder: Path, *given: str) -> Path:
+    """The run folder of a training in one process, as new as those of ranks are."""
+    assert start_training(*given, f"hydra.run.dir={folder}").wait(120) == 0
+    return folder
+
+
+def ranks(folder: Path, *given: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
+    """A training that has a checkpoint by now."""
+    run = f"hydra.run.dir={folder}"
+    training = start_training(*given, run, launcher=launcher, stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoints" / "latest.pt").exists():
+        assert training.poll() is None
+        time.sleep(0.01)
+    return training
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Two runs did the same, and what they learned differs by rounding alone."""
+    one, two = (checkpoint.load(each / "checkpoints" / "latest.pt") for each in (run, other))
+    assert one["step"] == two["step"] == 560
+    assert one["agent"]["updates"] == two["agent"]["updates"] >= 20
+    assert one["episodes"] == two["episodes"]
+    for name, weights in one["models"].items():
+        torch.testing.assert_close(weights, two["models"][name], rtol=1e-4, atol=2e-5)
+
+
+def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # or the second attempt may read what the first has left in it, and wait for ever
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    expected = alone(tmp_path / "alone", *PPO)
+    run = tmp_path / "ranks"
+    training = ranks(run, *PPO, launcher=(*TORCHRUN, "--max-restarts=1"))
+    of_it = psutil.Process(training.pid).children(recursive=True)
+    second = next(p for p in of_it if "RANK" in (env := p.environ()) and env["RANK"] == "1")
+    second.kill()
+    assert training.wait(120) == 0
+    assert_same(expected, run)
+    lines, told = metrics_of(expected), metrics_of(run)
+    assert [line["step"] for line in told] == [80, 160, 240, 320, 400, 480, 560]
+    for line, its in zip(lines, told, strict=True):
+        for name in ("reward/intrinsic", "policy/entropy", "loss/forward", "loss/value"):
+            assert its.get(name) == pytest.approx(line.get(name), rel=1e-3)
+        assert its["speed/ranks_share"] > 0
+    assert {path.name for path in run.iterdir()} - {".hydra", ".lock", "metrics.jsonl"} == {
+        "checkpoints",
+        *(path.name for path in run.glob("events.*")),
+    }
+
+
+def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
+    expected = alone(tmp_path / "alone", *DQN)
+    run = tmp_path / "ranks"
+    training = ranks(run, *DQN, launcher=TORCHRUN)
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(60) != 0
+    saved = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
+    assert 320 <= saved < 560
+    assert_same(expected, alone(run, *DQN))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (("agent.batch_size=5",), "agent.batch_size=5: must be a multiple of 2, the world size"),
+        (("-m", "seed=1,2"), "-m: torchrun trains one agent at a time; a sweep needs a launcher"),
+    ],
+)
+def test_what_ranks_cannot_do_is_one_line(
+    given: tuple[str, ...], complaint: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    two = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = run_script("train.py", *given, f"hydra.run.dir={folder}", env=two)
+    assert done.returncode == 2
+    assert done.stderr == f"train.py: error: {complaint}\n"
+    assert not folder.exists()
