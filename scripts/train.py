@@ -44,7 +44,8 @@ def train(config: Config, folder: Path) -> float:
     device = resolve_device(config.device)
     share_cores()
     print(describe_device(device))
-    envs = make_vector_env(config.env, busy_cores(device), scenery=config.map.every > 0)
+    scenery = config.map.every > 0
+    envs = make_vector_env(config.env, busy_cores(device), scenery, config.collector)
     try:
         if emulator := describe_emulator(config.env):
             print(emulator)

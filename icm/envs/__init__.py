@@ -24,6 +24,7 @@ from nes_py.wrappers import JoypadSpace
 from icm.config import EnvConfig
 from icm.envs.cores import find_core
 from icm.envs.libretro import OnLibretro, nes_game, on_libretro
+from icm.envs.local import LocalWorkers
 from icm.envs.mario import (
     ACTION_SETS,
     LeanGame,
@@ -106,21 +107,35 @@ def make_env(
 
 
 def make_vector_env(
-    config: EnvConfig, busy_cores: int = 0, scenery: bool = False
+    config: EnvConfig, busy_cores: int = 0, scenery: bool = False, collector: str = "local"
 ) -> WorkerVectorEnv:
-    """Build `num_envs` environments in `num_workers` processes, see `WorkerVectorEnv`.
+    """Build `num_envs` environments in `num_workers` workers, see `WorkerVectorEnv`.
 
     Args:
         config: the settings.
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
+        collector: where the workers live: `local`, in processes of this machine, or `ray`.
+
+    Raises:
+        UserError: see `make_env` and `icm.envs.on_ray.RayWorkers`; or Ray is not installed.
     """
-    cores = os.process_cpu_count() or 1
-    workers = min(config.num_workers or cores, config.num_envs)
-    late = min(max(workers + busy_cores - cores, 0), workers - 1)
-    return WorkerVectorEnv(
-        partial(make_env, config, scenery=scenery), config.num_envs, workers, late
-    )
+    make = partial(make_env, config, scenery=scenery)
+    if collector == "ray":
+        try:
+            from icm.envs.on_ray import RayWorkers  # only if it is wanted: it takes two seconds
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"collector=ray: there is no {error.name}; "
+                "pip install -e .[ray] or uv run --extra ray … installs it"
+            ) from None
+        start: Any = partial(RayWorkers, make, config.num_workers, config.num_envs, busy_cores)
+    else:
+        cores = os.process_cpu_count() or 1
+        workers = min(config.num_workers or cores, config.num_envs)
+        late = min(max(workers + busy_cores - cores, 0), workers - 1)
+        start = partial(LocalWorkers, make, workers, late)
+    return WorkerVectorEnv(make, config.num_envs, start)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:
