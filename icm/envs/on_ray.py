@@ -1,9 +1,11 @@
 """Workers as actors of a Ray cluster; nothing else imports ray."""
 
 import logging
+import math
 import os
 import signal
 import socket
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STARTING = 120.0  # seconds in which all actors must have started
-REACHING = 2.0  # seconds in which a node that lives can be reached
+SUSPECT = 60.0  # seconds for which no new actor is put where one has failed
 
 type Place = tuple[str, str]
 """Where an actor lives: the name of the machine, and Ray's id of the node."""
@@ -45,8 +47,7 @@ class RayWorkers:
     The cluster is that which `RAY_ADDRESS` names or that runs on this machine, or else one of this
     machine alone that ends with this process. At most one step is under way per actor.
 
-    In the place of an actor that failed there comes a new one on its node or, if that is gone, on
-    the node with the fewest actors per core.
+    In the place of an actor that failed there comes a new one, on another node if there is one.
 
     Args:
         make: builds one environment; must be picklable, and this package be on every node.
@@ -86,7 +87,7 @@ class RayWorkers:
         near = sum(machine == here for machine, _ in places)
         crowded = near + busy_cores - (os.process_cpu_count() or 1)
         self.late = min(max(crowded, 0), near, self.number - 1)
-        self._lost: set[str] = set()  # nodes; one that comes back has another id
+        self._failed: dict[str, float] = {}  # when an actor of a node has failed
         self._rows: list[list[int]] = [[] for _ in order]  # that each of them steps
         self._answers = [actor.begin.remote() for actor in self._actors]
 
@@ -98,17 +99,9 @@ class RayWorkers:
 
     def listen(self, worker: int, patience: float) -> Answer | str:
         """See `Workers`."""
-        try:
-            try:  # twice, because of processes that were paused together, as in `LocalWorkers`
-                heard = ray.get(self._answers[worker], timeout=patience / 2)
-            except GetTimeoutError:
-                heard = ray.get(self._answers[worker], timeout=patience / 2)
-        except GetTimeoutError:
-            return f"it did not answer for {patience:g} seconds"
-        except RayError as error:
-            text = str(error).strip()
-            return f"{text}\n{type(error).__name__}: {text.splitlines()[0]}"
+        heard = self._hear(worker, patience)
         if isinstance(heard, str):
+            self._failed[self._nodes[worker]] = time.monotonic()
             return heard
         answer, moved, results = heard
         rows = self._rows[worker]
@@ -123,10 +116,11 @@ class RayWorkers:
     def restart(self, worker: int) -> None:
         """See `Workers`."""
         ray.kill(self._actors[worker])
-        self._nodes[worker] = node = self._home(worker)
-        # without a core of its own: in the meantime somebody else may have taken that
-        strategy = NodeAffinitySchedulingStrategy(node, soft=True)
-        self._actors[worker] = self._start(num_cpus=0, scheduling_strategy=strategy)
+        self._nodes[worker] = self._home()
+        # without a core of its own: there may be none. What asks for nothing at all is sent to a
+        # random node first, which may be dead
+        strategy = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=True)
+        self._actors[worker] = self._start(num_cpus=0, memory=1, scheduling_strategy=strategy)
         self._rows[worker] = []
         self._answers[worker] = self._actors[worker].begin.remote()
 
@@ -164,25 +158,36 @@ class RayWorkers:
         except RayError as error:
             raise RuntimeError(f"an actor of the environments failed:\n{error}") from None
 
+    def _hear(self, worker: int, patience: float) -> Heard | str:
+        try:
+            try:  # twice, because of processes that were paused together, as in `LocalWorkers`
+                return ray.get(self._answers[worker], timeout=patience / 2)
+            except GetTimeoutError:
+                return ray.get(self._answers[worker], timeout=patience / 2)
+        except GetTimeoutError:
+            return f"it did not answer for {patience:g} seconds"
+        except RayError as error:
+            text = str(error).strip()
+            return f"{text}\n{type(error).__name__}: {text.splitlines()[0]}"
+
     def _start(self, **how: Any) -> Any:
         # Ray must not restart it: a new one has to play the running episodes again
         return ray.remote(_Actor).options(max_restarts=0, **how).remote(*self._given)
 
-    def _home(self, worker: int) -> str:
-        """The node on which a new actor takes the place of an old one.
+    def _home(self) -> str:
+        """The node for a new actor: the one with the fewest actors per core.
 
-        Ray takes a node that was killed for alive for some time, hence the attempt to reach it.
+        But none where one has failed a moment ago, as long as there are others: for ten seconds
+        and longer, Ray takes a node that was killed for alive.
         """
-        own = self._nodes[worker]
-        nodes = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in self._lost]
-        actors = Counter(self._nodes)
-        nodes.sort(key=lambda n: (actors[n["NodeID"]] + 1) / (n["Resources"].get("CPU") or 0.1))
-        nodes.sort(key=lambda n: n["NodeID"] != own)
-        for node in nodes:
-            if _reachable(node):
-                return node["NodeID"]
-            self._lost.add(node["NodeID"])
-        return own  # there is no other: it fails again, which ends all
+        actors, now = Counter(self._nodes), time.monotonic()
+
+        def order(node: dict[str, Any]) -> tuple[bool, float]:
+            name, cores = node["NodeID"], node["Resources"].get("CPU", 0)
+            failed = now - self._failed.get(name, -math.inf) < SUSPECT
+            return failed, (actors[name] + 1) / cores if cores else math.inf
+
+        return min((node for node in ray.nodes() if node["Alive"]), key=order)["NodeID"]
 
 
 class _Actor:
@@ -237,15 +242,6 @@ def _connect() -> None:
         raise UserError(f"collector=ray: {error}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray has one of its own
-
-
-def _reachable(node: dict[str, Any]) -> bool:
-    address = node["NodeManagerAddress"], node["NodeManagerPort"]
-    try:
-        socket.create_connection(address, REACHING).close()
-    except OSError:
-        return False
-    return True
 
 
 def _pack(arrays: dict[str, np.ndarray], rows: list[int], names: Fields) -> Rows:

@@ -40,8 +40,9 @@ class Workers(Protocol):
     def restart(self, worker: int, /) -> None:
         """End a worker, and begin to start a new one in its place."""
 
-    def end(self) -> None:
-        """End all workers, whatever they do; again: nothing."""
+    @property
+    def end(self) -> Callable[[], None]:
+        """Ends all workers, whatever they do; again: nothing."""
 
 
 class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
