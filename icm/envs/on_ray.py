@@ -21,12 +21,15 @@ from icm.processes import signals_blocked
 
 # or else, below `uv run`, it would send the working directory to all nodes, and install all there
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# of a cluster that is started here; or else actors would give way to whatever else runs
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STARTING = 120.0  # seconds in which all actors must have started
+LAST = 1.0  # seconds that are waited for an answer at least
 SUSPECT = 60.0  # seconds for which no new actor is put where one has failed
 
 type Place = tuple[str, str]
@@ -90,12 +93,14 @@ class RayWorkers:
         self._failed: dict[str, float] = {}  # when an actor of a node has failed
         self._rows: list[list[int]] = [[] for _ in order]  # that each of them steps
         self._answers = [actor.begin.remote() for actor in self._actors]
+        self._sent = [time.monotonic()] * self.number
 
     def send(self, worker: int, order: Order) -> None:
         """See `Workers`."""
         self._rows[worker] = sorted(order[0])
         given = _pack(self.arrays, self._rows[worker], GIVEN)
         self._answers[worker] = self._actors[worker].step.remote(order, given)
+        self._sent[worker] = time.monotonic()
 
     def listen(self, worker: int, patience: float) -> Answer | str:
         """See `Workers`."""
@@ -123,6 +128,7 @@ class RayWorkers:
         self._actors[worker] = self._start(num_cpus=0, memory=1, scheduling_strategy=strategy)
         self._rows[worker] = []
         self._answers[worker] = self._actors[worker].begin.remote()
+        self._sent[worker] = time.monotonic()
 
     def end(self) -> None:
         """See `Workers`."""
@@ -159,11 +165,13 @@ class RayWorkers:
             raise RuntimeError(f"an actor of the environments failed:\n{error}") from None
 
     def _hear(self, worker: int, patience: float) -> Heard | str:
+        # counted from when it was sent: the actors of a node that is silent are, all of them
+        left = max(self._sent[worker] + patience - time.monotonic(), LAST)
         try:
             try:  # twice, because of processes that were paused together, as in `LocalWorkers`
-                return ray.get(self._answers[worker], timeout=patience / 2)
+                return ray.get(self._answers[worker], timeout=left / 2)
             except GetTimeoutError:
-                return ray.get(self._answers[worker], timeout=patience / 2)
+                return ray.get(self._answers[worker], timeout=left / 2)
         except GetTimeoutError:
             return f"it did not answer for {patience:g} seconds"
         except RayError as error:
