@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,34 +35,47 @@ def processes(folder: str) -> set[psutil.Process]:
     found = set[psutil.Process]()
     for process in psutil.process_iter(["cmdline"]):
         if any(folder in part for part in process.info["cmdline"] or ()):
-            found |= {process, *process.children(recursive=True)}
+            found.add(process)
+            with suppress(psutil.NoSuchProcess):
+                found |= set(process.children(recursive=True))
+    return found
+
+
+def named(name: str, folder: str) -> set[psutil.Process]:
+    """Those of them whose name begins with `name`."""
+    found = set[psutil.Process]()
+    for process in processes(folder):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                found.add(process)
     return found
 
 
 def raylets(folder: str) -> set[psutil.Process]:
-    return {process for process in processes(folder) if process.name() == "raylet"}
+    return named("raylet", folder)
 
 
 def actors(folder: str) -> set[psutil.Process]:
-    return {process for process in processes(folder) if process.name().startswith("ray::_Actor")}
+    return named("ray::_Actor", folder)
 
 
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where Ray keeps its files; it has a short name, because those of sockets may not be long."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as name:
-        for variable, value in (
-            ("RAY_TMPDIR", name),
-            ("RAY_AUTH_MODE", "token"),
-            ("RAY_AUTH_TOKEN", secrets.token_hex()),
-        ):
-            monkeypatch.setenv(variable, value)
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        yield name
-        found = processes(name)
-        for process in found:
-            process.kill()
-        psutil.wait_procs(found, timeout=20)
+@contextmanager
+def ray_in_a_folder() -> Iterator[str]:
+    """Where Ray keeps its files; the name is short because those of sockets may not be long."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        try:
+            yield folder
+        finally:
+            found = processes(folder)
+            for process in found:
+                process.kill()
+            psutil.wait_procs(found, timeout=20)
 
 
 def start_node(*arguments: str) -> None:
@@ -76,20 +90,23 @@ def start_node(*arguments: str) -> None:
     )
 
 
-@pytest.fixture
-def second_node(folder: str) -> psutil.Process:
-    """The second of two nodes: its raylet."""
-    start_node("--head", "--port=0", "--include-dashboard=false")
-    first = raylets(folder)
-    address = Path(folder, "ray", "ray_current_cluster").read_text()
-    start_node(f"--address={address}")
-    (second,) = raylets(folder) - first
-    return second
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, psutil.Process]]:
+    """Two nodes: the folder of their files, and the raylet of the second one."""
+    with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        start_node("--head", "--port=0", "--include-dashboard=false")
+        first = raylets(folder)
+        address = Path(folder, "ray", "ray_current_cluster").read_text()
+        patch.setenv("RAY_ADDRESS", address)
+        start_node(f"--address={address}")
+        (second,) = raylets(folder) - first
+        yield folder, second
 
 
-def test_a_cluster_gives_the_same_also_if_actors_and_a_node_are_killed(
-    second_node: psutil.Process, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
+    cluster: tuple[str, psutil.Process], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder, _ = cluster
     config = replace(ENV, num_envs=4, num_workers=None, sticky_probability=0.25)
     rng = np.random.default_rng(0)
     local = make_vector_env(config, scenery=True)
@@ -125,8 +142,9 @@ def test_a_cluster_gives_the_same_also_if_actors_and_a_node_are_killed(
 
 
 def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_everywhere(
-    second_node: psutil.Process, folder: str, tmp_path: Path
+    cluster: tuple[str, psutil.Process], tmp_path: Path
 ) -> None:
+    folder, second_node = cluster
     run, alone = tmp_path / "run", tmp_path / "alone"
     process = start_training(*ON_RAY, LENGTH, f"hydra.run.dir={run}")
     while not (run / "metrics.jsonl").exists() or not metrics_of(run):
@@ -169,23 +187,25 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
 
 @pytest.mark.usefixtures("shared_memory")  # Ray's, while it starts
 def test_without_a_cluster_it_starts_one_that_ends_with_it_and_is_deaf_to_signals(
-    folder: str, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    process = start_training(*ON_RAY, f"hydra.run.dir={run}", stderr=subprocess.PIPE)
-    while not (run / "metrics.jsonl").exists() or not metrics_of(run):
-        assert process.poll() is None
-        time.sleep(0.05)
-    found = processes(folder)
-    assert len(found & raylets(folder)) == 1
-    os.killpg(process.pid, signal.SIGTERM)  # to every process, as a cluster's scheduler does
-    for other in found:
-        other.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in stderr
-    assert checkpoint.load(run / "checkpoints" / "latest.pt")["step"] >= metrics_of(run)[-1]["step"]
-    assert not psutil.wait_procs(found, timeout=20)[1]
+    with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")  # not one that runs beside
+        process = start_training(*ON_RAY, f"hydra.run.dir={run}", stderr=subprocess.PIPE)
+        while not (run / "metrics.jsonl").exists() or not metrics_of(run):
+            assert process.poll() is None
+            time.sleep(0.05)
+        found = processes(folder)
+        assert len(raylets(folder)) == 1
+        os.killpg(process.pid, signal.SIGTERM)  # to every process, as a cluster's scheduler does
+        for other in found:
+            other.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, stderr
+        step = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
+        assert step >= metrics_of(run)[-1]["step"]
+        assert not psutil.wait_procs(found, timeout=20)[1]
 
 
 def test_a_collector_that_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,15 +237,17 @@ def _connect() -> None:
     """Find a cluster, or start one of this machine's cores, deaf to signals that are for us."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS")
     try:
         with signals_blocked():
-            try:
-                ray.init("auto", **quiet)
-            except ConnectionError:
-                if "RAY_ADDRESS" in os.environ:
-                    raise
-                cores = os.process_cpu_count()
-                ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
+            if address != "local":
+                try:
+                    ray.init("auto", **quiet)
+                    return
+                except ConnectionError:
+                    if address is not None:
+                        raise
+            ray.init("local", num_cpus=os.process_cpu_count(), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, RayError) as error:
         raise UserError(f"collector=ray: {error}") from None
     finally:
