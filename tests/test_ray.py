@@ -9,16 +9,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from conftest import SMALL, metrics_of, run_script, settings, start_training
+from omegaconf import OmegaConf
 from test_vector import ENV, assert_equal
 
 from icm import checkpoint
+from icm.config import parse_config
 from icm.envs import make_vector_env
 from icm.errors import UserError
 from icm.soak.program import facts
@@ -211,6 +213,9 @@ def test_without_a_cluster_it_starts_one_that_ends_with_it_and_is_deaf_to_signal
 def test_a_collector_that_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="collector=slurm: must be one of local, ray"):
         settings("collector=slurm")
+    before = asdict(settings())
+    del before["collector"]  # as of an older checkpoint
+    assert parse_config(OmegaConf.create(before)).collector == "local"
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "icm.envs.on_ray", raising=False)
     with pytest.raises(UserError, match=r"collector=ray: there is no ray; .*\[ray\]"):
