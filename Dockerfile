@@ -1,5 +1,6 @@
 # Trains by default:      docker run --gpus all -v "$PWD/runs:/app/runs" icm
 # Anything else as well:  docker run icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
+# A Ray cluster:          deploy/ray-compose.yaml
 #
 # The PyTorch wheel brings its own CUDA libraries; the host needs the NVIDIA driver and its container
 # toolkit. Without a GPU the same image trains on the CPU.
@@ -15,7 +16,9 @@ WORKDIR /app
 
 # dependencies first: they change less often than the code
 COPY --chown=icm:icm pyproject.toml README.md LICENSE ./
-RUN mkdir icm && touch icm/__init__.py && pip install --no-cache-dir --editable . && rm -r icm
+# of the package, such as [ray]
+ARG EXTRAS=
+RUN mkdir icm && touch icm/__init__.py && pip install --no-cache-dir --editable ".$EXTRAS" && rm -r icm
 COPY --chown=icm:icm icm ./icm
 COPY --chown=icm:icm conf ./conf
 COPY --chown=icm:icm scripts ./scripts

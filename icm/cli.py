@@ -134,6 +134,8 @@ class RunFolder(Callback):
 def adopt_settings(config: DictConfig) -> None:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
+    But not where environments live: that is another matter on every machine.
+
     Of a damaged `latest.pt` those of the newest whole checkpoint beside it, which is then `resume`.
 
     Raises:
@@ -143,7 +145,7 @@ def adopt_settings(config: DictConfig) -> None:
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     path, content = checkpoint.newest_whole(Path(config.resume))
-    merged = OmegaConf.create(content["config"])
+    merged = OmegaConf.create({**content["config"], "collector": config.collector})
     for override in overrides:
         key = override.key_or_group
         if key not in config.hydra.runtime.choices:
@@ -213,9 +215,12 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
 
 
 def must_be_same(folder: Path, before: Any, config: Config) -> None:
-    """Refuse settings that are not those, plain containers, of the run in a folder."""
+    """Refuse settings that are not those, plain containers, of the run in a folder.
+
+    Where environments live may change.
+    """
     was, now = flat(before), flat(asdict(config))
-    for name in sorted(now.keys() - {"resume"}):
+    for name in sorted(now.keys() - {"resume", "collector"}):
         if now[name] != was.get(name):
             raise UserError(
                 f"{folder}: exists, with a run of {name}={was.get(name)}, not {now[name]}; "

@@ -211,6 +211,7 @@ class Config:
     log: LogConfig
     # checkpoints from before these settings do not have them
     compile: str = "off"
+    collector: str = "local"
     map: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     video: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     report: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
@@ -417,6 +418,7 @@ def _check(config: Config) -> None:
         ("curiosity.reduction", ("mean", "sum")),
         ("precision", ("auto", "float32", "bf16")),
         ("compile", ("auto", "on", "off")),
+        ("collector", ("local", "ray")),
     ):
         for _, choice in given(name):
             if choice not in choices:

@@ -60,7 +60,8 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
 
     share_cores()
     print(describe_device(device))
-    envs = make_vector_env(config.env, busy_cores(device), scenery=config.map.every > 0)
+    scenery = config.map.every > 0
+    envs = make_vector_env(config.env, busy_cores(device), scenery, config.collector)
     if WORLD_SIZE > 1:
         envs = SharedVectorEnv(envs)
     try:

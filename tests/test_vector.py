@@ -79,6 +79,8 @@ def assert_equal(results: Any, expected: Any) -> None:
     elif isinstance(expected, list | tuple):
         for result, value in zip(results, expected, strict=True):
             assert_equal(result, value)
+    elif isinstance(expected, int):
+        assert results == expected
     else:
         assert results.dtype == expected.dtype
         assert (results == expected).all()

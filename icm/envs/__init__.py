@@ -23,6 +23,7 @@ from nes_py.wrappers import JoypadSpace
 from icm.config import EnvConfig
 from icm.envs.cores import find_core
 from icm.envs.libretro import OnLibretro, nes_game, on_libretro
+from icm.envs.local import LocalWorkers
 from icm.envs.mario import (
     ACTION_SETS,
     LeanGame,
@@ -106,9 +107,9 @@ def make_env(
 
 
 def make_vector_env(
-    config: EnvConfig, busy_cores: int = 0, scenery: bool = False
+    config: EnvConfig, busy_cores: int = 0, scenery: bool = False, collector: str = "local"
 ) -> WorkerVectorEnv:
-    """Build this rank's part of `num_envs` environments in `num_workers` processes.
+    """Build this rank's part of `num_envs` environments in `num_workers` workers.
 
     See `WorkerVectorEnv`, and `icm.ranks`.
 
@@ -116,12 +117,27 @@ def make_vector_env(
         config: the settings.
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
+        collector: where the workers live: `local`, in processes of this machine, or `ray`.
+
+    Raises:
+        UserError: see `make_env` and `icm.envs.on_ray.RayWorkers`; or Ray is not installed.
     """
     num_envs = config.num_envs // WORLD_SIZE
-    workers = min(config.num_workers or CORES, num_envs)
-    late = min(max(workers + busy_cores - CORES, 0), workers - 1)
     make = partial(make_env, config, scenery=scenery)
-    return WorkerVectorEnv(make, num_envs, workers, late, first=RANK * num_envs)
+    if collector == "ray":
+        try:
+            from icm.envs.on_ray import RayWorkers  # only if it is wanted: it takes two seconds
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"collector=ray: there is no {error.name}; "
+                "pip install -e .[ray] or uv run --extra ray … installs it"
+            ) from None
+        start: Any = partial(RayWorkers, make, config.num_workers, num_envs, busy_cores)
+    else:
+        workers = min(config.num_workers or CORES, num_envs)
+        late = min(max(workers + busy_cores - CORES, 0), workers - 1)
+        start = partial(LocalWorkers, make, workers, late)
+    return WorkerVectorEnv(make, num_envs, start, first=RANK * num_envs)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

@@ -1,53 +1,74 @@
-"""Environments in worker processes, several in each, that step at the same time."""
+"""Environments in workers, several in each, that step at the same time."""
 
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from math import prod
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
+from icm.envs.stepper import Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
-from icm.processes import CLOSING_TIME, Assistants
 
-type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
-"""Shared arrays by name: their bytes, shape and type."""
+
+class Workers(Protocol):
+    """Where environments live, and how they are spoken to.
+
+    arrays: of all environments, see `icm.envs.stepper.fields_of`. A worker reads what it is given
+        there and writes its results, until its answer is heard at the latest.
+    number: how many there are, numbered from 0.
+    late: how many of them, the last ones, compete with the caller for a core.
+    """
+
+    arrays: dict[str, np.ndarray]
+    number: int
+    late: int
+
+    def send(self, worker: int, order: Order) -> None:
+        """Let a worker step, which is not stepping; no error if it is gone."""
+
+    def listen(self, worker: int, patience: float) -> Answer | str:
+        """The answer to what was sent last, or to having been started; a str if it failed.
+
+        That is its traceback or a line that says why, also if `patience` seconds were not enough.
+        """
+
+    def restart(self, worker: int, /) -> None:
+        """End a worker, and begin to start a new one in its place."""
+
+    @property
+    def end(self) -> Callable[[], None]:
+        """Ends all workers, whatever they do; again: nothing."""
 
 
 class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Environments in worker processes, some of them in each.
+    """Environments in workers, some of them in each.
 
-    States, actions, rewards, ends and cells lie in memory shared with the workers; what else goes
-    to and fro in a step is one short message per worker, with the statistics of ended episodes and
-    pictures of places that are new.
+    It does not know where the workers live (`Workers`): in processes of this machine
+    (`icm.envs.local`) or on a Ray cluster (`icm.envs.on_ray`).
 
     A caller that computes between `step_async` and `step_wait` needs a core for that. Workers for
     which none is left are `late`: they step in `step_wait`, where the caller's core is free, and
     have as few environments as lets all workers end at the same time (`icm.envs.balance`). An
     episode depends on its environment's number, on how many it had before, on the seed and the
-    actions, not on the process that it runs in.
+    actions, not on the worker that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
     play it again.
 
-    Workers are `icm.processes.Assistants`. The memory has no name under which it could be left
-    behind. In place of one that fails, or does not answer for long, a new one plays the running
+    In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. `failures` counts them.
 
     Args:
-        make: builds one environment; must be picklable. It is called here once, too.
+        make: builds one environment, which says what all are like.
         num_envs: how many, at least 1.
-        num_workers: processes, from 1 to `num_envs`.
-        late: how many of them step in `step_wait`, fewer than `num_workers`.
+        start: starts workers, given the arrays that they need; from 1 to `num_envs` of them.
         patience: seconds for a step; starting, a reset, which may build environments, and playing
             again may take twenty times as long.
         first: number of the first environment, if these are a part of more.
@@ -61,8 +82,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self,
         make: Callable[[], Env],
         num_envs: int,
-        num_workers: int,
-        late: int = 0,
+        start: Callable[[Fields], Workers],
         patience: float = 20.0,
         first: int = 0,
     ) -> None:
@@ -75,25 +95,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(env.action_space, num_envs)
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
 
-        context = multiprocessing.get_context("spawn")
-        memory: Memory = {}
-        for name, shape, dtype in (
-            ("observations", env.observation_space.shape, env.observation_space.dtype),
-            ("actions", (), np.int64),
-            ("seeds", (), np.int64),  # of the running episodes
-            ("rewards", (), np.float64),
-            ("opening", (), np.bool),  # whether the next step begins an episode
-            ("terminated", (), np.bool),
-            ("truncated", (), np.bool),
-            ("cells", (5,), np.int32),
-            ("life_lost", (), np.bool_),
-            ("has_cell", (), np.bool),
-        ):
-            whole = (num_envs, *(shape or ()))
-            size = prod(whole) * np.dtype(dtype).itemsize
-            memory[name] = context.RawArray("b", size), whole, dtype
-        self._arrays = arrays_in(memory)
-        self._balance = Balance(num_envs, num_workers, late)
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
@@ -102,9 +103,11 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
         self.failures = 0
-        self._workers = Assistants(num_workers, _work, make, memory)
-        for worker in range(num_workers):
-            self._sure(worker, self._listen(worker, 20 * patience))
+        self._workers = start(fields_of(env, num_envs))
+        self._arrays = self._workers.arrays
+        self._balance = Balance(num_envs, self._workers.number, self._workers.late)
+        for worker in range(self._workers.number):
+            self._sure(worker, self._workers.listen(worker, 20 * patience))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -153,7 +156,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["seeds"][:] = state["seeds"]
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
-        self._send(range(self._balance.num_workers), None, dict(enumerate(self._played)))
+        self._send(range(self._workers.number), None, dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
         return self._arrays["observations"].copy(), ended, self._infos()
@@ -224,15 +227,14 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _send(
         self,
-        workers: range,
+        workers: Iterable[int],
         options: dict[str, Any] | None,
         played: dict[int, list[int]] | None = None,
     ) -> None:
         """Let workers step: options of episodes that open, and actions to play in them at once."""
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
-            with suppress(ConnectionError):  # of a dead worker: `_receive` says why
-                self._workers.pipes[worker].send((rows, options, played or {}))
+            self._workers.send(worker, (rows, options, played or {}))
 
     def _infos(self) -> dict[str, Any]:
         """What is known of all environments in every step."""
@@ -250,94 +252,52 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, patience: float
     ) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
-        episodes, scenery, seconds = [], [], []
-        for worker in range(self._balance.num_workers):
-            answer = self._listen(worker, patience)
+        answers: dict[int, Answer] = {}
+        failed: list[int] = []
+        for worker in range(self._workers.number):
+            answer = self._workers.listen(worker, patience)
             if isinstance(answer, str):
-                answer = self._begin_anew(worker, answer)
+                self._say(worker, answer)
+                failed.append(worker)
+            else:
+                answers[worker] = answer
+        if failed:
+            answers |= self._begin_anew(failed)
+        episodes, scenery, seconds = [], [], []
+        for _, answer in sorted(answers.items()):
             episodes += answer[0]
             scenery += answer[1]
             seconds.append(answer[2])
         return episodes, scenery, seconds
 
-    def _listen(self, worker: int, patience: float) -> Any:
-        """What a worker answers; a str if it failed."""
-        pipe, process = self._workers.pipes[worker], self._workers.processes[worker]
-        try:
-            # twice, because of processes that were paused together the time is over when they go on
-            if pipe.poll(patience / 2) or pipe.poll(patience / 2):
-                return pipe.recv()
-        except (EOFError, ConnectionError):
-            process.join(CLOSING_TIME)
-            return f"it ended with exit code {process.exitcode}"
-        return f"it did not answer for {patience:g} seconds"
-
-    def _begin_anew(self, worker: int, reason: str) -> Any:
-        """The answer to the running step of a new worker in the place of one that failed."""
+    def _say(self, worker: int, reason: str) -> None:
+        """Count a failure, and tell it."""
         self.failures += 1
         last = reason.strip().splitlines()[-1]
         line = f"worker {worker} of the environments failed, and begins anew: {last}"
         with suppress(OSError):  # that nobody reads it any more is no reason to end
             print(line, file=sys.stderr)
-        self._workers.restart(worker)
-        self._sure(worker, self._listen(worker, 20 * self._patience))
-        rows = self._balance.rows[worker]
-        self._arrays["opening"][rows] = True
-        played = {row: self._played[row] for row in rows}
-        self._send(range(worker, worker + 1), self._options, played)
-        return self._sure(worker, self._listen(worker, 20 * self._patience))
 
-    def _sure(self, worker: int, answer: Any) -> Any:
+    def _begin_anew(self, failed: list[int]) -> dict[int, Answer]:
+        """The answers to the running step of new workers in the places of those that failed.
+
+        They start together: those of a machine that is lost fail together.
+        """
+        for worker in failed:
+            self._workers.restart(worker)
+        for worker in failed:
+            self._sure(worker, self._workers.listen(worker, 20 * self._patience))
+            rows = self._balance.rows[worker]
+            self._arrays["opening"][rows] = True
+            self._send([worker], self._options, {row: self._played[row] for row in rows})
+        return {
+            worker: self._sure(worker, self._workers.listen(worker, 20 * self._patience))
+            for worker in failed
+        }
+
+    def _sure(self, worker: int, answer: Answer | str) -> Answer:
         """An answer that is none of failure."""
         if isinstance(answer, str):
             self.close()
             raise RuntimeError(f"worker {worker} of the environments failed:\n{answer}")
         return answer
-
-
-def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
-    """Views of shared memory."""
-    return {
-        name: np.frombuffer(content, dtype).reshape(shape)
-        for name, (content, shape, dtype) in memory.items()
-    }
-
-
-def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
-    """What a worker does: step the environments it is told to, which are rows of the arrays."""
-    arrays = arrays_in(memory)
-    envs: dict[int, Env] = {}
-    episodes: list[tuple[int, dict[str, Any]]] = []
-    scenery: list[Any] = []
-    start = time.perf_counter()
-    while True:
-        pipe.send((episodes, scenery, time.perf_counter() - start))
-        rows, options, played = pipe.recv()  # which to step: some may be new, others gone
-        start = time.perf_counter()
-        for row in envs.keys() - rows:
-            envs.pop(row).close()
-        for row in rows - envs.keys():
-            envs[row] = make()
-        episodes, scenery = [], []
-        for row, env in envs.items():
-            reward: Any = 0.0
-            terminated = truncated = False
-            if arrays["opening"][row]:
-                state, info = env.reset(seed=int(arrays["seeds"][row]), options=options)
-                actions = played.get(row, [])
-            else:
-                actions = [int(arrays["actions"][row])]
-            for action in actions:
-                state, reward, terminated, truncated, info = env.step(action)
-            arrays["observations"][row] = state
-            arrays["rewards"][row] = reward
-            arrays["terminated"][row] = terminated
-            arrays["truncated"][row] = truncated
-            arrays["has_cell"][row] = "cell" in info
-            if "cell" in info:
-                arrays["cells"][row] = info["cell"]
-                arrays["life_lost"][row] = info["life_lost"]
-            if "scenery" in info:
-                scenery.append(info["scenery"])
-            if "episode" in info:
-                episodes.append((row, info["episode"]))

@@ -1,0 +1,73 @@
+"""Workers as processes of this machine."""
+
+import multiprocessing
+from collections.abc import Callable
+from contextlib import suppress
+from math import prod
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from icm.envs.stepper import NOTHING, Answer, Fields, Order, Stepper
+from icm.envs.wrappers import Env
+from icm.processes import CLOSING_TIME, Assistants
+
+type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
+"""Shared arrays by name: their bytes, shape and type."""
+
+
+class LocalWorkers(Assistants):
+    """Worker processes; see `icm.envs.vector.Workers`.
+
+    The arrays lie in memory shared with them, which has no name under which it could be left
+    behind; what else goes to and fro in a step is one short message per worker.
+
+    Args:
+        make: builds one environment; must be picklable.
+        number: how many.
+        late: how many of them step in `step_wait`, fewer than `number`.
+        fields: the arrays.
+    """
+
+    def __init__(self, make: Callable[[], Env], number: int, late: int, fields: Fields) -> None:
+        context = multiprocessing.get_context("spawn")
+        memory: Memory = {
+            name: (context.RawArray("b", prod(shape) * np.dtype(dtype).itemsize), shape, dtype)
+            for name, (shape, dtype) in fields.items()
+        }
+        self.arrays = arrays_in(memory)
+        self.number, self.late = number, late
+        super().__init__(number, _work, make, memory)
+
+    def send(self, worker: int, order: Order) -> None:
+        """See `Workers`."""
+        with suppress(ConnectionError):  # of a dead worker: `listen` says why
+            self.pipes[worker].send(order)
+
+    def listen(self, worker: int, patience: float) -> Answer | str:
+        """See `Workers`."""
+        pipe, process = self.pipes[worker], self.processes[worker]
+        try:
+            # twice, because of processes that were paused together the time is over when they go on
+            if pipe.poll(patience / 2) or pipe.poll(patience / 2):
+                return pipe.recv()
+        except (EOFError, ConnectionError):
+            process.join(CLOSING_TIME)
+            return f"it ended with exit code {process.exitcode}"
+        return f"it did not answer for {patience:g} seconds"
+
+
+def arrays_in(memory: Memory) -> dict[str, np.ndarray]:
+    """Views of shared memory."""
+    return {
+        name: np.frombuffer(content, dtype).reshape(shape)
+        for name, (content, shape, dtype) in memory.items()
+    }
+
+
+def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
+    stepper = Stepper(make, arrays_in(memory))
+    pipe.send(NOTHING)
+    while True:
+        pipe.send(stepper.step(pipe.recv()))

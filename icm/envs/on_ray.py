@@ -1,0 +1,271 @@
+"""Workers as actors of a Ray cluster; nothing else imports ray."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from icm.envs.stepper import GIVEN, RESULTS, Answer, Fields, Order, Stepper
+from icm.envs.wrappers import Env
+from icm.errors import UserError
+from icm.processes import signals_blocked
+from icm.ranks import CORES, WORLD_SIZE
+
+# or else, below `uv run`, it would send the working directory to all nodes, and install all there
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+# of a cluster that is started here; or else actors would give way to whatever else runs
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+STARTING = 120.0  # seconds in which all actors must have started
+LAST = 1.0  # seconds that are waited for an answer at least
+SUSPECT = 60.0  # seconds for which no new actor is put where one has failed
+
+type Place = tuple[str, str]
+"""Where an actor lives: the name of the machine, and Ray's id of the node."""
+
+type Rows = dict[str, bytes]
+"""Rows of arrays by name."""
+
+type Heard = tuple[Answer, list[int], Rows]
+"""An answer; rows whose observation is the one before, moved on by a plane, as with stacked frames;
+and rows of the results, the `newest` planes of those, and the `whole` observations of the others.
+"""
+
+
+class RayWorkers:
+    """Actors of a Ray cluster; see `icm.envs.vector.Workers`.
+
+    The cluster is that which `RAY_ADDRESS` names or that runs on this machine, or else one of this
+    machine alone that ends with this process. At most one step is under way per actor.
+
+    In the place of an actor that failed there comes a new one, on another node if there is one.
+
+    Args:
+        make: builds one environment; must be picklable, and this package be on every node.
+        number: how many, a core for each; None: as many as cores are free.
+        most: how many can be of use.
+        busy_cores: how many cores of this machine the caller needs while they step.
+        fields: the arrays.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has too few free cores.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Env],
+        number: int | None,
+        most: int,
+        busy_cores: int,
+        fields: Fields,
+    ) -> None:
+        self._given = make, fields
+        self.arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
+        self._actors: list[Any] = []
+        self._connected = not ray.is_initialized()  # by this object
+        if self._connected:
+            _connect()
+        try:
+            places = self._start_all(number, most)
+        except BaseException:
+            self.end()
+            raise
+        # only those that share this machine with the caller compete with it: they are the last
+        here = socket.gethostname()
+        order = sorted(range(self.number), key=lambda worker: places[worker][0] == here)
+        self._actors = [self._actors[worker] for worker in order]
+        self._nodes = [places[worker][1] for worker in order]
+        near = sum(machine == here for machine, _ in places)
+        crowded = near + busy_cores - CORES
+        self.late = min(max(crowded, 0), near, self.number - 1)
+        self._failed: dict[str, float] = {}  # when an actor of a node has failed
+        self._rows: list[list[int]] = [[] for _ in order]  # that each of them steps
+        self._answers = [actor.begin.remote() for actor in self._actors]
+        self._sent = [time.monotonic()] * self.number
+
+    def send(self, worker: int, order: Order) -> None:
+        """See `Workers`."""
+        self._rows[worker] = sorted(order[0])
+        given = _pack(self.arrays, self._rows[worker], GIVEN)
+        self._answers[worker] = self._actors[worker].step.remote(order, given)
+        self._sent[worker] = time.monotonic()
+
+    def listen(self, worker: int, patience: float) -> Answer | str:
+        """See `Workers`."""
+        heard = self._hear(worker, patience)
+        if isinstance(heard, str):
+            self._failed[self._nodes[worker]] = time.monotonic()
+            return heard
+        answer, moved, results = heard
+        rows = self._rows[worker]
+        _unpack(self.arrays, rows, RESULTS, results)
+        states = self.arrays["observations"]
+        states[moved, :-1] = states[moved, 1:]
+        states[moved, -1:] = _read(states[:, -1:], moved, results["newest"])
+        others = [row for row in rows if row not in moved]
+        states[others] = _read(states, others, results["whole"])
+        return answer
+
+    def restart(self, worker: int) -> None:
+        """See `Workers`."""
+        ray.kill(self._actors[worker])
+        self._nodes[worker] = self._home()
+        # without a core of its own: there may be none. What asks for nothing at all is sent to a
+        # random node first, which may be dead
+        strategy = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=True)
+        self._actors[worker] = self._start(num_cpus=0, memory=1, scheduling_strategy=strategy)
+        self._rows[worker] = []
+        self._answers[worker] = self._actors[worker].begin.remote()
+        self._sent[worker] = time.monotonic()
+
+    def end(self) -> None:
+        """See `Workers`."""
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+            if self._connected:
+                ray.shutdown()
+        self._actors = []
+
+    def _start_all(self, number: int | None, most: int) -> list[Place]:
+        """Start the actors, and say where each lives."""
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cores = sum(int(node["Resources"].get("CPU", 0)) for node in nodes)
+        free = int(ray.available_resources().get("CPU", 0))
+        # of all of them, if other ranks want as many
+        share = min(free, cores // WORLD_SIZE)
+        self.number = min(number or max(share, 1), most)
+        if self.number > free:
+            raise UserError(
+                f"collector=ray: env.num_workers={self.number} needs as many cores, and of the "
+                f"{cores} cores of the Ray cluster {free} are free"
+            )
+        print(f"Ray: {cores} cores on {len(nodes)} nodes; environments get {self.number}")
+        self._actors = [
+            self._start(num_cpus=1, scheduling_strategy="SPREAD") for _ in range(self.number)
+        ]
+        try:
+            return ray.get([actor.place.remote() for actor in self._actors], timeout=STARTING)
+        except GetTimeoutError:
+            raise UserError(
+                f"collector=ray: not all actors have started within {STARTING:g} seconds; "
+                "has somebody else taken the cores?"
+            ) from None
+        except RayError as error:
+            raise RuntimeError(f"an actor of the environments failed:\n{error}") from None
+
+    def _hear(self, worker: int, patience: float) -> Heard | str:
+        # counted from when it was sent: the actors of a node that is silent are, all of them
+        left = max(self._sent[worker] + patience - time.monotonic(), LAST)
+        try:
+            try:  # twice, because of processes that were paused together, as in `LocalWorkers`
+                return ray.get(self._answers[worker], timeout=left / 2)
+            except GetTimeoutError:
+                return ray.get(self._answers[worker], timeout=left / 2)
+        except GetTimeoutError:
+            return f"it did not answer for {patience:g} seconds"
+        except RayError as error:
+            text = str(error).strip()
+            return f"{text}\n{type(error).__name__}: {text.splitlines()[0]}"
+
+    def _start(self, **how: Any) -> Any:
+        # Ray must not restart it: a new one has to play the running episodes again
+        return ray.remote(_Actor).options(max_restarts=0, **how).remote(*self._given)
+
+    def _home(self) -> str:
+        """The node for a new actor: the one with the fewest actors per core.
+
+        But none where one has failed a moment ago, as long as there are others: for ten seconds
+        and longer, Ray takes a node that was killed for alive.
+        """
+        actors, now = Counter(self._nodes), time.monotonic()
+
+        def order(node: dict[str, Any]) -> tuple[bool, float]:
+            name, cores = node["NodeID"], node["Resources"].get("CPU", 0)
+            failed = now - self._failed.get(name, -math.inf) < SUSPECT
+            return failed, (actors[name] + 1) / cores if cores else math.inf
+
+        return min((node for node in ray.nodes() if node["Alive"]), key=order)["NodeID"]
+
+
+class _Actor:
+    """A worker on a node: has arrays of its own, and sends what has changed in them."""
+
+    def __init__(self, make: Callable[[], Env], fields: Fields) -> None:
+        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
+        self._stepper = Stepper(make, self._arrays)
+        self._known: set[int] = set()  # rows whose observation the other side has
+
+    def place(self) -> Place:
+        """Where it lives."""
+        return socket.gethostname(), ray.get_runtime_context().get_node_id()
+
+    def begin(self) -> Heard | str:
+        """As `step`, of no row."""
+        return self.step((set(), None, {}), _pack(self._arrays, [], GIVEN))
+
+    def step(self, order: Order, given: Rows) -> Heard | str:
+        """Step rows, which are given sorted; what it gives is a traceback if it fails."""
+        try:
+            rows = sorted(order[0])
+            _unpack(self._arrays, rows, GIVEN, given)
+            states = self._arrays["observations"]
+            before = states[rows, 1:]
+            answer = self._stepper.step(order)
+            same = (states[rows, :-1] == before).all(tuple(range(1, states.ndim)))
+            moved = [row for row in compress(rows, same) if row in self._known]
+            others = [row for row in rows if row not in moved]
+            self._known = set(rows)
+            results = _pack(self._arrays, rows, RESULTS)
+            results |= {"newest": states[moved, -1:].tobytes(), "whole": states[others].tobytes()}
+            return answer, moved, results
+        except Exception:
+            return traceback.format_exc()
+
+
+def _connect() -> None:
+    """Find a cluster, or start one of this machine's cores, deaf to signals that are for us."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        with signals_blocked():
+            if address != "local":
+                try:
+                    ray.init("auto", **quiet)
+                    return
+                except ConnectionError:
+                    if address is not None:
+                        raise
+            ray.init("local", num_cpus=os.process_cpu_count(), include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise UserError(f"collector=ray: {error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray has one of its own
+
+
+def _pack(arrays: dict[str, np.ndarray], rows: list[int], names: Fields) -> Rows:
+    return {name: arrays[name][rows].tobytes() for name in names}
+
+
+def _unpack(arrays: dict[str, np.ndarray], rows: list[int], names: Fields, packed: Rows) -> None:
+    for name in names:
+        arrays[name][rows] = _read(arrays[name], rows, packed[name])
+
+
+def _read(array: np.ndarray, rows: list[int], packed: bytes) -> np.ndarray:
+    """Rows of an array like this one."""
+    return np.frombuffer(packed, array.dtype).reshape(len(rows), *array.shape[1:])

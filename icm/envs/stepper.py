@@ -1,0 +1,92 @@
+"""What a worker does, wherever it lives: it steps environments, which are rows of arrays."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from icm.envs.wrappers import Env
+
+type Fields = dict[str, tuple[tuple[int, ...], Any]]
+"""Shape and type of arrays by name; a row is an environment."""
+
+type Order = tuple[set[int], dict[str, Any] | None, dict[int, list[int]]]
+"""Rows to step, options of episodes that open, and actions to play in these at once."""
+
+type Answer = tuple[list[tuple[int, dict[str, Any]]], list[Any], float]
+"""Ended episodes (row, statistics), scenery, and the seconds that the step took."""
+
+NOTHING: Answer = [], [], 0.0
+
+GIVEN: Fields = {
+    "actions": ((), np.int64),
+    "seeds": ((), np.int64),  # of the running episodes
+    "opening": ((), np.bool),  # whether the next step begins an episode
+}
+"""What a worker is given, of one row."""
+
+RESULTS: Fields = {
+    "rewards": ((), np.float64),
+    "terminated": ((), np.bool),
+    "truncated": ((), np.bool),
+    "cells": ((5,), np.int32),
+    "life_lost": ((), np.bool),
+    "has_cell": ((), np.bool),
+}
+"""What it gives besides `observations`, of one row."""
+
+
+def fields_of(env: Env, num_envs: int) -> Fields:
+    """The arrays of `num_envs` environments like this one."""
+    space = env.observation_space
+    one: Fields = {"observations": (space.shape or (), space.dtype), **GIVEN, **RESULTS}
+    return {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in one.items()}
+
+
+class Stepper:
+    """Makes environments as they are wanted, and steps them.
+
+    Args:
+        make: builds one environment.
+        arrays: of `fields_of`; what is given is read there, and the results are written.
+    """
+
+    def __init__(self, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
+        self._make, self._arrays = make, arrays
+        self._envs: dict[int, Env] = {}
+
+    def step(self, order: Order) -> Answer:
+        """Step the rows that it is told to, of which some may be new, and others gone."""
+        rows, options, played = order
+        envs, arrays = self._envs, self._arrays
+        start = time.perf_counter()
+        for row in envs.keys() - rows:
+            envs.pop(row).close()
+        for row in rows - envs.keys():
+            envs[row] = self._make()
+        episodes: list[tuple[int, dict[str, Any]]] = []
+        scenery: list[Any] = []
+        for row, env in envs.items():
+            reward: Any = 0.0
+            terminated = truncated = False
+            if arrays["opening"][row]:
+                state, info = env.reset(seed=int(arrays["seeds"][row]), options=options)
+                actions = played.get(row, [])
+            else:
+                actions = [int(arrays["actions"][row])]
+            for action in actions:
+                state, reward, terminated, truncated, info = env.step(action)
+            arrays["observations"][row] = state
+            arrays["rewards"][row] = reward
+            arrays["terminated"][row] = terminated
+            arrays["truncated"][row] = truncated
+            arrays["has_cell"][row] = "cell" in info
+            if "cell" in info:
+                arrays["cells"][row] = info["cell"]
+                arrays["life_lost"][row] = info["life_lost"]
+            if "scenery" in info:
+                scenery.append(info["scenery"])
+            if "episode" in info:
+                episodes.append((row, info["episode"]))
+        return episodes, scenery, time.perf_counter() - start

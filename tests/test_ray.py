@@ -1,0 +1,222 @@
+"""Environments on a Ray cluster of two nodes of this machine, on the real game."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import SMALL, metrics_of, run_script, settings, start_training
+from omegaconf import OmegaConf
+from test_vector import ENV, assert_equal
+
+from icm import checkpoint
+from icm.config import parse_config
+from icm.envs import make_vector_env
+from icm.errors import UserError
+from icm.soak.program import facts
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes as on Linux")
+
+RAY = Path(sys.executable).with_name("ray")
+LENGTH = "total_steps=384"
+ON_RAY = (*SMALL, "env.num_envs=4", "collector=ray", "checkpoint.every=1000000", "log.every=32")
+
+
+def processes(folder: str) -> set[psutil.Process]:
+    """Ray's processes of the clusters whose files are in a folder."""
+    found = set[psutil.Process]()
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in part for part in process.info["cmdline"] or ()):
+            found.add(process)
+            with suppress(psutil.NoSuchProcess):
+                found |= set(process.children(recursive=True))
+    return found
+
+
+def named(name: str, folder: str) -> set[psutil.Process]:
+    """Those of them whose name begins with `name`."""
+    found = set[psutil.Process]()
+    for process in processes(folder):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith(name):
+                found.add(process)
+    return found
+
+
+def raylets(folder: str) -> set[psutil.Process]:
+    return named("raylet", folder)
+
+
+def actors(folder: str) -> set[psutil.Process]:
+    return named("ray::_Actor", folder)
+
+
+@contextmanager
+def ray_in_a_folder() -> Iterator[str]:
+    """Where Ray keeps its files; the name is short because those of sockets may not be long."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        try:
+            yield folder
+        finally:
+            found = processes(folder)
+            for process in found:
+                process.kill()
+            psutil.wait_procs(found, timeout=20)
+
+
+def start_node(*arguments: str) -> None:
+    """Start a node of one core."""
+    place = os.environ["RAY_TMPDIR"]
+    given = ("--num-cpus=1", "--object-store-memory=80000000")
+    subprocess.run(
+        [RAY, "start", *arguments, *given, f"--plasma-directory={place}"],
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, psutil.Process]]:
+    """Two nodes: the folder of their files, and the raylet of the second one."""
+    with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        start_node("--head", "--port=0", "--include-dashboard=false")
+        first = raylets(folder)
+        address = Path(folder, "ray", "ray_current_cluster").read_text()
+        patch.setenv("RAY_ADDRESS", address)
+        start_node(f"--address={address}")
+        (second,) = raylets(folder) - first
+        yield folder, second
+
+
+def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
+    cluster: tuple[str, psutil.Process], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = cluster
+    config = replace(ENV, num_envs=4, num_workers=None, sticky_probability=0.25)
+    rng = np.random.default_rng(0)
+    local = make_vector_env(config, scenery=True)
+    envs = make_vector_env(config, busy_cores=9, scenery=True, collector="ray")
+    try:
+        assert capsys.readouterr().out == "Ray: 2 cores on 2 nodes; environments get 2\n"
+        assert envs._balance.late == range(1, 2)
+        assert_equal(envs.reset(seed=5), local.reset(seed=5))
+        for step in range(16):
+            if step == 4:  # one that is lost between two steps
+                min(actors(folder), key=lambda actor: actor.pid).kill()
+            actions = rng.integers(0, 12, 4)
+            envs.step_async(actions)
+            if step == 8:  # one that does not answer
+                envs._patience = 3.0
+                max(actors(folder), key=lambda actor: actor.pid).suspend()
+            found, expected = envs.step_wait(), local.step(actions)
+            if step >= 4:  # a new one shows again what has been seen
+                found[-1].pop("scenery"), expected[-1].pop("scenery")
+            assert_equal(found, expected)
+            assert envs.failures == (step >= 4) + (step >= 8)
+        for actor in actors(folder):
+            maps = Path(f"/proc/{actor.pid}/maps").read_text()
+            assert "numpy" in maps
+            assert "libtorch" not in maps
+        with pytest.raises(RuntimeError, match=r"(?s)worker 0 .*Traceback.*KeyError: 99"):
+            envs.step(np.array([99, 0, 0, 0]))
+        assert envs.closed
+    finally:
+        envs.close()
+        local.close()
+    assert not psutil.wait_procs(actors(folder), timeout=20)[1]
+
+
+def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_everywhere(
+    cluster: tuple[str, psutil.Process], tmp_path: Path
+) -> None:
+    folder, second_node = cluster
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    process = start_training(*ON_RAY, LENGTH, f"hydra.run.dir={run}")
+    while not (run / "metrics.jsonl").exists() or not metrics_of(run):
+        assert process.poll() is None
+        time.sleep(0.05)
+    second_node.kill()
+    killed, before = time.monotonic(), len(metrics_of(run))
+    while len(metrics_of(run)) < before + 2:
+        assert process.poll() is None
+        assert time.monotonic() < killed + 30
+        time.sleep(0.05)
+    assert process.wait(timeout=60) == 0
+    assert metrics_of(run)[-1]["workers/failures"] == 1
+    process = start_training(
+        *ON_RAY, "collector=local", LENGTH, f"hydra.run.dir={alone}", stderr=subprocess.DEVNULL
+    )
+    assert process.wait(timeout=60) == 0
+    assert [facts(line) for line in metrics_of(run)] == [facts(line) for line in metrics_of(alone)]
+
+    latest = run / "checkpoints" / "latest.pt"
+    for script, *given in (
+        ("play.py", "render=none", f"ckpt={latest}"),
+        ("evaluate.py", "episodes=1", f"ckpt={latest}"),
+        ("train.py", f"resume={latest}", "total_steps=448", f"hydra.run.dir={tmp_path / 'on'}"),
+    ):
+        done = run_script(script, *given)
+        assert done.returncode == 0, done.stderr
+        assert "Ray" not in done.stdout
+    assert metrics_of(tmp_path / "on")[-1]["step"] == 448
+
+    # one that is killed leaves no actors
+    process = start_training(*ON_RAY, f"hydra.run.dir={tmp_path / 'killed'}")
+    while not actors(folder):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(actors(folder), timeout=20)[1]
+
+
+@pytest.mark.usefixtures("shared_memory")  # Ray's, while it starts
+def test_without_a_cluster_it_starts_one_that_ends_with_it_and_is_deaf_to_signals(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")  # not one that runs beside
+        process = start_training(*ON_RAY, f"hydra.run.dir={run}", stderr=subprocess.PIPE)
+        while not (run / "metrics.jsonl").exists() or not metrics_of(run):
+            assert process.poll() is None
+            time.sleep(0.05)
+        found = processes(folder)
+        assert len(raylets(folder)) == 1
+        os.killpg(process.pid, signal.SIGTERM)  # to every process, as a cluster's scheduler does
+        for other in found:
+            other.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, stderr
+        step = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
+        assert step >= metrics_of(run)[-1]["step"]
+        assert not psutil.wait_procs(found, timeout=20)[1]
+
+
+def test_a_collector_that_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="collector=slurm: must be one of local, ray"):
+        settings("collector=slurm")
+    before = asdict(settings())
+    del before["collector"]  # as of an older checkpoint
+    assert parse_config(OmegaConf.create(before)).collector == "local"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "icm.envs.on_ray", raising=False)
+    with pytest.raises(UserError, match=r"collector=ray: there is no ray; .*\[ray\]"):
+        make_vector_env(ENV, collector="ray")
