@@ -75,8 +75,9 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
     lines, told = metrics_of(expected), metrics_of(run)
     assert [line["step"] for line in told] == [80, 160, 240, 320, 400, 480, 560]
     for line, its in zip(lines, told, strict=True):
+        assert its.keys() - line.keys() == {"speed/ranks_share"}
         for name in ("reward/intrinsic", "policy/entropy", "loss/forward", "loss/value"):
-            assert its.get(name) == pytest.approx(line.get(name), rel=1e-3)
+            assert name not in line or its[name] == pytest.approx(line[name], rel=1e-3)
         assert its["speed/ranks_share"] > 0
     assert {path.name for path in run.iterdir()} - {".hydra", ".lock", "metrics.jsonl"} == {
         "checkpoints",
