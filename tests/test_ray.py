@@ -123,7 +123,7 @@ def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
             actions = rng.integers(0, 12, 4)
             envs.step_async(actions)
             if step == 8:  # one that does not answer
-                envs._patience = 3.0
+                envs._patience = 5.0
                 max(actors(folder), key=lambda actor: actor.pid).suspend()
             found, expected = envs.step_wait(), local.step(actions)
             if step >= 4:  # a new one shows again what has been seen
@@ -156,7 +156,7 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
     killed, before = time.monotonic(), len(metrics_of(run))
     while len(metrics_of(run)) < before + 2:
         assert process.poll() is None
-        assert time.monotonic() < killed + 30
+        assert time.monotonic() < killed + 120  # how long it takes stands in docs/scaling.md
         time.sleep(0.05)
     assert process.wait(timeout=60) == 0
     assert metrics_of(run)[-1]["workers/failures"] == 1

@@ -8,11 +8,14 @@ from icm.config import Config
 from icm.exploration import Exploration, Recording
 from icm.files import remove_leftovers
 from icm.intervals import crossed
+from icm.ranks import RANK
 from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
 
 
 class Gallery:
     """Maps, the best episode and the report of a run, drawn beside it at their intervals.
+
+    Of several learners the first alone draws.
 
     Args:
         folder: the run folder.
@@ -24,7 +27,7 @@ class Gallery:
         self.studio = Studio()
         every = {"map": config.map.every, "video": config.video.every}
         every["report"] = config.report.every  # at last, because it shows the others
-        self.every = {name: steps for name, steps in every.items() if steps}
+        self.every = {name: steps for name, steps in every.items() if steps and RANK == 0}
         self.due: set[str] = set()
         self.filmed: Recording | None = None
 
