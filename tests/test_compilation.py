@@ -16,7 +16,7 @@ from icm.compilation import WORTHWHILE, Compiler, resolve_compile
 from icm.factory import build_agent
 
 AGENTS = {
-    "dqn": ("agent.batch_size=32", "agent.n_step=2"),  # each one makes compiling longer
+    "dqn": ("agent.batch_size=32", "agent.n_step=1"),  # each one makes compiling longer
     "ppo": ("agent.rollout_steps=32",),
     "pqn": ("agent.rollout_steps=32",),
 }
