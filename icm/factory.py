@@ -123,10 +123,8 @@ def build_replay(
     channels, *size = state_shape
     frame = size[0], size[1]
     capacity = config.agent.replay_capacity if remember else 0
-    needed, free = (
-        Replay.nbytes(capacity, frame, num_actions),
-        available_bytes() // LOCAL_WORLD_SIZE,
-    )
+    needed = Replay.nbytes(capacity, frame, num_actions)
+    free = available_bytes() // LOCAL_WORLD_SIZE
     kept_on = memory_device(needed, device)
     if kept_on.type == "cpu" and needed > free:
         fitting = int(0.5 * free / Replay.nbytes(1, frame, num_actions))

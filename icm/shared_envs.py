@@ -8,12 +8,9 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.collectives import all_objects, all_rows
-from icm.envs.vector import WorkerVectorEnv
+from icm.envs.stepper import RESULTS
+from icm.envs.vector import WorkerVectorEnv, infos_of
 from icm.ranks import RANK, WORLD_SIZE
-
-type Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
-
-ARRAYS = ("observations", "rewards", "terminated", "truncated")
 
 
 class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -39,12 +36,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._row = np.dtype(
             [
                 ("observations", space.dtype, space.shape),
-                ("rewards", np.float64),
-                ("terminated", np.bool),
-                ("truncated", np.bool),
-                ("cell", np.int32, (5,)),
-                ("_cell", np.bool),
-                ("life_lost", np.bool),
+                *((name, dtype, shape) for name, (shape, dtype) in RESULTS.items()),
                 ("failures", np.int64),  # of the rank
                 ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
             ]
@@ -57,17 +49,22 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin new episodes, see `WorkerVectorEnv.reset`."""
         super().reset(seed=seed)
         observations, infos = self.envs.reset(seed=seed, options=options)
-        nothing = np.zeros(self.envs.num_envs)
-        observations, _, _, _, infos = self._whole((observations, nothing, nothing, nothing, infos))
-        return observations, infos
+        whole, infos = self._whole(infos, observations=observations)
+        return whole["observations"].copy(), infos
 
     def step_async(self, actions: np.ndarray) -> None:
         """Let this rank's workers step, see `WorkerVectorEnv.step_async`."""
         self.envs.step_async(actions[self.rows])
 
-    def step_wait(self) -> Step:
+    def step_wait(
+        self,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Wait for this rank's workers and for the other ranks."""
-        return self._whole(self.envs.step_wait())
+        *arrays, infos = self.envs.step_wait()
+        names = "observations", "rewards", "terminated", "truncated"
+        whole, infos = self._whole(infos, **dict(zip(names, arrays, strict=True)))
+        observations, rewards, terminated, truncated = (whole[name].copy() for name in names)
+        return observations, rewards, terminated, truncated, infos
 
     def state_dict(self) -> dict[str, Any]:
         """That of a `WorkerVectorEnv` with all environments."""
@@ -80,43 +77,36 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Play running episodes again, see `WorkerVectorEnv.restore`."""
         part = {name: state[name][self.rows] for name in ("begun", "seeds", "actions")}
         observations, ended, infos = self.envs.restore({"entropy": state["entropy"], **part})
-        nothing = np.zeros(self.envs.num_envs)
-        observations, _, ended, _, infos = self._whole(
-            (observations, nothing, ended, nothing, infos)
-        )
-        return observations, ended, infos
+        whole, infos = self._whole(infos, observations=observations, terminated=ended)
+        return whole["observations"].copy(), whole["terminated"].copy(), infos
 
     def close_extras(self, **kwargs: Any) -> None:
         """End this rank's workers."""
         self.envs.close()
 
-    def _whole(self, step: Step) -> Step:
-        """A step of all environments, of this rank's part."""
-        *arrays, infos = step
+    def _whole(
+        self, infos: dict[str, Any], **results: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Results of all environments, as fields of an array, and infos; of this rank's part."""
         episodes = [
             (row + self.rows.start, {k: v[row] for k, v in infos["episode"].items() if k[0] != "_"})
             for row in np.flatnonzero(infos.get("_episode", ())).tolist()
         ]
         scenery = infos.get("scenery", [])
         rows = np.zeros(self.envs.num_envs, self._row)
-        for name, array in zip(ARRAYS, arrays, strict=True):
+        for name, array in results.items():
             rows[name] = array
-        for name in ("cell", "_cell", "life_lost"):
-            rows[name] = infos.get(name, 0)
+        for name, info in (("cells", "cell"), ("has_cell", "_cell"), ("life_lost", "life_lost")):
+            rows[name] = infos.get(info, 0)
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
         packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
-        found: dict[str, Any] = {}
-        if whole["_cell"].any():
-            present = whole["_cell"].copy()
-            found = {"cell": whole["cell"].copy(), "_cell": present}
-            found |= {"life_lost": whole["life_lost"].copy(), "_life_lost": present.copy()}
+        found = infos_of(whole)
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:
                     found = self._add_info(found, {"episode": episode}, row)
                 found.setdefault("scenery", []).extend(places)
-        observations, rewards, terminated, truncated = (whole[name].copy() for name in ARRAYS)
-        return observations, rewards, terminated, truncated, found
+        return whole, found

@@ -213,11 +213,11 @@ class Trainer:
         if "icm/inverse_heldout" in metrics:
             metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
+        if WORLD_SIZE > 1:
+            clock.phases["ranks"] = max(all_objects(seconds()))
         metrics |= clock.speeds(self.step, self.config.env.action_repeat)
         metrics |= self.agent.policy.statistics(self.step)
         metrics["workers/failures"] = self.envs.failures
-        if WORLD_SIZE > 1:
-            metrics["speed/ranks_share"] = max(all_objects(seconds() / clock.seconds))
         metrics["learner/skipped"] = self.agent.skipped.item()
         self.tracker.write(self.step, metrics)
         self.display.show(self.step, metrics)
@@ -360,7 +360,6 @@ class Clock:
 
     def __init__(self, step: int) -> None:
         self.since, self.step = time.perf_counter(), step
-        self.seconds = 0.0  # of the latest interval
         self.phases: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -373,7 +372,7 @@ class Clock:
     def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
         """The `speed/` metrics since the last call."""
         now = time.perf_counter()
-        seconds = self.seconds = now - self.since
+        seconds = now - self.since
         rate = (step - self.step) / seconds
         speeds = {"speed/agent_steps_per_s": rate, "speed/frames_per_s": rate * action_repeat}
         speeds |= {f"speed/{name}_share": spent / seconds for name, spent in self.phases.items()}

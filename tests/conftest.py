@@ -84,12 +84,18 @@ def start_training(
     )
 
 
-def killed_training(folder: Path, *arguments: object) -> None:
-    """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
-    process = start_training(*arguments)
+def saved_training(folder: Path, *arguments: object, **how: Any) -> subprocess.Popen[str]:
+    """A training that has a checkpoint in its folder by now; `how`: see `start_training`."""
+    process = start_training(*arguments, **how)
     while not (folder / "checkpoints" / "latest.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
+    return process
+
+
+def killed_training(folder: Path, *arguments: object) -> None:
+    """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
+    process = saved_training(folder, *arguments)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 

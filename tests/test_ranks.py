@@ -2,13 +2,12 @@
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import UNSEEN, metrics_of, run_script, start_training
+from conftest import UNSEEN, metrics_of, run_script, saved_training, start_training
 
 from icm import checkpoint
 
@@ -41,12 +40,8 @@ def alone(folder: Path, *given: str) -> Path:
 
 def ranks(folder: Path, *given: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
     """A training that has a checkpoint by now."""
-    run = f"hydra.run.dir={folder}"
-    training = start_training(*given, run, launcher=launcher, stderr=subprocess.DEVNULL)
-    while not (folder / "checkpoints" / "latest.pt").exists():
-        assert training.poll() is None
-        time.sleep(0.01)
-    return training
+    how = {"launcher": launcher, "stderr": subprocess.DEVNULL}
+    return saved_training(folder, *given, f"hydra.run.dir={folder}", **how)
 
 
 def assert_same(run: Path, other: Path) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -159,7 +159,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._send(range(self._workers.number), None, dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
-        return self._arrays["observations"].copy(), ended, self._infos()
+        return self._arrays["observations"].copy(), ended, infos_of(self._arrays)
 
     def step(
         self, actions: np.ndarray
@@ -195,7 +195,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._send(self._balance.late, self._options)
         episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
-        infos = self._infos()
+        infos = infos_of(self._arrays)
         for row, episode in episodes:
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
             infos = self._add_info(infos, {"episode": episode}, row)
@@ -235,18 +235,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
             self._workers.send(worker, (rows, options, played or {}))
-
-    def _infos(self) -> dict[str, Any]:
-        """What is known of all environments in every step."""
-        if not self._arrays["has_cell"].any():
-            return {}
-        present = self._arrays["has_cell"].copy()
-        return {
-            "cell": self._arrays["cells"].copy(),
-            "_cell": present,
-            "life_lost": self._arrays["life_lost"].copy(),
-            "_life_lost": present.copy(),
-        }
 
     def _receive(
         self, patience: float
@@ -301,3 +289,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self.close()
             raise RuntimeError(f"worker {worker} of the environments failed:\n{answer}")
         return answer
+
+
+def infos_of(arrays: Mapping[str, np.ndarray] | np.ndarray) -> dict[str, Any]:
+    """What is known of all environments in every step, of arrays or fields by the names of them."""
+    if not arrays["has_cell"].any():
+        return {}
+    present = arrays["has_cell"].copy()
+    return {
+        "cell": arrays["cells"].copy(),
+        "_cell": present,
+        "life_lost": arrays["life_lost"].copy(),
+        "_life_lost": present.copy(),
+    }
