@@ -99,7 +99,8 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     for name, seed in (("same", 42), ("other", 43)):
         folder = tmp_path / name
         done = run_script(
-            "train.py", *SMALL, "total_steps=96", f"seed={seed}", f"hydra.run.dir={folder}"
+            *("train.py", *SMALL, "env.emulator=nes_py", "total_steps=96"),
+            *(f"seed={seed}", f"hydra.run.dir={folder}"),
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("env.emulator=libretro") == 1  # a hint, once
@@ -240,6 +241,7 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     done = run_script(
         "train.py",
         *SMALL,
+        "env.emulator=nes_py",
         "env.id=rooms:Rooms-v0",
         "env.crop=[0,0,0,0]",
         "env.action_repeat=1",
@@ -493,7 +495,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     ],
 )
 def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
-    done = run_script("train.py", *SMALL[:-1], override, f"hydra.run.dir={tmp_path / 'run'}")
+    given = (*SMALL[:-1], "env.emulator=nes_py", override)
+    done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'run'}")
     assert_refused(done, *words)
     assert not list(tmp_path.rglob("*.pt"))
 

@@ -27,7 +27,7 @@ from icm.errors import UserError
 from icm.processes import SIGNALS
 
 # three environments whose episodes end in the third step at the latest
-ENV = replace(settings().env, num_envs=3, num_workers=2, stuck_steps=3)
+ENV = replace(settings("env.emulator=libretro").env, num_envs=3, num_workers=2, stuck_steps=3)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,7 @@ class Agent[Batch](ABC):
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
         self._losses = compiler(self.loss_and_parts)
-        groups = nn.ModuleList(networks.values()), signal
-        self.optimizer = torch.optim.Adam(
-            [{"params": [p for p in group.parameters() if p.requires_grad]} for group in groups],
-            fused=True,  # `descend` sets the learning rates
-        )
+        self.learning = nn.ModuleList(networks.values()), signal
         self.total_updates = common.total_updates
         # two, because a step may be observed before the next actions are drawn, or after them
         drawn, acted = np.random.SeedSequence(common.seed).generate_state(2).tolist()
@@ -119,6 +116,18 @@ class Agent[Batch](ABC):
         self.updates = 0
         self.skipped = torch.zeros((), device=device)  # updates that were not finite
         self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Adam:
+        """Of what learns, in two groups; `descend` sets their learning rates.
+
+        Not made before it is needed: the first one of a process imports PyTorch's compiler, which
+        takes three seconds, and who plays does not learn.
+        """
+        return torch.optim.Adam(
+            [{"params": [p for p in of.parameters() if p.requires_grad]} for of in self.learning],
+            fused=True,
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

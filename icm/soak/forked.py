@@ -16,7 +16,15 @@ from icm.soak.program import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["icm.cli", "icm.trainer", "icm.factory", "icm.evaluation", "icm.playing", "icm.viz.mind"]
+    [
+        "icm.cli",
+        "icm.trainer",
+        "icm.factory",
+        "icm.evaluation",
+        "icm.playing",
+        "icm.viz.mind",
+        "torch._dynamo",  # which an optimizer imports
+    ]
 )
 
 
