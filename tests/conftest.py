@@ -145,6 +145,6 @@ def trained(for_all: Path) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             given = (*SMALL, *more, "total_steps=96", f"hydra.run.dir={folder}")
-            done = run_script("train.py", *given, timeout=400)  # it draws where nobody else computes
+            done = run_script("train.py", *given, timeout=400)  # drawing may wait
             assert done.returncode == 0, done.stderr
     return folder
