@@ -212,6 +212,7 @@ class Config:
     # checkpoints from before these settings do not have them
     compile: str = "off"
     collector: str = "local"
+    practice: float = 0.0
     map: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     video: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
     report: DrawingConfig = field(default_factory=lambda: DrawingConfig(25_000))
@@ -404,6 +405,7 @@ def _check(config: Config) -> None:
         "curiosity.beta",
         "curiosity.inverse_dropout",
         "env.sticky_probability",
+        "practice",
     ):
         if not 0 <= share <= 1:
             raise UserError(f"{name}={share}: must be between 0 and 1")

@@ -156,7 +156,7 @@ class Trainer:
                 "terminated": torch.from_numpy(terminated | life_lost),
                 "truncated": torch.from_numpy(truncated),
                 "reset": reset,
-                "respawned": torch.from_numpy(life_lost & ~ended),
+                "respawned": torch.from_numpy(life_lost & ~terminated),
             }
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos):

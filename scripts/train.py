@@ -61,7 +61,8 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
     share_cores()
     print(describe_device(device))
     scenery = config.map.every > 0
-    envs = make_vector_env(config.env, busy_cores(device), scenery, config.collector)
+    cores = busy_cores(device)
+    envs = make_vector_env(config.env, cores, scenery, config.collector, config.practice)
     if WORLD_SIZE > 1:
         envs = SharedVectorEnv(envs)
     try:

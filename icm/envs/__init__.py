@@ -107,7 +107,11 @@ def make_env(
 
 
 def make_vector_env(
-    config: EnvConfig, busy_cores: int = 0, scenery: bool = False, collector: str = "local"
+    config: EnvConfig,
+    busy_cores: int = 0,
+    scenery: bool = False,
+    collector: str = "local",
+    practice: float = 0.0,
 ) -> WorkerVectorEnv:
     """Build this rank's part of `num_envs` environments in `num_workers` workers.
 
@@ -118,6 +122,7 @@ def make_vector_env(
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
         collector: where the workers live: `local`, in processes of this machine, or `ray`.
+        practice: share of all environments that practise, the last ones.
 
     Raises:
         UserError: see `make_env` and `icm.envs.on_ray.RayWorkers`; or Ray is not installed.
@@ -137,7 +142,10 @@ def make_vector_env(
         workers = min(config.num_workers or CORES, num_envs)
         late = min(max(workers + busy_cores - CORES, 0), workers - 1)
         start = partial(LocalWorkers, make, workers, late)
-    return WorkerVectorEnv(make, num_envs, start, first=RANK * num_envs)
+    first = RANK * num_envs
+    others = round((1 - practice) * config.num_envs)  # do not practise
+    practising = num_envs - min(max(others - first, 0), num_envs)
+    return WorkerVectorEnv(make, num_envs, start, first=first, practising=practising)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

@@ -170,6 +170,8 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
     life_lost: whether one was, in this step.
     """
 
+    changing = ("deaths",)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Reset and describe."""
         observation, info = self.env.reset(seed=seed, options=options)
@@ -252,6 +254,8 @@ class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):
 
     Ground is new that this life has not been on: after a death the way begins anew.
     """
+
+    changing = ("best", "stuck")
 
     def __init__(self, env: Env, steps: int, distance: int) -> None:
         super().__init__(env)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from icm.envs.snapshots import Snapshots
 from icm.envs.wrappers import Env
 
 type Fields = dict[str, tuple[tuple[int, ...], Any]]
@@ -23,6 +24,7 @@ GIVEN: Fields = {
     "actions": ((), np.int64),
     "seeds": ((), np.int64),  # of the running episodes
     "opening": ((), np.bool),  # whether the next step begins an episode
+    "practises": ((), np.bool),  # whether episodes may begin with actions of the one before
 }
 """What a worker is given, of one row."""
 
@@ -55,6 +57,7 @@ class Stepper:
     def __init__(self, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
         self._make, self._arrays = make, arrays
         self._envs: dict[int, Env] = {}
+        self._snapshots: dict[int, Snapshots] = {}  # of those that practise
 
     def step(self, order: Order) -> Answer:
         """Step the rows that it is told to, of which some may be new, and others gone."""
@@ -63,20 +66,31 @@ class Stepper:
         start = time.perf_counter()
         for row in envs.keys() - rows:
             envs.pop(row).close()
+            self._snapshots.pop(row, None)
         for row in rows - envs.keys():
             envs[row] = self._make()
+            if arrays["practises"][row]:
+                self._snapshots[row] = Snapshots(envs[row])
         episodes: list[tuple[int, dict[str, Any]]] = []
         scenery: list[Any] = []
         for row, env in envs.items():
             reward: Any = 0.0
             terminated = truncated = False
+            snapshots = self._snapshots.get(row)
             if arrays["opening"][row]:
-                state, info = env.reset(seed=int(arrays["seeds"][row]), options=options)
-                actions = played.get(row, [])
+                seed, actions = int(arrays["seeds"][row]), played.get(row, [])
+                if snapshots and (found := snapshots.go_back(seed, actions)):
+                    state, info, actions = found.state, found.info, actions[found.done :]
+                else:
+                    state, info = env.reset(seed=seed, options=options)
+                    if snapshots:
+                        snapshots.begin(seed)
             else:
                 actions = [int(arrays["actions"][row])]
             for action in actions:
                 state, reward, terminated, truncated, info = env.step(action)
+                if snapshots:
+                    snapshots.add(action, state, info)
             arrays["observations"][row] = state
             arrays["rewards"][row] = reward
             arrays["terminated"][row] = terminated

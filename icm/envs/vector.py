@@ -15,6 +15,10 @@ from icm.envs.stepper import Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 
+PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
+BACK = 16, 81  # agent steps that it goes back, at random: from, below
+
+
 class Workers(Protocol):
     """Where environments live, and how they are spoken to.
 
@@ -62,6 +66,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
     play it again.
 
+    In environments that practise, a life is an episode, which ends truncated, and after most of
+    them the next one begins in the middle of it, some steps before the death: it is the same
+    episode again, with the same seed, up to there. So what is hard is met more often (returning to
+    where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore). Their episodes are
+    not passed on, for they tell nothing of how far an agent comes from the start.
+
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. `failures` counts them.
 
@@ -72,6 +82,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         patience: seconds for a step; starting, a reset, which may build environments, and playing
             again may take twenty times as long.
         first: number of the first environment, if these are a part of more.
+        practising: how many environments practise, the last ones.
 
     Raises:
         RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
@@ -85,6 +96,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         start: Callable[[Fields], Workers],
         patience: float = 20.0,
         first: int = 0,
+        practising: int = 0,
     ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
@@ -99,12 +111,14 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
         self._resting: set[int] = set()
+        self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
 
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
         self.failures = 0
         self._workers = start(fields_of(env, num_envs))
         self._arrays = self._workers.arrays
+        self._arrays["practises"][num_envs - practising :] = True
         self._balance = Balance(num_envs, self._workers.number, self._workers.late)
         for worker in range(self._workers.number):
             self._sure(worker, self._workers.listen(worker, 20 * patience))
@@ -122,7 +136,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._entropy = seed
             self._begun[:] = 0
         self._resting.clear()
-        self._open(np.ones(self.num_envs, np.bool))
+        self._open(np.ones(self.num_envs, np.bool), np.zeros(self.num_envs, np.bool))
         self._start(options)
         observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
@@ -171,7 +185,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step, but the late ones, while this process does something else."""
         self._arrays["actions"][:] = actions
-        self._open(self._arrays["terminated"] | self._arrays["truncated"])
+        terminated = self._arrays["terminated"]
+        died = (terminated | self._arrays["life_lost"]) & self._arrays["practises"]
+        self._open(terminated | self._arrays["truncated"], died)
         for row in np.flatnonzero(~self._arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start(None)
@@ -192,9 +208,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """See `step_wait`."""
         lead = time.perf_counter() - self._started
-        self._send(self._balance.late, self._options)
+        self._send(self._balance.late, self._options, self._returning)
         episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
+        self._arrays["rewards"][list(self._returning)] = 0.0  # of what was played again
         infos = infos_of(self._arrays)
         for row, episode in episodes:
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
@@ -208,33 +225,44 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._workers.end()
 
-    def _open(self, opening: np.ndarray) -> None:
-        """Let the next step begin an episode where `opening`, bool (num_envs,), says so."""
+    def _open(self, opening: np.ndarray, died: np.ndarray) -> None:
+        """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
+
+        Where `died`, bool (num_envs,), says so, too, most go back in the one before instead.
+        """
+        self._returning = {}
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
-            self._arrays["seeds"][row] = seeds.generate_state(1)[0]
-            self._played[row] = []
+            rng = np.random.default_rng(seeds)
+            if died[row] and rng.random() < PERSISTENCE:
+                kept = max(0, len(self._played[row]) - int(rng.integers(*BACK)))
+                self._played[row] = self._returning[row] = self._played[row][:kept]
+            else:
+                self._arrays["seeds"][row] = seeds.generate_state(1)[0]
+                self._played[row] = []
         self._begun += opening
         self._arrays["opening"][:] = opening
-        self._balance.move(opening)
+        returning = np.isin(np.arange(self.num_envs), list(self._returning))
+        self._balance.move(opening & ~returning)  # a new worker would have to play all again
 
     def _start(self, options: dict[str, Any] | None) -> None:
         """Begin a step."""
         self._options = options
         self._started = time.perf_counter()
-        self._send(self._balance.early, options)
+        self._send(self._balance.early, options, self._returning)
 
     def _send(
         self,
         workers: Iterable[int],
         options: dict[str, Any] | None,
-        played: dict[int, list[int]] | None = None,
+        played: dict[int, list[int]],
     ) -> None:
         """Let workers step: options of episodes that open, and actions to play in them at once."""
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
-            self._workers.send(worker, (rows, options, played or {}))
+            actions = {row: played[row] for row in rows & played.keys()}
+            self._workers.send(worker, (rows, options, actions))
 
     def _receive(
         self, patience: float
@@ -253,9 +281,11 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             answers |= self._begin_anew(failed)
         episodes, scenery, seconds = [], [], []
         for _, answer in sorted(answers.items()):
-            episodes += answer[0]
+            episodes += [each for each in answer[0] if not self._arrays["practises"][each[0]]]
             scenery += answer[1]
             seconds.append(answer[2])
+        arrays = self._arrays
+        arrays["truncated"] |= arrays["practises"] & arrays["life_lost"]
         return episodes, scenery, seconds
 
     def _say(self, worker: int, reason: str) -> None:

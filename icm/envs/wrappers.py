@@ -1,6 +1,7 @@
 """Wrappers that turn any image environment with discrete actions into states for the networks.
 
-None of them knows a game; Super Mario's are in `icm.envs.mario`.
+None of them knows a game; Super Mario's are in `icm.envs.mario`. What a wrapper changes in itself
+when it steps it names in `changing`, for `icm.envs.snapshots`.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,8 @@ type Env = gym.Env[Any, Any]
 
 class StickyActions(gym.Wrapper[Any, Any, Any, Any]):
     """With a fixed probability a frame executes the previous action (Machado et al. 2018, 5.2)."""
+
+    changing = ("previous",)
 
     def __init__(self, env: Env, probability: float) -> None:
         super().__init__(env)
@@ -139,6 +142,8 @@ class NoisyTV(gym.Wrapper[Any, Any, Any, Any]):
         switched: the noise changes by action 0 alone, and stands still otherwise; else always.
     """
 
+    changing = ("noise",)
+
     def __init__(self, env: Env, switched: bool) -> None:
         super().__init__(env)
         assert isinstance(env.observation_space, spaces.Box)
@@ -175,6 +180,8 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
         depth: how many make one observation, here uint8 (depth, H, W), a copy.
     """
 
+    changing = ("images",)
+
     def __init__(self, env: Env, depth: int) -> None:
         super().__init__(env)
         assert isinstance(env.observation_space, spaces.Box)
@@ -200,6 +207,8 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
 
     What a game-specific wrapper below left in `info["game_progress"]` is copied into it.
     """
+
+    changing = ("length", "reward")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Start counting."""

@@ -1,0 +1,127 @@
+"""Environments that practise: after a death they go back in the same episode."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import settings
+from test_lean import EMULATORS, RUNNING
+
+from icm.envs import make_env, make_vector_env
+from icm.envs.snapshots import EVERY, MOST, Snapshots
+from icm.envs.wrappers import Env
+
+GAME = replace(
+    settings("env.id=SuperMarioBros-v0", "env.noisy_tv=always").env, sticky_probability=0.25
+)
+
+
+def replayed(env: Env, seed: int, actions: list[int]) -> tuple[np.ndarray, dict[str, Any]]:
+    state, info = env.reset(seed=seed)
+    for action in actions:
+        state, *_, info = env.step(action)
+    return state, info
+
+
+def step(env: Env, action: int) -> list[Any]:
+    state, reward, terminated, truncated, info = env.step(action)
+    cell, lost = info["cell"].tolist(), info["life_lost"]
+    return [state.tobytes(), reward, terminated, truncated, cell, lost, info.get("episode")]
+
+
+@pytest.mark.parametrize("emulator", EMULATORS)
+def test_going_back_is_playing_again(emulator: str) -> None:
+    config = replace(GAME, emulator=emulator)
+    actions = np.random.default_rng(0).choice(12, 120, p=RUNNING).tolist()
+    env, plain = make_env(config), make_env(config)
+    snapshots = Snapshots(env)
+    env.reset(seed=7)
+    snapshots.begin(7)
+    for action in actions:
+        state, *_, info = env.step(action)
+        snapshots.add(action, state, info)
+    for length in (70, 69, 2 * EVERY):  # ever further back
+        found = snapshots.go_back(7, actions[:length])
+        assert found is not None
+        assert found.done == length // EVERY * EVERY
+        state, _ = replayed(plain, 7, actions[: found.done])
+        assert (found.state == state).all()
+        for action in actions[found.done :][:40]:
+            assert step(env, action) == step(plain, action)
+    assert snapshots.go_back(7, actions[:EVERY]) is not None
+    assert snapshots.go_back(7, [*actions[:5], 11 - actions[5]]) is None  # another way
+    assert snapshots.go_back(8, actions[:EVERY]) is None
+    assert snapshots.go_back(7, actions[: EVERY - 1]) is None  # before the first one
+    env.close()
+    plain.close()
+
+
+def test_snapshots_are_not_kept_for_ever_nor_of_other_environments() -> None:
+    env = make_env(replace(GAME, emulator=EMULATORS[-1]))
+    snapshots = Snapshots(env)
+    state, info = env.reset(seed=0)
+    snapshots.begin(0)
+    for _ in range((MOST + 2) * EVERY):
+        snapshots.add(0, state, info)
+    assert len(snapshots._kept) == MOST
+    assert snapshots.go_back(0, [0] * 2 * EVERY) is None
+    env.close()
+
+    other = replace(GAME, id="minigrid:MiniGrid-Empty-5x5-v0", emulator="nes_py", crop=[0, 0, 0, 0])
+    with pytest.raises(Exception, match="uint8 images"):
+        make_env(other)
+
+
+def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
+    config = replace(GAME, emulator=EMULATORS[-1], num_envs=4, num_workers=2)
+    alone = make_env(config)
+    rng = np.random.default_rng(0)
+    given = [rng.choice(12, 4, p=RUNNING) for _ in range(200)]
+
+    def play(envs: Any, actions: list[np.ndarray]) -> list[Any]:
+        return [envs.step(each) for each in actions]
+
+    envs = make_vector_env(config, practice=0.75)
+    envs.reset(seed=3)
+    returned = fresh = 0
+    before = envs.state_dict()
+    ended = np.zeros(4, bool)
+    results = []
+    for number, actions in enumerate(given):
+        results.append(envs.step(actions))
+        observations, rewards, terminated, truncated, infos = results[-1]
+        state = envs.state_dict()
+        for row in np.flatnonzero(ended).tolist():
+            begins = state["actions"][row]
+            if row == 0 or state["seeds"][row] != before["seeds"][row]:
+                assert begins == []
+                fresh += 1
+                continue
+            assert 1 <= len(before["actions"][row]) - len(begins) <= 80
+            assert begins == before["actions"][row][: len(begins)]
+            expected, info = replayed(alone, state["seeds"][row], begins)
+            assert (observations[row] == expected).all()
+            assert (infos["cell"][row] == info["cell"]).all()
+            assert not infos["life_lost"][row]
+            assert rewards[row] == 0
+            returned += 1
+        ended = terminated | truncated
+        assert ended[1:][infos["life_lost"][1:]].all()
+        assert not ended[0] or terminated[0] or "episode" in infos
+        assert not infos.get("_episode", np.zeros(4, bool))[1:].any()
+        before = state
+        if number == 149:
+            saved = json.loads(json.dumps(state))
+    assert returned > 5
+    envs.close()
+    alone.close()
+
+    envs = make_vector_env(replace(config, num_workers=1), practice=0.75)
+    envs.restore(saved)
+    again = play(envs, given[150:])
+    envs.close()
+    for one, other in zip(again, results[150:], strict=True):
+        for found, expected in zip(one[:4], other[:4], strict=True):
+            assert (found == expected).all()
