@@ -405,11 +405,10 @@ def _check(config: Config) -> None:
         "curiosity.beta",
         "curiosity.inverse_dropout",
         "env.sticky_probability",
-        "practice",
     ):
         if not 0 <= share <= 1:
             raise UserError(f"{name}={share}: must be between 0 and 1")
-    for name, share in given("agent.advantage_learning"):
+    for name, share in given("agent.advantage_learning", "practice"):
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
     for name, choices in (

@@ -10,6 +10,7 @@ from icm.errors import UserError
     ("override", "words"),
     [
         ("agent.discount=1.5", ["agent.discount=1.5", "between 0 and 1"]),
+        ("practice=1", ["practice=1.0", "below 1"]),
         ("agent.advantage_learning=1", ["agent.advantage_learning=1.0", "below 1"]),
         ("agent.lr=nan", ["agent.lr=nan"]),
         ("agent.lr_final=2", ["agent.lr_final=2.0", "between 0 and 1"]),

@@ -122,7 +122,7 @@ def make_vector_env(
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
         collector: where the workers live: `local`, in processes of this machine, or `ray`.
-        practice: share of all environments that practise, the last ones.
+        practice: share of all environments that practise, the last ones; the first one never does.
 
     Raises:
         UserError: see `make_env` and `icm.envs.on_ray.RayWorkers`; or Ray is not installed.
@@ -143,7 +143,7 @@ def make_vector_env(
         late = min(max(workers + busy_cores - CORES, 0), workers - 1)
         start = partial(LocalWorkers, make, workers, late)
     first = RANK * num_envs
-    others = round((1 - practice) * config.num_envs)  # do not practise
+    others = max(1, round((1 - practice) * config.num_envs))  # do not practise
     practising = num_envs - min(max(others - first, 0), num_envs)
     return WorkerVectorEnv(make, num_envs, start, first=first, practising=practising)
 

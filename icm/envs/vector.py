@@ -14,7 +14,6 @@ from icm.envs.balance import Balance
 from icm.envs.stepper import Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
-
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
 BACK = 16, 81  # agent steps that it goes back, at random: from, below
 
