@@ -168,6 +168,7 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
 
     latest = run / "checkpoints" / "latest.pt"
     for script, *given in (
+        ("play.py", "render=none", f"ckpt={latest}"),
         ("evaluate.py", "episodes=1", f"ckpt={latest}"),
         ("train.py", f"resume={latest}", "total_steps=448", f"hydra.run.dir={tmp_path / 'on'}"),
     ):

@@ -233,8 +233,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
-            rng = np.random.default_rng(seeds)
-            if died[row] and rng.random() < PERSISTENCE:
+            if died[row] and (rng := np.random.default_rng(seeds)).random() < PERSISTENCE:
                 kept = max(0, len(self._played[row]) - int(rng.integers(*BACK)))
                 self._played[row] = self._returning[row] = self._played[row][:kept]
             else:
@@ -242,8 +241,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 self._played[row] = []
         self._begun += opening
         self._arrays["opening"][:] = opening
-        returning = np.isin(np.arange(self.num_envs), list(self._returning))
-        self._balance.move(opening & ~returning)  # a new worker would have to play all again
+        free = opening.copy()
+        free[list(self._returning)] = False  # a new worker would have to play all again
+        self._balance.move(free)
 
     def _start(self, options: dict[str, Any] | None) -> None:
         """Begin a step."""
