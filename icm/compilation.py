@@ -5,10 +5,12 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch._functorch.config import patch
 
 from icm.errors import UserError
@@ -16,6 +18,8 @@ from icm.processes import SIGNALS
 
 WORTHWHILE = 2_000
 """Updates after which the time that compiling takes, up to a minute, is won back (measured)."""
+
+WARM_UPS = 3  # calls before a function is recorded: what PyTorch sets up once is done by then
 
 
 def resolve_compile(name: str, updates: int) -> str:
@@ -82,7 +86,8 @@ class Compiler:
     about to end.
 
     On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
-    returns is then overwritten by its next call. Dropout draws the same numbers compiled or not.
+    returns is then overwritten by its next call. On a CPU, dropout draws the same numbers compiled
+    or not.
 
     Args:
         mode: `on`, `off` (functions stay as they are), or `auto`: where compiling fails, for want
@@ -94,24 +99,24 @@ class Compiler:
         self.mode = mode
         # code is generated in this process: others would stay, each with the memory of a PyTorch
         self.options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
-        if device.type == "cuda":
-            self.options["triton.cudagraphs"] = True
+        self.device = device
 
-    def __call__[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
-        """`function`, compiled.
+    def __call__[**P, R](self, function: Callable[P, R], *, alone: bool = True) -> Callable[P, R]:
+        """`function`, compiled; not `alone` if it is a part of what is `recorded`.
 
         Raises:
             UserError: (of its first call) compiling is `on` and failed.
         """
         chosen = function
         tried = False
+        options = self.options | {"triton.cudagraphs": alone and self.device.type == "cuda"}
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             nonlocal chosen, tried
             if tried or self.mode == "off":
                 return chosen(*args, **kwargs)
             tried = True
-            faster = torch.compile(function, dynamic=False, options=self.options)
+            faster = torch.compile(function, dynamic=False, options=options)
             try:
                 with given_up_on_signals(), compiling():
                     result = faster(*args, **kwargs)
@@ -131,3 +136,41 @@ class Compiler:
             return result
 
         return call
+
+    def recorded[B](
+        self, function: Callable[[B], tuple[list[str], Tensor]]
+    ) -> Callable[[B], tuple[list[str], Tensor]]:
+        """`function`, on a GPU replayed as one CUDA graph, with all that it does to other tensors.
+
+        It waits for nothing and works on the device alone; its batches are alike; what it returns
+        is overwritten by its next call.
+        """
+        calls = 0
+        graph: torch.cuda.CUDAGraph | None = None
+        batch_read: B
+        returned: tuple[list[str], Tensor]
+
+        def call(batch: B) -> tuple[list[str], Tensor]:
+            nonlocal calls, graph, batch_read, returned
+            if self.mode == "off" or self.device.type != "cuda":
+                return function(batch)
+            calls += 1
+            if calls <= WARM_UPS:
+                return function(batch)
+            if graph is None:
+                batch_read, graph = deepcopy(batch), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    returned = function(batch_read)
+            torch._foreach_copy_(tensors_in(batch_read), tensors_in(batch))
+            graph.replay()
+            return returned
+
+        return call
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of nested dataclasses and dicts, in their order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch if isinstance(batch, dict) else vars(batch)
+    return [tensor for part in parts.values() for tensor in tensors_in(part)]

@@ -30,14 +30,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def share_cores() -> None:
-    """Leave half of the cores to the emulators, unless OMP_NUM_THREADS says otherwise.
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`, where this program goes on without waiting for the device's work.
 
-    A parallel region waits for its slowest thread, and emulators push threads off their cores:
-    on two busy cores, two threads were measured to learn down to 8 times slower than one.
+    What is on the CPU may change as soon as this has returned: CUDA has a copy of it by then. So
+    this is not for the way back, on which one has to wait.
+    """
+    return tensor.to(device, non_blocking=True)
+
+
+def share_cores(device: torch.device) -> None:
+    """Leave half of the cores to the emulators; all but one if the device is a GPU.
+
+    Unless OMP_NUM_THREADS says otherwise. A parallel region waits for its slowest thread, and
+    emulators push threads off their cores: on two busy cores, two threads were measured to learn
+    down to 8 times slower than one.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, CORES // 2))
+        torch.set_num_threads(1 if device.type == "cuda" else max(1, CORES // 2))
 
 
 def busy_cores(device: torch.device) -> int:

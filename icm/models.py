@@ -112,7 +112,9 @@ class _ELU(torch.autograd.Function):
     def forward(x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 hides small y in bfloat16
         y = wide.clamp(max=0).exp_().sub_(1).to(x.dtype)
-        return torch.maximum(x, y, out=y)  # fresh memory costs as much as the arithmetic
+        # fresh memory costs as much as the arithmetic; not compiled, and there PyTorch 2.11 cannot
+        # take an `out`, and has no gradient of what is changed in place
+        return torch.maximum(x, y, out=None if torch.compiler.is_compiling() else y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

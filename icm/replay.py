@@ -11,6 +11,7 @@ import zstandard
 from torch import Tensor
 
 from icm.collectives import own
+from icm.device import sent
 from icm.models import NO_ACTION
 
 
@@ -34,7 +35,7 @@ class Sequences:
 
     def to(self, device: torch.device) -> "Sequences":
         """The same sequences with every tensor on `device`."""
-        return Sequences(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return Sequences(**{name: sent(tensor, device) for name, tensor in vars(self).items()})
 
 
 class Replay:
@@ -107,15 +108,15 @@ class Replay:
         previous = self.head - 1
         started = self.reset[previous] if self.size else torch.ones_like(self.reset[previous])
         age = (self.age[previous] + 1).clamp_max(self.history)
-        self.frames[self.head] = states[:, -1]
         self.age[self.head] = torch.where(started, 0, age)
-        self.actions[self.head] = actions.to(torch.uint8)
-        self.behaviour[self.head] = behaviour
-        self.rewards[self.head] = rewards
-        self.terminated[self.head] = terminated
-        self.truncated[self.head] = truncated
-        self.reset[self.head] = reset
-        self.novelty[self.head] = novelty
+        self.frames[self.head] = sent(states[:, -1], self.device)
+        self.actions[self.head] = sent(actions, self.device)
+        self.behaviour[self.head] = sent(behaviour, self.device)
+        self.rewards[self.head] = sent(rewards, self.device)
+        self.terminated[self.head] = sent(terminated, self.device)
+        self.truncated[self.head] = sent(truncated, self.device)
+        self.reset[self.head] = sent(reset, self.device)
+        self.novelty[self.head] = sent(novelty, self.device)
         self.head = (self.head + 1) % self.num_slots
         self.size = min(self.size + 1, self.num_slots)
 
@@ -143,7 +144,7 @@ class Replay:
 
         What they and their first state reach to must still be stored, see `sample`.
         """
-        starts, envs = starts.to(self.device), envs.to(self.device)
+        starts, envs = sent(starts, self.device), sent(envs, self.device)
         along = torch.arange(length + 1, device=self.device)
         slots = (starts + along) % self.num_slots  # (B, L + 1)
         look_back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)  # C-1 … 0

@@ -22,8 +22,8 @@ def main(settings: DictConfig) -> None:
     from icm.evaluation import rollouts, summary, table
     from icm.playing import load_agent
 
-    share_cores()
     device = resolve_device(options.device)
+    share_cores(device)
     agent, config, step = load_agent(Path(options.ckpt), device, options.env)
     results = {}
     for policy in ("sampled", "greedy", "random"):

@@ -68,7 +68,7 @@ def main(settings: DictConfig) -> None:
         print(f"video: {out}", file=sys.stderr)
 
     path = Path(options.ckpt)
-    share_cores()
+    share_cores(device)
     agent, config, step = load_agent(path, device, options.env)
     number = 0
     is_watched = render != "none"

@@ -55,10 +55,12 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
     from icm.device import busy_cores, describe_device, share_cores
     from icm.envs import action_count, describe_emulator, make_vector_env
     from icm.factory import build_agent
+    from icm.memory import keep_freed
     from icm.shared_envs import SharedVectorEnv
     from icm.trainer import Trainer
 
-    share_cores()
+    share_cores(device)
+    keep_freed()
     print(describe_device(device))
     scenery = config.map.every > 0
     cores = busy_cores(device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icm.agents.base import Agent
 from icm.compilation import WORTHWHILE, Compiler, resolve_compile
+from icm.device import resolve_device
 from icm.factory import build_agent
 
 AGENTS = {
@@ -30,9 +31,10 @@ def make_agent(name: str, *overrides: str) -> Agent:
         "agent.batch_size=4",
         "agent.replay_capacity=1000",
         *AGENTS[name],
+        "device=cpu",
         *overrides,
     )
-    agent = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+    agent = build_agent(config, (4, 42, 42), 12, resolve_device(config.device))
     generator = torch.Generator().manual_seed(1)
 
     def flags() -> Tensor:
@@ -61,7 +63,7 @@ def updated(name: str, *overrides: str) -> tuple[list[dict[str, float]], Tensor]
     torch.manual_seed(5)  # of dropout
     losses = [{name: value.item() for name, value in agent.update().items()}]
     parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+    gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
     for _ in range(2):
         losses.append({name: value.item() for name, value in agent.update().items()})
     return losses, torch.cat(gradients)

@@ -1072,7 +1072,9 @@ def test_loaded_agent_learns_at_its_own_rates() -> None:
     second.load_state_dict(through_a_file(first.state_dict()))
     play(second)
     second.update()
-    assert [group["lr"] for group in second.optimizer.param_groups] == [3e-5, 7e-5]
+    assert [group["lr"].item() for group in second.optimizer.param_groups] == pytest.approx(
+        [3e-5, 7e-5]
+    )
 
 
 def test_what_is_not_finite_changes_no_weights_and_is_counted() -> None:
@@ -1112,9 +1114,9 @@ def test_learning_rate_falls_to_its_final_share() -> None:
     rates = []
     for _ in range(6):
         agent.update()
-        rates.append([group["lr"] for group in agent.optimizer.param_groups])
+        rates.append([group["lr"].item() for group in agent.optimizer.param_groups])
     assert [learner for learner, _ in rates] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4, 2e-4])
-    assert [signal for _, signal in rates] == [2e-3] * 6
+    assert [signal for _, signal in rates] == pytest.approx([2e-3] * 6)
 
 
 def test_every_part_of_the_state_matters() -> None:

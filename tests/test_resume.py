@@ -12,6 +12,7 @@ from conftest import SMALL, settings
 
 from icm import checkpoint
 from icm.config import Config
+from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
 from icm.factory import build_agent
 from icm.trainer import Trainer
@@ -62,7 +63,7 @@ def train(
     try:
         shape: Any = envs.single_observation_space.shape
         actions = action_count(envs.single_action_space)
-        agent = build_agent(config, shape, actions, torch.device("cpu"))
+        agent = build_agent(config, shape, actions, resolve_device(config.device))
         folder.mkdir()
         trainer = kind(agent, envs, folder, config)
         trainer.stops_at = stops_at

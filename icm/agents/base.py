@@ -1,9 +1,9 @@
 """What every learner shares: it acts, judges transitions by its curiosity, and is saved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,10 @@ from icm.curiosity import (
     Signal,
     random_features,
 )
+from icm.device import sent
 from icm.errors import UserError
 from icm.models import InputNorm, Phi, contrast_normalised
+from icm.ranks import WORLD_SIZE
 from icm.replay import Replay, Sequences
 
 MOST_SKIPPED = 50  # updates without a break that may fail, before it is taken as final
@@ -105,7 +107,10 @@ class Agent[Batch](ABC):
         self.novelty = self.new_novelty(num_envs)
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
-        self._losses = compiler(self.loss_and_parts)
+        # ranks exchange gradients between loss and step
+        is_whole = WORLD_SIZE == 1
+        self._losses = compiler(self.loss_and_parts, alone=not is_whole)
+        self._step = compiler.recorded(self.gradient_step) if is_whole else self.gradient_step
         self.learning = nn.ModuleList(networks.values()), signal
         self.total_updates = common.total_updates
         # two, because a step may be observed before the next actions are drawn, or after them
@@ -124,13 +129,19 @@ class Agent[Batch](ABC):
         Not made before it is needed: the first one of a process imports PyTorch's compiler, which
         takes three seconds, and who plays does not learn.
         """
+        groups = [[p for p in of.parameters() if p.requires_grad] for of in self.learning]
+        rate = partial(torch.zeros, (), device=self.device)  # a tensor, to be set within a graph
         return torch.optim.Adam(
-            [{"params": [p for p in of.parameters() if p.requires_grad]} for of in self.learning],
+            [{"params": parameters, "lr": rate()} for parameters in groups],
             fused=True,
+            capturable=self.device.type == "cuda",
         )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _sent(self, *tensors: Tensor) -> Iterator[Tensor]:
+        return (sent(tensor, self.device) for tensor in tensors)
 
     def _input(self, states: Tensor) -> Tensor:
         """Network input of uint8 states (batch, C, H, W)."""
@@ -167,7 +178,7 @@ class Agent[Batch](ABC):
         Raises:
             BrokenDownError: they are not finite.
         """
-        preferences, _ = self._choose(states.to(self.device), previous.to(self.device))
+        preferences, _ = self._choose(*self._sent(states, previous))
         return self._probabilities(preferences, step, greedy)
 
     def _probabilities(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
@@ -187,8 +198,8 @@ class Agent[Batch](ABC):
         Raises:
             BrokenDownError: the policy is not finite.
         """
-        given = own(states), own(previous)
-        preferences, values = gathered(self._choose(*(tensor.to(self.device) for tensor in given)))
+        given = self._sent(own(states), own(previous))
+        preferences, values = gathered(self._choose(*given))
         probabilities = self._probabilities(preferences, step, False)
         self.policy.adapt(probabilities, step)
         actions = torch.multinomial(probabilities, 1, generator=self.action_generator).squeeze(1)
@@ -224,7 +235,7 @@ class Agent[Batch](ABC):
         """
         self.signal.eval()
         given = map(own, (states, previous, actions, next_states, probabilities))
-        errors, places = self._errors(*(tensor.to(self.device) for tensor in given))
+        errors, places = self._errors(*self._sent(*given))
         found = {name: value for name, value in vars(errors).items() if value is not None}
         *whole, places = gathered([*found.values(), places])
         return Errors(**dict(zip(found, whole, strict=True))), places
@@ -388,8 +399,16 @@ class Agent[Batch](ABC):
         A loss or gradients that are not finite change no weights.
         """
         learner, signal = self.optimizer.param_groups
-        learner["lr"], signal["lr"] = self.learning_rate(), self.curiosity.lr
+        learner["lr"].fill_(self.learning_rate())
+        signal["lr"].fill_(self.curiosity.lr)
         self.signal.train()
+        names, parts = self._step(batch)
+        self.updates += 1
+        # a copy, because the next replay of a CUDA graph writes to the same memory
+        return dict(zip(names, parts.clone(), strict=True))
+
+    def gradient_step(self, batch: Batch) -> tuple[list[str], Tensor]:
+        """What `descend` does on the device; the names and values (parts,) of the loss's parts."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, names, parts = self._losses(batch)
         loss.backward()
@@ -404,11 +423,9 @@ class Agent[Batch](ABC):
         self.optimizer.found_inf = skipped  # pyrefly: ignore[missing-attribute]
         self.optimizer.step()
         self.skipped += skipped
-        self.skipped_running = (self.skipped_running + skipped) * skipped
+        self.skipped_running.add_(skipped).mul_(skipped)
         self.signal.update_target()
-        self.updates += 1
-        # a copy, because the next replay of a CUDA graph writes to the same memory
-        return dict(zip(names, parts.clone(), strict=True))
+        return names, parts
 
     def check_updates(self) -> None:
         """See whether updates fail one after the other; waits for the device.

@@ -25,6 +25,7 @@ from icm.agents.base import Agent, Common
 from icm.agents.policy import ValuePolicy
 from icm.config import DQNConfig
 from icm.curiosity import MaskedMean
+from icm.device import sent
 from icm.models import Qnetwork, follow
 from icm.replay import Replay, Sequences
 
@@ -131,8 +132,8 @@ class DQN(Agent[Batch]):
         parts = self.descend(
             Batch(
                 sequences=drawn.to(self.device),
-                novelty=self.scale(drawn.novelty).to(self.device),
-                usual=self.interest.usual().to(self.device),
+                novelty=sent(self.scale(drawn.novelty), self.device),
+                usual=sent(self.interest.usual(), self.device),
             )
         )
         follow(self.target, self.qnetwork, config.target_tau)

@@ -12,6 +12,7 @@ from icm.agents.base import Agent, Common
 from icm.agents.policy import Policy
 from icm.collectives import own
 from icm.config import RolloutConfig
+from icm.device import sent
 from icm.replay import Replay, Sequences
 
 
@@ -91,7 +92,7 @@ class OnPolicy(Agent[Batch]):
         self.raw = torch.zeros(shape)  # intrinsic rewards of its transitions, before scaling
         # of the rollout that is being learned
         self.first = 0  # its first slot in memory
-        self.targets: dict[str, Tensor] = {}  # (T, N, ...)
+        self.targets: dict[str, Tensor] = {}  # (T, N, ...), on the device
         # sequences still to be learned, by their number: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
@@ -104,7 +105,8 @@ class OnPolicy(Agent[Batch]):
         if self.collected < len(self.values):
             return
         self.first = (self.memory.head - self.collected) % self.memory.num_slots
-        self.targets = self.targets_of_rollout()
+        targets = self.targets_of_rollout()
+        self.targets = {name: sent(target, self.device) for name, target in targets.items()}
         self.plan()
         # the step after the last is the first of the next rollout
         self.values[0], self.raw[0] = self.values[-1], self.raw[-1]
@@ -112,7 +114,7 @@ class OnPolicy(Agent[Batch]):
 
     @abstractmethod
     def targets_of_rollout(self) -> dict[str, Tensor]:
-        """What is learned of the rollout that is complete, float32 (T, N, ...) by name."""
+        """What is learned of the complete rollout, float32 (T, N, ...) by name, on the CPU."""
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The rollout's part (T, N, ...) of one of the memory's tensors."""
@@ -187,11 +189,11 @@ class OnPolicy(Agent[Batch]):
         length = self.config.sequence_length
         envs = (numbers % self.num_envs).unsqueeze(1)
         starts = (numbers // self.num_envs * length).unsqueeze(1)
-        at = starts + torch.arange(length), envs
+        at = sent(starts + torch.arange(length), self.device), sent(envs, self.device)
         replayed = self.memory.sample(self.config.replayed, length, self.generator)
         return Batch(
             rollout=self.memory.gather(self.first + starts, envs, length).to(self.device),
-            targets={name: target[at].to(self.device) for name, target in self.targets.items()},
+            targets={name: target[at] for name, target in self.targets.items()},
             replayed=replayed.to(self.device),
         )
 
@@ -203,7 +205,7 @@ class OnPolicy(Agent[Batch]):
             "values": self.values,
             "raw": self.raw,
             "first": self.first,
-            "targets": self.targets,
+            "targets": {name: target.cpu() for name, target in self.targets.items()},
             "order": self.order.clone(),
         }
         return state
@@ -211,5 +213,7 @@ class OnPolicy(Agent[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
-        for name in ("collected", "values", "raw", "first", "targets", "order"):
+        for name in ("collected", "values", "raw", "first", "order"):
             setattr(self, name, state["agent"][name])
+        targets = state["agent"]["targets"]
+        self.targets = {name: sent(target, self.device) for name, target in targets.items()}
