@@ -41,29 +41,41 @@ def test_all_end_at_the_same_time(
     assert sizes(balance) == [32 // workers] * workers
 
 
+def test_slow_workers_step_fewer() -> None:
+    balance = Balance(32, 4, 1)
+    costs = 1.0, 2.0, 1.0, 2.0
+    for _ in range(6 * WINDOW):
+        seconds = [cost * len(rows) for cost, rows in zip(costs, balance.rows, strict=True)]
+        balance.measured(6.0, seconds)
+        balance.move(ALL)
+    assert sizes(balance) == [12, 6, 11, 3]  # 11.7 seconds, the last one after 6
+
+
 def test_single_long_steps_change_nothing() -> None:
     balance = Balance(32, 2, 1)
     for step in range(4 * WINDOW):
         pause = 1000.0 if step % 3 == 0 else 0.0
-        balance.measured(10.0 + pause, [21.0, 11.0])
-    assert balance.wanted == 16
+        balance.measured(10.0 + pause, [26.0, 16.0])
+        balance.move(ALL)
+    assert sizes(balance) == [16, 16]
+
+
+def test_small_differences_move_nothing() -> None:
+    balance = Balance(32, 4, 0)
+    for step in range(8 * WINDOW):
+        noise = 0.03 * np.sin(step * np.arange(1, 5))
+        balance.measured(0.0, [*(8.0 + noise)])
+        balance.move(ALL)
+    assert balance.rows == Balance(32, 4, 0).rows
 
 
 def test_only_free_environments_move() -> None:
     balance = Balance(6, 2, 1)
-    balance.wanted = 0
+    balance.wanted = np.array([6.0, 0.0])
     balance.move(np.zeros(6, np.bool))
     assert sizes(balance) == [3, 3]
     balance.move(np.arange(6) == 4)
     assert balance.rows == [[0, 1, 2, 4], [3, 5]]
-    balance.wanted = 4
+    balance.wanted = np.array([2.0, 4.0])
     balance.move(np.arange(6) == 2)
     assert balance.rows == [[0, 1, 4], [3, 5, 2]]
-
-
-def test_without_late_workers_nothing_moves() -> None:
-    balance = Balance(4, 2, 0)
-    for _ in range(2 * WINDOW):
-        balance.measured(1.0, [5.0, 1.0])
-    balance.move(np.ones(4, np.bool))
-    assert balance.rows == [[0, 1], [2, 3]]

@@ -108,7 +108,7 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
 ) -> None:
     envs = make_vector_env(ENV, busy_cores=9)
     assert envs._balance.rows == [[0, 1], [2]]
-    envs._balance.wanted = 3
+    envs._balance.wanted = np.array([0.0, 3.0])
     assert_equal(play(envs), expected)
     assert envs._balance.rows[0] == []
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]

@@ -1,17 +1,15 @@
 """Which worker steps which environments, so that all have done at the same time."""
 
-from statistics import median
-
 import numpy as np
 
 WINDOW = 16  # steps after which environments are divided anew
 
 
 class Balance:
-    """Divides environments between workers that start a step early and some that start late.
+    """Divides environments between workers, of which some start a step late and some are slow.
 
-    In the median of some steps both kinds should end at the same time; only environments between
-    two episodes move.
+    In the median of some steps all should end at the same time; only environments between two
+    episodes move.
 
     Args:
         num_envs: environments, numbered from 0; evenly divided at first.
@@ -21,13 +19,13 @@ class Balance:
 
     def __init__(self, num_envs: int, num_workers: int, late: int) -> None:
         parts = np.array_split(np.arange(num_envs), num_workers)
-        self.num_envs, self.num_workers = num_envs, num_workers
+        self.num_envs = num_envs
         self.rows = [part.tolist() for part in parts]  # of each worker
         self.early = range(num_workers - late)
         self.late = range(num_workers - late, num_workers)
-        self.wanted = self._late_rows()  # environments of late workers
-        self._gaps: list[float] = []
-        self._costs: list[float] = []
+        self.wanted = np.array([len(rows) for rows in self.rows], float)  # of each worker
+        self._leads: list[float] = []
+        self._costs: list[list[float]] = []
 
     def measured(self, lead: float, seconds: list[float]) -> None:
         """Take in one step.
@@ -36,31 +34,43 @@ class Balance:
             lead: seconds from the early to the late start.
             seconds: that each worker needed.
         """
-        if not self.late:
-            return
-        end_early = max(seconds[worker] for worker in self.early)
-        end_late = lead + max(seconds[worker] for worker in self.late)
-        self._gaps.append(end_early - end_late)
-        self._costs.append(sum(seconds) / self.num_envs)
-        if len(self._gaps) == WINDOW:
-            # moving one shortens one side and lengthens the other
-            effect = median(self._costs) * (1 / len(self.early) + 1 / len(self.late))
-            moved = self._late_rows() + round(median(self._gaps) / effect)
-            self.wanted = min(max(moved, 0), self.num_envs)
-            self._gaps, self._costs = [], []
+        usual = sum(seconds) / self.num_envs  # of those who had none
+        counts = [len(rows) for rows in self.rows]
+        self._leads.append(lead)
+        self._costs.append([s / n if n else usual for s, n in zip(seconds, counts, strict=True)])
+        if len(self._leads) == WINDOW:
+            starts = np.zeros(len(counts))
+            starts[self.late] = np.median(self._leads)
+            self.wanted = shares(starts, np.median(self._costs, axis=0), self.num_envs)
+            self._leads, self._costs = [], []
 
     def move(self, free: np.ndarray) -> None:
         """Divide anew as far as `free`, bool (num_envs,), says that environments may move."""
-        while (missing := self.wanted - self._late_rows()) != 0:
-            givers, takers = (self.early, self.late) if missing > 0 else (self.late, self.early)
-            able = [worker for worker in givers if free[self.rows[worker]].any()]
+        while True:
+            surplus = np.array([len(rows) for rows in self.rows]) - self.wanted
+            able = [worker for worker, rows in enumerate(self.rows) if free[rows].any()]
             if not able:
                 return
-            giver = max(able, key=lambda worker: len(self.rows[worker]))
-            taker = min(takers, key=lambda worker: len(self.rows[worker]))
+            giver = max(able, key=lambda worker: surplus[worker])
+            taker = surplus.argmin()
+            if surplus[giver] - surplus[taker] <= 1:  # the next one would be as far off
+                return
             row = next(row for row in self.rows[giver] if free[row])
             self.rows[giver].remove(row)
             self.rows[taker].append(row)
 
-    def _late_rows(self) -> int:
-        return sum(len(self.rows[worker]) for worker in self.late)
+
+def shares(starts: np.ndarray, costs: np.ndarray, total: int) -> np.ndarray:
+    """How many environments each worker steps if all end at the same time, as real numbers.
+
+    Args:
+        starts: seconds at which each begins, (workers,).
+        costs: seconds that each needs for an environment, (workers,).
+        total: environments.
+    """
+    taking = np.full(len(starts), True)
+    while True:
+        end = (total + (starts / costs)[taking].sum()) / (1 / costs[taking]).sum()
+        if (starts[taking] < end).all():
+            return np.where(taking, (end - starts) / costs, 0.0)
+        taking &= starts < end  # the others would begin when all is done
