@@ -5,10 +5,13 @@ scripts/train.py. Prints one JSON line, see `main`.
 """
 
 import json
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -18,14 +21,18 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 from icm.agents.base import Agent
 from icm.agents.on_policy import OnPolicy
 from icm.bench.settings import train_settings
-from icm.compilation import Compiler
+from icm.compilation import WARM_UPS, Compiler
 from icm.config import Config, RolloutConfig
 from icm.device import resolve_device, resolve_precision, share_cores
 from icm.envs import action_count, make_env
 from icm.factory import build_agent
+from icm.memory import keep_freed
 
-PLAIN = "float32 with PyTorch's ELU"  # the unit: eager, as PyTorch comes
+PLAIN = "float32 as PyTorch comes"  # the unit: eager, its own ELU, memory given back when freed
 REMEMBERED = 40  # vector steps
+
+type Sizes = tuple[tuple[int, int, int], int]
+"""Shape of a state, and how many actions there are."""
 
 
 def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> Agent:
@@ -38,11 +45,11 @@ def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> Age
     return agent
 
 
-def update(agent: Agent) -> None:
-    """One update; a rollout is learned again and again."""
+def update(agent: Agent) -> dict[str, torch.Tensor]:
+    """One update, see `Agent.update`; a rollout is learned again and again."""
     if isinstance(agent, OnPolicy) and not len(agent.order):
         agent.plan()
-    agent.update()
+    return agent.update()
 
 
 def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
@@ -67,12 +74,49 @@ def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str,
 def milliseconds(do: Callable[[], Any], seconds: float, device: torch.device) -> float:
     """Wall-clock time of one call, the mean over about `seconds`."""
     calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while not calls or time.perf_counter() - start < seconds:
         do()
         calls += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / calls * 1e3
+
+
+@contextmanager
+def plain_updates(overrides: list[str], sizes: Sizes) -> Iterator[Callable[[float], float]]:
+    """Milliseconds of an update as PyTorch comes, measured for so many seconds.
+
+    In a process of its own: what a training asks of the C library holds for a whole process.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_update_when_told, args=(theirs, overrides, sizes), daemon=True).start()
+    theirs.close()
+
+    def measure(seconds: float) -> float:
+        ours.send(seconds)
+        return float(ours.recv())
+
+    with ours:
+        measure(0.0)  # until it has started
+        yield measure
+
+
+def _update_when_told(pipe: Connection, overrides: list[str], sizes: Sizes) -> None:
+    config = train_settings(*overrides, "precision=float32", "compile=off")
+    device = resolve_device(config.device)
+    share_cores(device)
+    agent = make_agent(config, *sizes)
+    for network in agent.networks.values():
+        for body in network.modules():
+            if hasattr(body, "activation"):
+                vars(body)["activation"] = F.elu
+    update(agent)
+    try:
+        while True:
+            pipe.send(milliseconds(partial(update, agent), pipe.recv(), device))
+    except (EOFError, ConnectionError):
+        pass  # the other end is closed
 
 
 def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
@@ -90,23 +134,20 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         `seconds_per_agent_step`: these two and the configured share of an update, on one core;
         `update_seconds_per_agent_step`: that share alone.
     """
-    share_cores()
 
     def settings(*more: str) -> Config:
         return train_settings(*overrides, *more)
 
     config = settings()
     device = resolve_device(config.device)
+    share_cores(device)
+    keep_freed()
     env = make_env(config.env)
     state_shape: Any = env.observation_space.shape
-    sizes = state_shape, action_count(env.action_space)
+    sizes: Sizes = state_shape, action_count(env.action_space)
     env.close()
 
-    agents = {PLAIN: make_agent(settings("precision=float32", "compile=off"), *sizes)}
-    for network in agents[PLAIN].networks.values():
-        for body in network.modules():
-            if hasattr(body, "activation"):
-                vars(body)["activation"] = F.elu
+    agents: dict[str, Agent] = {}
     compiler = Compiler("off" if config.compile == "off" else "auto", device)
     compiler(torch.neg)(torch.ones(1, device=device))  # now it is off where nothing can be compiled
     bf16 = resolve_precision(config.precision, device)
@@ -122,13 +163,15 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         "observe_ms": lambda: agent.observe(**step),
         **{name: partial(update, agents[name]) for name in agents},
     }
-    times: dict[str, list[float]] = {name: [] for name in measured}
+    times: dict[str, list[float]] = {name: [] for name in (*measured, PLAIN)}
     for do in measured.values():  # compiles
-        do()
-        do()
-    for _ in range(rounds):
-        for name, do in measured.items():
-            times[name].append(milliseconds(do, seconds, device))
+        for _ in range(WARM_UPS + 1):
+            do()
+    with plain_updates(overrides, sizes) as measure_plain:
+        for _ in range(rounds):
+            times[PLAIN].append(measure_plain(seconds))
+            for name, do in measured.items():
+                times[name].append(milliseconds(do, seconds, device))
     medians = {name: median(values) for name, values in times.items()}
     acting = (medians["act_ms"] + medians["observe_ms"]) / config.env.num_envs / 1e3
     updating = medians[mode] / config.agent.steps_between_updates / 1e3
@@ -141,7 +184,7 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
                 "samples_per_s": samples / medians[name] * 1e3,
                 "speedup": medians[PLAIN] / medians[name],
             }
-            for name in agents
+            for name in (PLAIN, *agents)
         },
         "mode": mode,
         "speedup": medians[PLAIN] / medians[mode],

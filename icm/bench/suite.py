@@ -22,7 +22,7 @@ from icm.errors import UserError
 
 STARTED = time.monotonic()
 PART = 0.15  # of the time of a turn: a measurement of one part
-SETTLING = 4  # turns in which environments move to where there is time for them
+SETTLING = 9  # turns in which environments move to where there is time for them
 
 
 @dataclass
