@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script, settings
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from icm.agents.base import Agent
 from icm.compilation import WORTHWHILE, Compiler, resolve_compile
@@ -90,7 +91,9 @@ def test_updates_agree_with_plain_float32(
     Means of what is positive and negative are near 0 by chance: a hundredth of `tolerance` is
     enough for them.
     """
+    counters.clear()
     losses, gradient = updated(name, *mode)
+    assert not counters["graph_break"]  # each would be a way back to Python
     expected, plain = updated(name, *mode, "precision=float32", "compile=off")
     for found, wanted in zip(losses, expected, strict=True):
         assert found.keys() == wanted.keys()

@@ -51,13 +51,20 @@ def test_an_update_waits_for_nothing(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["dqn", "ppo", "pqn"])
-def test_a_recorded_update_does_what_one_call_after_the_other_does(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "curiosity"),
+    [("dqn", "icm"), ("ppo", "icm"), ("pqn", "icm")]
+    + [("ppo", other) for other in ("random_features", "rnd", "disagreement", "none")],
+)
+def test_a_recorded_update_does_what_one_call_after_the_other_does(
+    name: str, curiosity: str
+) -> None:
+    quiet = ("curiosity.inverse_dropout=0",) if curiosity == "icm" else ()
     found = []
     for compiling in ("on", "off"):
         agent = make_agent(
-            *(name, "device=cuda", "precision=float32", f"compile={compiling}"),
-            "curiosity.inverse_dropout=0",
+            *(name, f"curiosity={curiosity}", "device=cuda"),
+            *("precision=float32", f"compile={compiling}", *quiet),
         )
         losses = [update(agent) for _ in range(WARM_UPS + 4)]
         found.append([{key: value.item() for key, value in parts.items()} for parts in losses])

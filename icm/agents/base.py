@@ -416,7 +416,8 @@ class Agent[Batch](ABC):
         groups = [group["params"] for group in self.optimizer.param_groups]
         gradients = [p.grad for group in groups for p in group if p.grad is not None]
         average_([*gradients, loss, parts])
-        norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups]
+        # of no parameters at all, where nothing is curious, the norm would be on the CPU
+        norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups if g]
         finite = torch.stack((loss, *norms)).isfinite().all()
         # as `torch.amp.GradScaler` lets a fused optimizer skip a step, on its device: nothing waits
         skipped = 1.0 - finite.float()
