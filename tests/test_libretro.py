@@ -647,3 +647,31 @@ def test_settings_from_before_there_was_a_choice_mean_nes_py() -> None:
     del plain["emulator"], plain["core"]
     config = typed(OmegaConf.create(plain), EnvConfig)
     assert (config.emulator, config.core) == ("nes_py", "auto")
+
+
+# in level 1-1, right after the flag: Mario shall walk to the castle, and does not
+FROZEN_SEED = 3513898169
+FROZEN = (
+    "232332324664141112133342543240434322224464343422133224342044344444344240406223124423444024"
+    "4037126333924126953344414663339411534414344442443222446242222246429932232442251a2664224144"
+    "343434441302244343332442032224004426364343414333333343333622004922240444422334444323346426"
+    "223014464440443211134342544544444444444444444444444444444444444444444433a34333234343123342"
+    "204662"
+)
+
+
+def test_an_episode_in_which_the_game_freezes_is_truncated() -> None:
+    (core, *_) = (path for path in CORES if "fceumm" in path.name)
+    config = replace(ENV, id="SuperMarioBros-v0", emulator="libretro", core=str(core))
+    env = make_env(config)
+    env.reset(seed=FROZEN_SEED)
+    *before, last = (int(action, 16) for action in FROZEN)
+    for action in before:
+        assert env.step(action)[2:4] == (False, False)
+    state, _, terminated, truncated, info = env.step(last)
+    assert (terminated, truncated) == (False, True)
+    assert state.any()
+    assert info["episode"]["length"] == len(FROZEN)
+    env.reset(seed=FROZEN_SEED)
+    assert env.step(0)[2:4] == (False, False)
+    env.close()

@@ -18,6 +18,7 @@ from icm.envs.wrappers import Env
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
 MOST_BLOCKS = 12_000  # more than any place has; while one is loaded, its camera may be anywhere
+MOST_SKIPPED = 3600  # frames at once: a minute of the game
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -69,13 +70,23 @@ class Progress:
             self.cleared.add(level)
 
 
+class FrozenError(Exception):
+    """The game does not come back from what is skipped."""
+
+
 class LeanGame(NESEnv):
     """Mixin for a game of gym-super-mario-bros: frames without what nobody reads.
 
     Rewards, ends and how time is skipped are the game's own, frame by frame. Its info of 40 keys,
     half of the time, is replaced by `{"progress": Progress}`, one object per episode that every
     frame was noted in. Bytes of a memoryview are read in half the time of a numpy array's.
+
+    The game skips until Mario may move again, and there are places where he never may: an episode
+    that has come to one is truncated.
     """
+
+    skipped = 0  # frames since the last step or reset
+    is_frozen = False
 
     # properties of the game, see `lean`
     is_clear: bool
@@ -87,8 +98,27 @@ class LeanGame(NESEnv):
         return memoryview(super()._ram_buffer())
 
     def _did_reset(self) -> None:
+        self.skipped, self.is_frozen = 0, False
         super()._did_reset()
         self.progress = Progress()
+
+    def _frame_advance(self, action: int) -> None:
+        self.skipped += 1
+        if self.skipped > MOST_SKIPPED:
+            raise FrozenError
+        super()._frame_advance(action)
+
+    def _did_step(self, done: bool) -> None:
+        self.skipped = 0
+        try:
+            super()._did_step(done)
+        except FrozenError:
+            self.is_frozen = self.done = True
+
+    def step(self, action: int) -> Any:
+        """One frame, see `NESEnv.step`."""
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated or self.is_frozen, info
 
     def _get_info(self) -> dict[str, Any]:
         level = self._world, self._stage
