@@ -183,16 +183,17 @@ def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Pa
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_signal_ends_compiling_and_the_function_is_used_as_it_is(tmp_path: Path) -> None:
     program = (
-        "import os, signal, threading, time, psutil, torch\n"
+        "import contextlib, os, signal, threading, time, psutil, torch\n"
         "from icm.compilation import Compiler\n"
         "compilers, got, watching = set(), [], True\n"
         "signal.signal(signal.SIGINT, lambda *_: got.append('here'))\n"
         "def watch():\n"
         "    while watching:\n"
         "        for child in psutil.Process().children(recursive=True):\n"
-        "            if child.name() == 'cc1plus' and child not in compilers:\n"
-        "                compilers.add(child)\n"
-        "                os.killpg(0, signal.SIGINT)\n"  # as a terminal does
+        "            with contextlib.suppress(psutil.NoSuchProcess):\n"
+        "                if child.name() == 'cc1plus' and child not in compilers:\n"
+        "                    compilers.add(child)\n"
+        "                    os.killpg(0, signal.SIGINT)\n"  # as a terminal does
         "        time.sleep(0.01)\n"
         "watcher = threading.Thread(target=watch)\n"
         "watcher.start()\n"
