@@ -1,24 +1,21 @@
 """Speed of emulators and environments, without an agent. Nothing here imports torch."""
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from icm.bench.apart import Measure, apart
 from icm.config import EnvConfig
 from icm.envs import action_count, make_env, make_vector_env
 from icm.envs.wrappers import Env, GreyImage
 
 RIGHT_WITH_A_AND_B = (0x80, 0x81, 0x82, 0x83)  # buttons, as nes-py orders them
 CHUNK = 10  # agent steps between looks at the clock
-
-type Measure = Callable[[float], float]
-"""Measures for about so many seconds; returns a rate per second."""
 
 
 def repeated(do: Callable[[], int], seconds: float) -> float:
@@ -95,37 +92,9 @@ def vector_steps(config: EnvConfig) -> Iterator[Measure]:
         envs.close()
 
 
-@contextmanager
-def separate_steps(config: EnvConfig, processes: int) -> Iterator[Measure]:
+def separate_steps(config: EnvConfig, processes: int) -> AbstractContextManager[Measure]:
     """Agent steps of as many processes, each with one environment and nothing else, together."""
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for _ in range(processes):
-        ours, theirs = context.Pipe()
-        context.Process(target=_step_when_told, args=(theirs, config), daemon=True).start()
-        theirs.close()
-        pipes.append(ours)
-
-    def steps(seconds: float) -> float:
-        for pipe in pipes:
-            pipe.send(seconds)
-        return float(sum(pipe.recv() for pipe in pipes))
-
-    try:
-        steps(0.0)  # until all have started
-        yield steps
-    finally:
-        for pipe in pipes:
-            pipe.close()
-
-
-def _step_when_told(pipe: Connection, config: EnvConfig) -> None:
-    measure = environment_steps(config)
-    try:
-        while True:
-            pipe.send(measure(pipe.recv()))
-    except (EOFError, ConnectionError):
-        pass  # the other end is closed
+    return apart(partial(environment_steps, config), processes)
 
 
 def scaling(config: EnvConfig, cores: int, seconds: float) -> list[dict[str, Any]]:

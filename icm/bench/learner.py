@@ -5,13 +5,10 @@ scripts/train.py. Prints one JSON line, see `main`.
 """
 
 import json
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -20,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.agents.base import Agent
 from icm.agents.on_policy import OnPolicy
+from icm.bench.apart import Measure, apart
 from icm.bench.settings import train_settings
 from icm.compilation import WARM_UPS, Compiler
 from icm.config import Config, RolloutConfig
@@ -82,27 +80,8 @@ def milliseconds(do: Callable[[], Any], seconds: float, device: torch.device) ->
     return (time.perf_counter() - start) / calls * 1e3
 
 
-@contextmanager
-def plain_updates(overrides: list[str], sizes: Sizes) -> Iterator[Callable[[float], float]]:
-    """Milliseconds of an update as PyTorch comes, measured for so many seconds.
-
-    In a process of its own: what a training asks of the C library holds for a whole process.
-    """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=_update_when_told, args=(theirs, overrides, sizes), daemon=True).start()
-    theirs.close()
-
-    def measure(seconds: float) -> float:
-        ours.send(seconds)
-        return float(ours.recv())
-
-    with ours:
-        measure(0.0)  # until it has started
-        yield measure
-
-
-def _update_when_told(pipe: Connection, overrides: list[str], sizes: Sizes) -> None:
+def plain_updates(overrides: list[str], sizes: Sizes) -> Measure:
+    """Milliseconds of an update as PyTorch comes."""
     config = train_settings(*overrides, "precision=float32", "compile=off")
     device = resolve_device(config.device)
     share_cores(device)
@@ -112,11 +91,7 @@ def _update_when_told(pipe: Connection, overrides: list[str], sizes: Sizes) -> N
             if hasattr(body, "activation"):
                 vars(body)["activation"] = F.elu
     update(agent)
-    try:
-        while True:
-            pipe.send(milliseconds(partial(update, agent), pipe.recv(), device))
-    except (EOFError, ConnectionError):
-        pass  # the other end is closed
+    return lambda seconds: milliseconds(partial(update, agent), seconds, device)
 
 
 def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
@@ -167,7 +142,8 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
     for do in measured.values():  # compiles
         for _ in range(WARM_UPS + 1):
             do()
-    with plain_updates(overrides, sizes) as measure_plain:
+    # in a process of its own: what is asked of the C library holds for a whole process
+    with apart(partial(plain_updates, overrides, sizes)) as measure_plain:
         for _ in range(rounds):
             times[PLAIN].append(measure_plain(seconds))
             for name, do in measured.items():

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.errors import HydraException
 
 from icm.bench import contenders, emulation
+from icm.bench.apart import Measure
 from icm.bench.machine import machine
 from icm.bench.settings import train_settings
 from icm.config import EnvConfig
@@ -41,9 +42,7 @@ def say(what: str) -> None:
     print(f"{time.monotonic() - STARTED:3.0f} s: {what}", file=sys.stderr, flush=True)
 
 
-def in_turn(
-    measures: dict[str, emulation.Measure], seconds: float, rounds: int
-) -> dict[str, list[float]]:
+def in_turn(measures: dict[str, Measure], seconds: float, rounds: int) -> dict[str, list[float]]:
     """What every measure finds, measured once per round, one after the other."""
     found = defaultdict(list)
     for _ in range(rounds):
@@ -120,7 +119,7 @@ def emulator_speeds(
     `overhead` is what a frame of the game costs beyond the emulator's (that draws every frame), as
     a share of that; `overhead_with_state` includes what the agent sees.
     """
-    measures: dict[str, emulation.Measure] = {}
+    measures: dict[str, Measure] = {}
     for name, config in emulators.items():
         measures[f"{name} bare"] = emulation.bare_frames(config, skipping=False)
         if config.emulator == "libretro":
