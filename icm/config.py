@@ -86,8 +86,9 @@ class DQNConfig(AgentConfig):
 
 @dataclass
 class RolloutConfig(AgentConfig):
-    """What learners from rollouts have."""
+    """What learners from rollouts have; `discount` may be a schedule of `icm.agents.policy`."""
 
+    discount: Any
     rollout_steps: int
     epochs: int
     trace: float
@@ -397,7 +398,6 @@ def _check(config: Config) -> None:
         )
     for name, share in given(
         "agent.lr_final",
-        "agent.discount",
         "agent.extrinsic_discount",
         "agent.trace",
         "agent.target_tau",
@@ -411,6 +411,11 @@ def _check(config: Config) -> None:
     for name, share in given("agent.advantage_learning", "practice"):
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
+    if isinstance(agent.discount, list):
+        _check_schedule("agent.discount", agent.discount)
+    knots = agent.discount if isinstance(agent.discount, list) else [[0, agent.discount]]
+    if not all(isinstance(value, int | float) and 0 <= value < 1 for _, value in knots):
+        raise UserError(f"agent.discount={agent.discount}: must be at least 0 and below 1")
     for name, choices in (
         ("env.actions", ("right_only", "simple", "complex")),
         ("env.emulator", ("nes_py", "libretro")),

@@ -9,7 +9,13 @@ from icm.errors import UserError
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("agent.discount=1.5", ["agent.discount=1.5", "between 0 and 1"]),
+        ("agent.discount=1.5", ["agent.discount=1.5", "at least 0 and below 1"]),
+        (
+            "agent=ppo agent.discount=[[0,0.9],[9,1]]",
+            ["agent.discount=[[0, 0.9], [9, 1]]", "below 1"],
+        ),
+        ("agent=ppo agent.discount=[[5,0.9],[0,0.5]]", ["agent.discount", "in order"]),
+        ("agent=ppo agent.discount=far", ["agent.discount=far", "below 1"]),
         ("practice=1", ["practice=1.0", "below 1"]),
         ("agent.advantage_learning=1", ["agent.advantage_learning=1.0", "below 1"]),
         ("agent.lr=nan", ["agent.lr=nan"]),

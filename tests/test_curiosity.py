@@ -331,10 +331,12 @@ def slow_std(rewards: np.ndarray, valid: np.ndarray, discount: float, half_life:
     return float(np.sqrt((weights * (values - mean) ** 2).sum() / weights.sum()))
 
 
-def feed(scale: RewardScale, rewards: np.ndarray, valid: np.ndarray | None = None) -> None:
+def feed(
+    scale: RewardScale, rewards: np.ndarray, discount: float, valid: np.ndarray | None = None
+) -> None:
     valid = np.ones(rewards.shape, dtype=bool) if valid is None else valid
     for r, v in zip(rewards, valid, strict=True):
-        scale.update(torch.from_numpy(r).float(), torch.from_numpy(v))
+        scale.update(torch.from_numpy(r).float(), torch.from_numpy(v), discount)
 
 
 @pytest.mark.parametrize(("discount", "half_life"), [(0.0, 5.0), (0.9, 20.0), (0.99, 7.5)])
@@ -342,62 +344,62 @@ def test_std_is_that_of_decaying_discounted_sums(discount: float, half_life: flo
     rng = np.random.default_rng(2)
     rewards = rng.gamma(0.5, 3.0, (120, 3)).astype(np.float32)
     valid = rng.random((120, 3)) > 0.15
-    scale = RewardScale(3, discount, half_life)
+    scale = RewardScale(3, half_life)
     for t in range(120):
-        feed(scale, rewards[t : t + 1], valid[t : t + 1])
+        feed(scale, rewards[t : t + 1], discount, valid[t : t + 1])
         if t > 0:
             expected = slow_std(rewards[: t + 1], valid[: t + 1], discount, half_life)
             assert scale.std == pytest.approx(expected, rel=1e-6)
 
 
 def test_std_is_one_before_the_first_update() -> None:
-    assert RewardScale(4, 0.99, 100).std == 1
+    assert RewardScale(4, 100).std == 1
 
 
 def test_first_reward_of_a_single_environment_is_not_blown_up() -> None:
     """One value has no spread; dividing by (almost) nothing makes the reward astronomical."""
-    scale = RewardScale(1, 0.99, 10_000)
-    scale.update(torch.tensor([0.02]), torch.tensor([True]))
+    scale = RewardScale(1, 10_000)
+    scale.update(torch.tensor([0.02]), torch.tensor([True]), 0.99)
     assert 0.02 / scale.std < 1_000
 
 
 def test_sums_run_over_the_time_of_each_environment() -> None:
     """One environment always gets 1, the other 0: a sum over environments would be the same."""
-    scale = RewardScale(2, 0.5, 1e9)
+    scale = RewardScale(2, 1e9)
     for _ in range(3):
-        scale.update(torch.tensor([1.0, 0.0]), torch.tensor([True, True]))
+        scale.update(torch.tensor([1.0, 0.0]), torch.tensor([True, True]), 0.5)
     assert scale.sums.tolist() == [1.75, 0.0]
     assert scale.std == pytest.approx(np.std([1.0, 0.0, 1.5, 0.0, 1.75, 0.0]), rel=1e-6)
 
 
 def test_order_of_environments_does_not_matter() -> None:
     rewards = np.random.default_rng(4).random((50, 3)).astype(np.float32)
-    one, other = RewardScale(3, 0.9, 30), RewardScale(3, 0.9, 30)
-    feed(one, rewards)
-    feed(other, rewards[:, ::-1].copy())
+    one, other = RewardScale(3, 30), RewardScale(3, 30)
+    feed(one, rewards, 0.9)
+    feed(other, rewards[:, ::-1].copy(), 0.9)
     assert one.std == pytest.approx(other.std, rel=1e-9)
-    mixed = RewardScale(3, 0.9, 30)
+    mixed = RewardScale(3, 30)
     shuffled = rewards.copy()
     shuffled[::2] = shuffled[::2, ::-1]  # the same step sums, other rewards per environment
-    feed(mixed, shuffled)
+    feed(mixed, shuffled, 0.9)
     assert mixed.std != pytest.approx(one.std, rel=1e-4)
 
 
 def test_huge_early_reward_fades_with_the_half_life() -> None:
     rewards = np.random.default_rng(6).random((2_001, 2)).astype(np.float32)
     rewards[0] = 10_000
-    scale = RewardScale(2, 0.0, 100)
+    scale = RewardScale(2, 100)
     std = []
     for row in rewards:
-        feed(scale, row[None])
+        feed(scale, row[None], 0.0)
         std.append(scale.std)
     assert std[50] > 1_000
     # while the outlier rules, the variance halves every 100 steps
     for t in (600, 800, 1_000):
         assert std[t + 100] / std[t] == pytest.approx(math.sqrt(0.5), rel=0.03)
     # at last the rest shows: uniform in 0..1 has std 1 / sqrt(12)
-    calm = RewardScale(2, 0.0, 100)
-    feed(calm, rewards[1:])
+    calm = RewardScale(2, 100)
+    feed(calm, rewards[1:], 0.0)
     assert calm.std == pytest.approx(1 / math.sqrt(12), rel=0.2)
     without_decay = 10_000 / math.sqrt(2_000)
     assert std[2_000] < without_decay / 100
@@ -405,55 +407,55 @@ def test_huge_early_reward_fades_with_the_half_life() -> None:
 
 
 def test_reset_leaves_the_sum_as_it_stands() -> None:
-    scale = RewardScale(2, 0.5, 1e9)
-    scale.update(torch.tensor([4.0, 2.0]), torch.tensor([True, True]))
-    scale.update(torch.tensor([1e9, 3.0]), torch.tensor([False, True]))
+    scale = RewardScale(2, 1e9)
+    scale.update(torch.tensor([4.0, 2.0]), torch.tensor([True, True]), 0.5)
+    scale.update(torch.tensor([1e9, 3.0]), torch.tensor([False, True]), 0.5)
     assert scale.sums.tolist() == [4.0, 4.0]
     assert scale.std == pytest.approx(np.std([4.0, 2.0, 4.0, 4.0]), rel=1e-6)
-    scale.update(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
+    scale.update(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.5)
     assert scale.sums.tolist() == [3.0, 4.0]
 
 
 def test_scale_continues_from_a_file() -> None:
     rewards = np.random.default_rng(8).random((60, 3)).astype(np.float32)
-    whole, before, after = (RewardScale(3, 0.95, 12) for _ in range(3))
-    feed(whole, rewards)
-    feed(before, rewards[:25])
+    whole, before, after = (RewardScale(3, 12) for _ in range(3))
+    feed(whole, rewards, 0.95)
+    feed(before, rewards[:25], 0.95)
     file = io.BytesIO()
     torch.save(before.state_dict(), file)
     file.seek(0)
     after.load_state_dict(torch.load(file, weights_only=True))
     assert after.std == before.std
-    feed(after, rewards[25:])
+    feed(after, rewards[25:], 0.95)
     assert after.std == whole.std
     assert torch.equal(after.sums, whole.sums)
     assert torch.equal(after(torch.arange(3.0)), whole(torch.arange(3.0)))
 
 
 def test_reward_is_divided_by_the_std() -> None:
-    scale = RewardScale(3, 0.9, 50)
-    feed(scale, np.random.default_rng(12).random((40, 3)))
+    scale = RewardScale(3, 50)
+    feed(scale, np.random.default_rng(12).random((40, 3)), 0.9)
     raw = torch.tensor([[0.0, 0.25], [0.5, 4.0]])
     torch.testing.assert_close(scale(raw), raw / scale.std)
 
 
 def test_loading_does_not_tie_two_scales_together() -> None:
-    one, other = RewardScale(2, 0.9, 10), RewardScale(2, 0.9, 10)
-    feed(one, np.array([[1.0, 2.0], [3.0, 4.0]]))
+    one, other = RewardScale(2, 10), RewardScale(2, 10)
+    feed(one, np.array([[1.0, 2.0], [3.0, 4.0]]), 0.9)
     other.load_state_dict(one.state_dict())
     before = other.sums.clone()
-    feed(one, np.array([[5.0, 6.0]]))
+    feed(one, np.array([[5.0, 6.0]]), 0.9)
     assert torch.equal(other.sums, before)
 
 
 def test_scale_of_another_number_of_environments() -> None:
     """The statistics are kept; only the running sums start anew."""
-    old, new = RewardScale(3, 0.9, 50), RewardScale(5, 0.9, 50)
-    feed(old, np.random.default_rng(9).random((40, 3)))
+    old, new = RewardScale(3, 50), RewardScale(5, 50)
+    feed(old, np.random.default_rng(9).random((40, 3)), 0.9)
     new.load_state_dict(old.state_dict())
     assert new.std == old.std
     assert new.sums.tolist() == [0.0] * 5
-    feed(new, np.random.default_rng(10).random((1, 5)))
+    feed(new, np.random.default_rng(10).random((1, 5)), 0.9)
     assert new.std == pytest.approx(old.std, rel=0.5)
 
 

@@ -953,7 +953,7 @@ def test_reward_scale_is_fed_with_raw_rewards_of_real_transitions() -> None:
     agent = make_agent(agent__discount=0.9, curiosity__reward_half_life=30)
     for moments in (agent.scale.moments, agent.interest.moments):
         assert moments.decay == pytest.approx(0.5 ** (3 / 30))  # steps of all three environments
-    assert agent.scale.discount == 0.9
+    assert agent.discount() == 0.9
     played, sums, novelty = Game(3, 8, episodes=(2, 4)), [0.0] * 3, SlowNovelty(agent)
     surprises, weights = [], []
     for _ in range(20):

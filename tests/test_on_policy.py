@@ -203,7 +203,8 @@ def test_curiosity_learns_from_as_many_sequences_as_it_is_told(name: str) -> Non
 
 def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
-    agent = make_agent("ppo", *weights, "agent.discount=0.5", "agent.extrinsic_discount=0.25")
+    discounts = "agent.discount=[[0,0.5],[1000000000,0.9]]", "agent.extrinsic_discount=0.25"
+    agent = make_agent("ppo", *weights, *discounts)
     live(agent, 9)
     memory = agent.memory
     novelty, reset = agent.stored(memory.novelty), agent.stored(memory.reset)
@@ -228,6 +229,19 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
     found = agent.targets["advantages"][1:][plain]
     slopes = found.diff()[gain.diff() != 0] / gain.diff()[gain.diff() != 0]
     assert slopes.std() < 1e-3 * slopes.mean()
+
+
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_the_discount_follows_its_schedule(name: str) -> None:
+    """An update is made for 8 / 3 agent steps here, after a warm-up."""
+    agent = make_agent(name, "agent.discount=[[100,0.5],[200,0.75]]", "agent.warmup_steps=12")
+    per_update = agent.config.batch_size * agent.config.sequence_length / agent.config.epochs
+    found = []
+    for step in (12, 100, 150, 200, 1000):
+        agent.updates = round((step - 12) / per_update)
+        found.append(agent.discount())
+    assert found == pytest.approx([0.5, 0.5, 0.625, 0.75, 0.75], abs=0.01)
+    assert make_agent(name, "agent.discount=0.5").discount() == 0.5
 
 
 @pytest.mark.parametrize("name", ["dqn", "ppo"])
@@ -364,7 +378,7 @@ def test_pqn_computes_the_loss_it_should() -> None:
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
     values = agent.values.clone()
     best = values.amax(2, keepdim=True)
-    plain = agent.returns_of(sum(agent.rewards()), best.squeeze(2), agent.config.discount)
+    plain = agent.returns_of(sum(agent.rewards()), best.squeeze(2), agent.discount())
     batch = agent.batch(torch.tensor([0, 4]))
     squares, count = 0.0, 0
     for b, (env, first) in enumerate(((0, 0), (1, 4))):

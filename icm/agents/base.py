@@ -103,7 +103,7 @@ class Agent[Batch](ABC):
         self.policy, self.memory = policy, memory
         half_life = curiosity.reward_half_life / num_envs
         self.interest = Interest(curiosity.surprise_limit, half_life)
-        self.scale = RewardScale(num_envs, agent.discount, half_life)
+        self.scale = RewardScale(num_envs, half_life)
         self.novelty = self.new_novelty(num_envs)
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
@@ -299,7 +299,7 @@ class Agent[Batch](ABC):
         valid = ~reset
         self.interest.update(surprise[valid & ~respawned])
         raw = self.worth(surprise, novelty)
-        self.scale.update(raw, valid)
+        self.scale.update(raw, valid, self.discount())
         self.remember(
             values,
             raw,
@@ -384,6 +384,10 @@ class Agent[Batch](ABC):
         )
         learnable = ((batch.novelty > 0) & ~batch.reset).flatten()
         return errors, *self.signal.loss(errors, learnable)
+
+    def discount(self) -> float:
+        """Of curiosity's rewards, per agent step, now."""
+        return self.config.discount
 
     def learning_rate(self) -> float:
         """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it.

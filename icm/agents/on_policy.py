@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icm.agents.base import Agent, Common
-from icm.agents.policy import Policy
+from icm.agents.policy import Policy, scheduled
 from icm.collectives import own
 from icm.config import RolloutConfig
 from icm.device import sent
@@ -111,6 +111,12 @@ class OnPolicy(Agent[Batch]):
         # the step after the last is the first of the next rollout
         self.values[0], self.raw[0] = self.values[-1], self.raw[-1]
         self.collected = 1
+
+    def discount(self) -> float:
+        """See `Agent.discount`; by the agent steps that updates so far were made for."""
+        config = self.config
+        done = config.warmup_steps + self.updates * config.steps_between_updates
+        return scheduled(config.discount, done)
 
     @abstractmethod
     def targets_of_rollout(self) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from icm.config import PolicyConfig
 
-Schedule = Sequence[Sequence[float]]
-"""Knots [agent step, value]: linear in between, constant before the first and after the last."""
+type Schedule = float | Sequence[Sequence[float]]
+"""A constant, or knots [agent step, value]: linear in between, constant before and after."""
 
 
 MIN_TEMPERATURE = 1e-6
@@ -21,8 +21,10 @@ MIN_TEMPERATURE = 1e-6
 TEMPERATURE_LR = 0.05  # per vector step: one nat of missing entropy is mended in about 20
 
 
-def scheduled(schedule: Schedule, step: int) -> float:
+def scheduled(schedule: Schedule, step: float) -> float:
     """Value of `schedule` at an agent step."""
+    if isinstance(schedule, int | float):
+        return float(schedule)
     steps, values = zip(*schedule, strict=True)
     return float(np.interp(step, steps, values))
 

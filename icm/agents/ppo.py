@@ -50,7 +50,7 @@ class PPO(OnPolicy):
         al. 2018b, section 2.3), and the advantages of both count.
         """
         rewards, values = self.rewards(), self.values.unbind(2)
-        discounts = self.config.discount, self.config.extrinsic_discount
+        discounts = self.discount(), self.config.extrinsic_discount
         returns = torch.stack(
             [self.returns_of(rewards[h], values[h], discounts[h]) for h in range(len(values))], 2
         )

@@ -51,7 +51,7 @@ class PQN(OnPolicy):
         best = self.values.amax(2, keepdim=True)
         gaps = self.values[:-1].gather(2, actions) - best[:-1]
         intrinsic, extrinsic = self.rewards()
-        returns = self.returns_of(intrinsic + extrinsic, best.squeeze(2), self.config.discount)
+        returns = self.returns_of(intrinsic + extrinsic, best.squeeze(2), self.discount())
         return {"returns": returns.unsqueeze(2) + self.config.advantage_learning * gaps}
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -86,19 +86,22 @@ class RewardScale:
 
     Args:
         num_envs: environments whose discounted sums run side by side, each over its own time.
-        discount: of the running sum.
         half_life: steps per environment after which a value counts half.
     """
 
-    def __init__(self, num_envs: int, discount: float, half_life: float) -> None:
-        self.discount = discount
+    def __init__(self, num_envs: int, half_life: float) -> None:
         self.sums = torch.zeros(num_envs, dtype=torch.float64)
         self.moments = Moments(half_life)
 
-    def update(self, rewards: Tensor, valid: Tensor) -> None:
-        """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands."""
+    def update(self, rewards: Tensor, valid: Tensor, discount: float) -> None:
+        """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands.
+
+        Args:
+            rewards, valid: see above.
+            discount: of the running sums.
+        """
         rewards, valid = rewards.double().cpu(), valid.cpu()
-        self.sums = torch.where(valid, self.sums * self.discount + rewards, self.sums)
+        self.sums = torch.where(valid, self.sums * discount + rewards, self.sums)
         self.moments.update(self.sums)
 
     def __call__(self, rewards: Tensor) -> Tensor:
