@@ -60,6 +60,8 @@ class AgentConfig(ABC):
     warmup_steps: int
     max_grad_norm: float
     death_is_terminal: bool
+    # checkpoints from before this setting were made with this value
+    accumulate: int = field(default=1, kw_only=True)
 
     @property
     @abstractmethod
@@ -355,6 +357,7 @@ def _check(config: Config) -> None:
         "agent.rollout_steps",
         "agent.epochs",
         "agent.replayed",
+        "agent.accumulate",
         "agent.convolutions",
         "curiosity.hidden",
         "curiosity.ensemble",

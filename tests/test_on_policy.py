@@ -494,6 +494,37 @@ def test_loaded_agent_goes_on_to_the_bit(name: str) -> None:
         assert first.policy.temperature == second.policy.temperature != 1
 
 
+def test_a_step_of_the_optimizer_has_the_mean_gradient_of_several_batches() -> None:
+    given = "ppo", "agent.epochs=4", "curiosity.inverse_dropout=0.0"
+    one, twin = make_agent(*given, "agent.accumulate=3"), make_agent(*given, "agent.accumulate=1")
+    game = live(one, 12)
+    while one.updates % 3:
+        one.update()
+    assert len(one.order) > 3
+    twin.load_state_dict(through_a_file(one.state_dict()))
+    twin.load_memory(through_a_file(one.memory_dict()))
+    before = weights(one.actor_critic)
+    for done in range(3):
+        loss, _, _ = twin.loss_and_parts(twin.batch(twin.order[done]))
+        loss.backward()
+        assert same(weights(one.actor_critic), before)
+        one.update()
+    assert not same(weights(one.actor_critic), before)
+    for ours, theirs in zip(one.learned, twin.learned, strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad / 3)
+    # what waits for more batches is part of the state
+    one.update()
+    again = make_agent(*given, "agent.accumulate=3")
+    again.load_state_dict(through_a_file(one.state_dict()))
+    again.load_memory(through_a_file(one.memory_dict()))
+    for agent in (one, again):
+        torch.manual_seed(0)
+        live(agent, 4, copy.deepcopy(game))
+    assert one.updates == again.updates
+    assert same(weights(one.actor_critic), weights(again.actor_critic))
+
+
 def test_without_its_memory_a_resumed_agent_begins_a_new_rollout() -> None:
     first, second = make_agent("ppo"), make_agent("ppo")
     game = live(first, 20)

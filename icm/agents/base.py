@@ -1,7 +1,7 @@
 """What every learner shares: it acts, judges transitions by its curiosity, and is saved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -110,7 +110,12 @@ class Agent[Batch](ABC):
         # ranks exchange gradients between loss and step
         is_whole = WORLD_SIZE == 1
         self._losses = compiler(self.loss_and_parts, alone=not is_whole)
-        self._step = compiler.recorded(self.gradient_step) if is_whole else self.gradient_step
+        # by whether a batch begins and completes what the optimizer makes a step of
+        self._steps: dict[tuple[bool, bool], Callable[[Batch], tuple[list[str], Tensor]]] = {}
+        for begins in (True, False):
+            for completes in (True, False):
+                step = partial(self.gradient_step, begins, completes)
+                self._steps[begins, completes] = compiler.recorded(step) if is_whole else step
         self.learning = nn.ModuleList(networks.values()), signal
         self.total_updates = common.total_updates
         # two, because a step may be observed before the next actions are drawn, or after them
@@ -398,28 +403,46 @@ class Agent[Batch](ABC):
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 
     def descend(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step on a batch for `losses`; the parts of the loss.
+        """Learn from a batch for `losses`; the parts of the loss.
 
-        A loss or gradients that are not finite change no weights.
+        With every `accumulate`-th batch comes a step of the optimizer. Loss or gradients that are
+        not finite change no weights.
         """
         learner, signal = self.optimizer.param_groups
         learner["lr"].fill_(self.learning_rate())
         signal["lr"].fill_(self.curiosity.lr)
         self.signal.train()
-        names, parts = self._step(batch)
+        begins = self.updates % self.config.accumulate == 0
         self.updates += 1
+        completes = self.updates % self.config.accumulate == 0
+        names, parts = self._steps[begins, completes](batch)
         # a copy, because the next replay of a CUDA graph writes to the same memory
         return dict(zip(names, parts.clone(), strict=True))
 
-    def gradient_step(self, batch: Batch) -> tuple[list[str], Tensor]:
-        """What `descend` does on the device; the names and values (parts,) of the loss's parts."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def gradient_step(
+        self, begins: bool, completes: bool, batch: Batch
+    ) -> tuple[list[str], Tensor]:
+        """What `descend` does on the device; the names and values (parts,) of the loss's parts.
+
+        Args:
+            begins: whether the batch is the first of those whose gradients are averaged.
+            completes: whether it is the last of them.
+            batch: see above.
+        """
+        count = self.config.accumulate
+        if begins:
+            # what CUDA graphs add to has to stay where it is
+            self.optimizer.zero_grad(set_to_none=count == 1)
         loss, names, parts = self._losses(batch)
         loss.backward()
         loss = loss.detach()
         groups = [group["params"] for group in self.optimizer.param_groups]
         gradients = [p.grad for group in groups for p in group if p.grad is not None]
         average_([*gradients, loss, parts])
+        if not completes:
+            return names, parts
+        if count > 1:
+            torch._foreach_div_(gradients, count)
         # of no parameters at all, where nothing is curious, the norm would be on the CPU
         norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups if g]
         finite = torch.stack((loss, *norms)).isfinite().all()
@@ -459,9 +482,21 @@ class Agent[Batch](ABC):
                 "skipped": self.skipped,
                 "generator": self.generator.get_state(),
                 "action_generator": self.action_generator.get_state(),
+                "gradients": self.waiting_gradients(),
                 **self.policy.state_dict(),
             },
         }
+
+    def waiting_gradients(self) -> list[Tensor | None]:
+        """Of all that learns, if a step of the optimizer is waiting for more batches."""
+        if self.updates % self.config.accumulate == 0:
+            return []
+        return [None if p.grad is None else p.grad.clone() for p in self.learned]
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """All parameters that learn."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
@@ -477,6 +512,9 @@ class Agent[Batch](ABC):
             self.skipped.copy_(state["agent"]["skipped"])
         if "action_generator" in state["agent"]:
             self.action_generator.set_state(state["agent"]["action_generator"])
+        if gradients := state["agent"].get("gradients"):
+            for parameter, gradient in zip(self.learned, gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(self.device)
 
     def load_to_play(self, state: dict[str, Any]) -> None:
         """Load what acting and judging need alone."""
