@@ -52,12 +52,12 @@ def test_an_update_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "curiosity"),
-    [("dqn", "icm"), ("ppo", "icm"), ("pqn", "icm")]
-    + [("ppo", other) for other in ("random_features", "rnd", "disagreement", "none")],
+    ("name", "curiosity", "accumulate"),
+    [("dqn", "icm", 1), ("ppo", "icm", 1), ("pqn", "icm", 1), ("ppo", "icm", 3)]
+    + [("ppo", other, 1) for other in ("random_features", "rnd", "disagreement", "none")],
 )
 def test_a_recorded_update_does_what_one_call_after_the_other_does(
-    name: str, curiosity: str
+    name: str, curiosity: str, accumulate: int
 ) -> None:
     quiet = ("curiosity.inverse_dropout=0",) if curiosity == "icm" else ()
     found = []
@@ -65,8 +65,9 @@ def test_a_recorded_update_does_what_one_call_after_the_other_does(
         agent = make_agent(
             *(name, f"curiosity={curiosity}", "device=cuda"),
             *("precision=float32", f"compile={compiling}", *quiet),
+            f"agent.accumulate={accumulate}",
         )
-        losses = [update(agent) for _ in range(WARM_UPS + 4)]
+        losses = [update(agent) for _ in range(accumulate * (WARM_UPS + 4))]
         found.append([{key: value.item() for key, value in parts.items()} for parts in losses])
     for recorded, plain in zip(*found, strict=True):
         for key, value in plain.items():

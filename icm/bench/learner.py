@@ -140,7 +140,7 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
     }
     times: dict[str, list[float]] = {name: [] for name in (*measured, PLAIN)}
     for do in measured.values():  # compiles
-        for _ in range(WARM_UPS + 1):
+        for _ in range((WARM_UPS + 1) * config.agent.accumulate):
             do()
     # in a process of its own: what is asked of the C library holds for a whole process
     with apart(partial(plain_updates, overrides, sizes)) as measure_plain:
