@@ -90,7 +90,7 @@ def test_updates_agree_with_plain_float32(
     """Losses within `tolerance` of each other, the first gradients within `angle` (radians).
 
     Means of what is positive and negative are near 0 by chance: a hundredth of `tolerance` is
-    enough for them.
+    enough for them; of a share of 61 transitions `tolerance` itself.
     """
     counters.clear()
     losses, gradient = updated(name, *mode)
@@ -100,6 +100,8 @@ def test_updates_agree_with_plain_float32(
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             smallest = 1e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
+            if key == "policy/clipped":  # one of 61 transitions may be at its very limit
+                smallest = 1.0
             expected_value = pytest.approx(value, rel=tolerance, abs=smallest * tolerance)
             assert found[key] == expected_value, key
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
