@@ -414,10 +414,11 @@ def _check(config: Config) -> None:
     for name, share in given("agent.advantage_learning", "practice"):
         if not 0 <= share < 1:
             raise UserError(f"{name}={share}: must be at least 0 and below 1")
+    discounts = [agent.discount]
     if isinstance(agent.discount, list):
         _check_schedule("agent.discount", agent.discount)
-    knots = agent.discount if isinstance(agent.discount, list) else [[0, agent.discount]]
-    if not all(isinstance(value, int | float) and 0 <= value < 1 for _, value in knots):
+        discounts = [value for _, value in agent.discount]
+    if not all(isinstance(value, int | float) and 0 <= value < 1 for value in discounts):
         raise UserError(f"agent.discount={agent.discount}: must be at least 0 and below 1")
     for name, choices in (
         ("env.actions", ("right_only", "simple", "complex")),

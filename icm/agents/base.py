@@ -354,7 +354,7 @@ class Agent[Batch](ABC):
 
     @abstractmethod
     def update(self) -> dict[str, Tensor]:
-        """One gradient step.
+        """Learn from one batch, see `descend`.
 
         Returns:
             the parts of the loss, scalar tensors on the device, so that nothing waits for them.
@@ -436,14 +436,14 @@ class Agent[Batch](ABC):
         loss, names, parts = self._losses(batch)
         loss.backward()
         loss = loss.detach()
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        gradients = [p.grad for group in groups for p in group if p.grad is not None]
+        gradients = [p.grad for p in self.learned if p.grad is not None]
         average_([*gradients, loss, parts])
         if not completes:
             return names, parts
         if count > 1:
             torch._foreach_div_(gradients, count)
         # of no parameters at all, where nothing is curious, the norm would be on the CPU
+        groups = [group["params"] for group in self.optimizer.param_groups]
         norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups if g]
         finite = torch.stack((loss, *norms)).isfinite().all()
         # as `torch.amp.GradScaler` lets a fused optimizer skip a step, on its device: nothing waits

@@ -126,7 +126,7 @@ class DQN(Agent[Batch]):
         return step // per_update - (step - self.num_envs) // per_update
 
     def update(self) -> dict[str, Tensor]:
-        """One gradient step, see `Agent.update`."""
+        """See `Agent.update`."""
         config = self.config
         drawn = self.memory.sample(config.batch_size, config.sequence_length, self.generator)
         parts = self.descend(

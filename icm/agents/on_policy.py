@@ -185,7 +185,7 @@ class OnPolicy(Agent[Batch]):
         return max(0, len(self.order) - left)
 
     def update(self) -> dict[str, Tensor]:
-        """One gradient step, see `Agent.update`."""
+        """See `Agent.update`."""
         numbers, self.order = self.order[0], self.order[1:]
         return self.descend(self.batch(numbers))
 
