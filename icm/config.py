@@ -424,7 +424,7 @@ def _check(config: Config) -> None:
         ("env.actions", ("right_only", "simple", "complex")),
         ("env.emulator", ("nes_py", "libretro")),
         ("env.noisy_tv", ("none", "always", "switched")),
-        ("agent.input_norm", ("standard", "scale", "stack")),
+        ("agent.input_norm", ("standard", "contrast", "scale", "stack")),
         ("curiosity.reduction", ("mean", "sum")),
         ("precision", ("auto", "float32", "bf16")),
         ("compile", ("auto", "on", "off")),

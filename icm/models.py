@@ -15,7 +15,9 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 from icm.collectives import own
 from icm.ranks import WORLD_SIZE
 
-INPUT_NORMS = ("standard", "scale", "stack")
+INPUT_NORMS = ("standard", "contrast", "scale", "stack")
+CONTRAST = 2.5
+"""Std of `contrast` input: about that of `standard` in Super Mario Bros. 1-1."""
 NO_ACTION = -1
 """Stands for the previous action where an episode has just begun."""
 
@@ -26,6 +28,8 @@ class InputNorm(nn.Module):
     Modes:
         `standard`: (x - mean image) / std, both measured from a random agent with `measure`
             (Burda et al. 2018, section 2.2). Until then mean is 0 and std 255.
+        `contrast`: every state with mean 0 and std CONTRAST over its own pixels, so a dark level
+            is seen as well as a bright one. Nothing is measured.
         `scale`: x / 255.
         `stack`: unit L2 norm over the frame stack, as the tutorial's `F.normalize` did. Three equal
             frames become a constant image, so the first state of an episode is blank.
@@ -60,6 +64,8 @@ class InputNorm(nn.Module):
         x = states.to(torch.float32)
         if self.mode == "standard":
             return (x - self.mean) / self.std
+        if self.mode == "contrast":
+            return CONTRAST * contrast_normalised(states)
         if self.mode == "scale":
             return x / 255
         return F.normalize(x, dim=-3)

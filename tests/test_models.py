@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.models import (
+    CONTRAST,
     INPUT_NORMS,
     NO_ACTION,
     ActorCritic,
@@ -360,6 +361,17 @@ def test_contrast_normalised_states_have_mean_0_and_std_1_each() -> None:
     assert torch.equal(contrast_normalised(blank), torch.zeros(1, 3, 5, 4))
 
 
+def test_contrast_is_every_states_own_and_measures_nothing() -> None:
+    norm = InputNorm("contrast", (5, 4))
+    states = random_states(2, 3, 5, 4)
+    x = norm(states)
+    torch.testing.assert_close(x.std((1, 2, 3), correction=0), torch.full((2,), CONTRAST))
+    torch.testing.assert_close(x.mean((1, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
+    norm.measure(random_states(9, 5, 4) // 4)
+    assert torch.equal(norm(states), x)
+    assert norm.state_dict() == {}
+
+
 def test_scale_divides_by_255() -> None:
     norm = InputNorm("scale", (5, 4))
     states = random_states(2, 3, 5, 4)
@@ -465,7 +477,7 @@ def test_norm_takes_leading_dimensions_and_leaves_states_alone(mode: str) -> Non
 
 @pytest.mark.parametrize("mode", ["", "Scale", "none", "batch"])
 def test_unknown_norm(mode: str) -> None:
-    with pytest.raises(ValueError, match=r"not one of standard, scale, stack"):
+    with pytest.raises(ValueError, match=r"not one of standard, contrast, scale, stack"):
         InputNorm(mode, (5, 4))
 
 
