@@ -121,6 +121,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     assert "as it is" not in page_of(alone)
 
 
+def test_a_kind_of_runs_without_a_metric_is_no_reason_to_warn(tmp_path: Path) -> None:
+    without = make_run(tmp_path / "without", 1)
+    other = make_run(tmp_path / "other", 1, agent={"name": "dqn"})
+    rows = [{"step": 1000, "q/mean": 0.5, "loss/q": 0.4}]
+    (other / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = run_script("report.py", without, other, "--out", tmp_path / "report.html")
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
 def test_what_settings_do_not_tell_apart_is_named_by_its_folder(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name, 1)) for name in ("first", "second", "third")]
     assert names_of([runs[:2], runs[2:]]) == ["first and 1 more", "third"]

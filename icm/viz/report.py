@@ -238,7 +238,7 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
             axes.set_xlabel("agent steps, thousands")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-            if len(names) > 1:
+            if len(axes.get_legend_handles_labels()[1]) > 1:
                 axes.legend(frameon=False, fontsize=8)
         for axes in all_axes[len(known) :]:
             axes.set_visible(False)
