@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, settings
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from icm.agents.dqn import DQN
 from icm.envs import make_vector_env
+from icm.envs.vector import WorkerVectorEnv
 from icm.evaluation import rollouts
 from icm.factory import build_agent
 from icm.models import NO_ACTION
@@ -62,3 +64,16 @@ def test_rollouts_tell_the_action_before(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = [call % 12 for call in range(len(seen))]
     expected[0] = expected[first["length"] + 1] = NO_ACTION
     assert seen == expected
+
+
+def test_an_episode_that_was_cut_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, step = 0, WorkerVectorEnv.step
+
+    def failing(envs: WorkerVectorEnv, actions: np.ndarray) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(envs, np.full_like(actions, 99) if steps == 5 else actions)  # no such action
+
+    monkeypatch.setattr(WorkerVectorEnv, "step", failing)
+    first, second = rollouts(None, CONFIG, 0, 2, False, 0)
+    assert steps == 5 + 1 + first["length"] + 1 + second["length"]

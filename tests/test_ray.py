@@ -134,6 +134,10 @@ def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
             maps = Path(f"/proc/{actor.pid}/maps").read_text()
             assert "numpy" in maps
             assert "libtorch" not in maps
+        truncated = envs.step(np.array([99, 0, 0, 0]))[3]
+        assert truncated[0]
+        assert envs.failures == 4
+        envs.step(np.zeros(4, int))
         with pytest.raises(RuntimeError, match=r"(?s)worker 0 .*Traceback.*KeyError: 99"):
             envs.step(np.array([99, 0, 0, 0]))
         assert envs.closed

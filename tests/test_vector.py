@@ -230,14 +230,30 @@ def test_results_are_copies() -> None:
         assert all((a == b).all() for a, b in zip(step[:4], kept_step, strict=True))
 
 
-def test_a_mistake_in_a_worker_is_reported_with_its_traceback() -> None:
+def test_episodes_that_make_a_worker_fail_are_cut_but_not_again_and_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with vector_env() as envs:
-        workers = workers_of(envs)
         envs.reset(seed=0)
+        *_, terminated, truncated, infos = envs.step(np.array([0, 0, 99]))  # no such action
+        assert not terminated.any()
+        assert truncated.tolist() == [False, False, True]
+        assert "episode" not in infos
+        assert envs.failures == 2  # it was tried again
+        assert capsys.readouterr().err.splitlines() == [
+            "worker 1 of the environments failed, and begins anew: KeyError: 99",
+            "worker 1 of the environments failed again, its episodes are cut: KeyError: 99",
+        ]
+        observations, *_, truncated, _ = envs.step(np.array([0, 0, 99]))  # opens: no action counts
+        assert not truncated.any()
+        assert envs._played[2] == []
+        frames = observations[2]
+        assert (frames == frames[0]).all()  # an episode has begun
+        assert frames.any()
+        workers = workers_of(envs)
         with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*Traceback.*KeyError: 99"):
-            envs.step(np.array([0, 0, 99]))  # there is no such action
+            envs.step(np.array([0, 0, 99]))
         assert envs.closed
-        assert envs.failures == 1  # it was tried again
         assert not psutil.wait_procs(workers, timeout=10)[1]
 
 

@@ -11,11 +11,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
-from icm.envs.stepper import Answer, Fields, Order, fields_of
+from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
 BACK = 16, 81  # agent steps that it goes back, at random: from, below
+CALM = 1000  # vector steps at least from one cut of a worker's episodes to the next
 
 
 class Workers(Protocol):
@@ -72,7 +73,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     not passed on, for they tell nothing of how far an agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
-    episodes again, up to where they were: nothing is lost but time. `failures` counts them.
+    episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
+    makes it fail: they end truncated, without an `episode` info. `failures` counts both.
 
     Args:
         make: builds one environment, which says what all are like.
@@ -84,8 +86,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         practising: how many environments practise, the last ones.
 
     Raises:
-        RuntimeError: a worker failed at its start, or twice in a step, with its traceback. All
-            methods raise it, and close first.
+        RuntimeError: a worker failed at its start, or its episodes would have to be cut again soon
+            after they were, with its traceback. All methods raise it, and close first.
     """
 
     def __init__(
@@ -115,6 +117,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
         self.failures = 0
+        self._steps = 0
+        self._cut_at: dict[int, int] = {}  # the vector step of the last cut of workers' episodes
         self._workers = start(fields_of(env, num_envs))
         self._arrays = self._workers.arrays
         self._arrays["practises"][num_envs - practising :] = True
@@ -183,6 +187,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step, but the late ones, while this process does something else."""
+        self._steps += 1
         self._arrays["actions"][:] = actions
         terminated = self._arrays["terminated"]
         died = (terminated | self._arrays["life_lost"]) & self._arrays["practises"]
@@ -272,7 +277,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for worker in range(self._workers.number):
             answer = self._workers.listen(worker, patience)
             if isinstance(answer, str):
-                self._say(worker, answer)
+                self._say(f"worker {worker} of the environments failed, and begins anew", answer)
                 failed.append(worker)
             else:
                 answers[worker] = answer
@@ -287,13 +292,11 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         arrays["truncated"] |= arrays["practises"] & arrays["life_lost"]
         return episodes, scenery, seconds
 
-    def _say(self, worker: int, reason: str) -> None:
+    def _say(self, what: str, reason: str) -> None:
         """Count a failure, and tell it."""
         self.failures += 1
-        last = reason.strip().splitlines()[-1]
-        line = f"worker {worker} of the environments failed, and begins anew: {last}"
         with suppress(OSError):  # that nobody reads it any more is no reason to end
-            print(line, file=sys.stderr)
+            print(f"{what}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
 
     def _begin_anew(self, failed: list[int]) -> dict[int, Answer]:
         """The answers to the running step of new workers in the places of those that failed.
@@ -307,10 +310,25 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             rows = self._balance.rows[worker]
             self._arrays["opening"][rows] = True
             self._send([worker], self._options, {row: self._played[row] for row in rows})
-        return {
-            worker: self._sure(worker, self._workers.listen(worker, 20 * self._patience))
-            for worker in failed
-        }
+        answers = {}
+        for worker in failed:
+            answer = self._workers.listen(worker, 20 * self._patience)
+            answers[worker] = self._cut(worker, answer) if isinstance(answer, str) else answer
+        return answers
+
+    def _cut(self, worker: int, reason: str) -> Answer:
+        """Truncate the episodes of a worker that failed again, and give them to a new one."""
+        if self._steps - self._cut_at.get(worker, -CALM) < CALM:
+            self._sure(worker, reason)
+        self._cut_at[worker] = self._steps
+        self._say(f"worker {worker} of the environments failed again, its episodes are cut", reason)
+        self._workers.restart(worker)
+        self._sure(worker, self._workers.listen(worker, 20 * self._patience))
+        rows = sorted(set(self._balance.rows[worker]) - self._resting)
+        for name in ("rewards", "terminated", "life_lost"):
+            self._arrays[name][rows] = 0
+        self._arrays["truncated"][rows] = True
+        return NOTHING
 
     def _sure(self, worker: int, answer: Answer | str) -> Answer:
         """An answer that is none of failure."""
