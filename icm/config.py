@@ -11,6 +11,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from icm.errors import UserError
 from icm.ranks import WORLD_SIZE
 
+INPUT_NORMS = ("standard", "contrast", "scale", "stack")
+"""See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
+
 
 @dataclass
 class EnvConfig:
@@ -424,7 +427,7 @@ def _check(config: Config) -> None:
         ("env.actions", ("right_only", "simple", "complex")),
         ("env.emulator", ("nes_py", "libretro")),
         ("env.noisy_tv", ("none", "always", "switched")),
-        ("agent.input_norm", ("standard", "contrast", "scale", "stack")),
+        ("agent.input_norm", INPUT_NORMS),
         ("curiosity.reduction", ("mean", "sum")),
         ("precision", ("auto", "float32", "bf16")),
         ("compile", ("auto", "on", "off")),

@@ -53,8 +53,7 @@ def rollouts(
             observations, _, terminated, truncated, infos = envs.step(actions.numpy())
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             reset = torch.from_numpy(terminated | truncated)
-            counted = np.flatnonzero(infos.get("_episode", ()))  # not one that was cut
-            for i, episode in zip(counted, episodes_in(infos), strict=True):
+            for i, episode in episodes_in(infos).items():
                 left[i] -= 1
                 results.append(episode)
             envs.rest(np.flatnonzero(left == 0).tolist())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.collectives import own
+from icm.config import INPUT_NORMS
 from icm.ranks import WORLD_SIZE
 
-INPUT_NORMS = ("standard", "contrast", "scale", "stack")
 CONTRAST = 2.5
 """Std of `contrast` input: about that of `standard` in Super Mario Bros. 1-1."""
 NO_ACTION = -1

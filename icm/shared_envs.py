@@ -8,6 +8,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.collectives import all_objects, all_rows
+from icm.envs import episodes_in
 from icm.envs.stepper import RESULTS
 from icm.envs.vector import WorkerVectorEnv, infos_of
 from icm.ranks import RANK, WORLD_SIZE
@@ -88,10 +89,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, infos: dict[str, Any], **results: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Results of all environments, as fields of an array, and infos; of this rank's part."""
-        episodes = [
-            (row + self.rows.start, {k: v[row] for k, v in infos["episode"].items() if k[0] != "_"})
-            for row in np.flatnonzero(infos.get("_episode", ())).tolist()
-        ]
+        episodes = [(row + self.rows.start, one) for row, one in episodes_in(infos).items()]
         scenery = infos.get("scenery", [])
         rows = np.zeros(self.envs.num_envs, self._row)
         for name, array in results.items():

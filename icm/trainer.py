@@ -159,7 +159,7 @@ class Trainer:
                 "respawned": torch.from_numpy(life_lost & ~terminated),
             }
             self.exploration.visit(self.step + n, infos, ended | life_lost)
-            for episode in episodes_in(infos):
+            for episode in episodes_in(infos).values():
                 self._episode(episode)
             previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             states, reset = next_states, torch.from_numpy(ended)

@@ -140,7 +140,7 @@ def shared_memory(for_all: Path) -> Iterator[None]:
 def trained(for_all: Path) -> Path:
     """The run folder of a real, short training on the real game; one for all test processes."""
     folder = for_all / "trained"
-    drawn = ("map.every=96", "video.every=96", "report.every=96")
+    drawn = ("map.every=32", "video.every=32", "report.every=32")
     more = (*drawn, "env.emulator=nes_py", "compile=auto")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

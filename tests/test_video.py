@@ -100,7 +100,7 @@ def recorded(config: EnvConfig) -> Recording:
             _, _, terminated, truncated, infos = envs.step(rng.integers(1, 5, config.num_envs))
             ended += terminated | truncated
             if ended.min() > 1:
-                for episode in episodes_in(infos):
+                for episode in episodes_in(infos).values():
                     found.finish(32, episode)
     finally:
         envs.close()

@@ -223,9 +223,12 @@ def action_names(env: Env) -> list[str]:
     return [str(action) for action in range(action_count(env.action_space))]
 
 
-def episodes_in(infos: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `episode` statistics of the environments whose episode ended in this vector step."""
-    if "episode" not in infos:
-        return []
-    ended = np.flatnonzero(infos["_episode"])
-    return [{k: v[i] for k, v in infos["episode"].items() if not k.startswith("_")} for i in ended]
+def episodes_in(infos: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The `episode` statistics of environments whose episode ended in this vector step, by number.
+
+    An episode that was cut because a worker failed has none.
+    """
+    return {
+        row: {k: v[row] for k, v in infos["episode"].items() if not k.startswith("_")}
+        for row in np.flatnonzero(infos.get("_episode", ())).tolist()
+    }
