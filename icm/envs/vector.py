@@ -16,7 +16,7 @@ from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
 BACK = 16, 81  # agent steps that it goes back, at random: from, below
-CALM = 1000  # vector steps at least from one cut of a worker's episodes to the next
+CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
 
 class Workers(Protocol):
@@ -86,8 +86,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         practising: how many environments practise, the last ones.
 
     Raises:
-        RuntimeError: a worker failed at its start, or its episodes would have to be cut again soon
-            after they were, with its traceback. All methods raise it, and close first.
+        RuntimeError: a worker failed at its start, or episodes would have to be cut again soon
+            after others were, with its traceback. All methods raise it, and close first.
     """
 
     def __init__(
@@ -117,8 +117,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
         self.failures = 0
-        self._steps = 0
-        self._cut_at: dict[int, int] = {}  # the vector step of the last cut of workers' episodes
+        self._steps, self._cut_at = 0, -CALM  # vector steps so far; the last one that cut episodes
         self._workers = start(fields_of(env, num_envs))
         self._arrays = self._workers.arrays
         self._arrays["practises"][num_envs - practising :] = True
@@ -318,9 +317,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _cut(self, worker: int, reason: str) -> Answer:
         """Truncate the episodes of a worker that failed again, and give them to a new one."""
-        if self._steps - self._cut_at.get(worker, -CALM) < CALM:
+        if 0 < self._steps - self._cut_at < CALM:
             self._sure(worker, reason)
-        self._cut_at[worker] = self._steps
+        self._cut_at = self._steps
         self._say(f"worker {worker} of the environments failed again, its episodes are cut", reason)
         self._workers.restart(worker)
         self._sure(worker, self._workers.listen(worker, 20 * self._patience))
