@@ -276,7 +276,7 @@ class Core:
                 raise UserError(f"env.core={path}: shows no NES memory, or cannot save its state")
             # not when Python exits: views of the memory may still be in use then
             closing = weakref.finalize(self, undo.pop_all().close)
-            closing.atexit = False  # pyrefly: ignore[missing-attribute]
+            closing.atexit = False
 
     def ram(self) -> np.ndarray:
         """A live view of the memory, uint8 (2048,), that keeps the core loaded."""
