@@ -199,7 +199,7 @@ def training_speeds(
     for rival in rivals:
         entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
     with ExitStack() as running:
-        for name, contender in entered.items():  # one by one: together they take longer
+        for name, contender in entered.items():
             say(f"starting {name}")
             running.enter_context(contender).get_ready()
         device = entered["nes_py"].said()
