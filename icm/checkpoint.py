@@ -3,7 +3,7 @@
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,7 +99,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @contextmanager
-def restoring(path: Path) -> Iterator[None]:
+def restoring(path: Path) -> Generator[None]:
     """Turn what goes wrong while the content of `path` is restored into a `UserError` naming it."""
     try:
         yield

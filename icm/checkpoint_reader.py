@@ -14,7 +14,7 @@ import pickle
 import stat
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -185,7 +185,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 @contextmanager
-def _refusing(path: str) -> Iterator[None]:
+def _refusing(path: str) -> Generator[None]:
     """Turn what goes wrong while the file is read into a `UserError` that names it."""
     try:
         yield

@@ -4,7 +4,7 @@ Ranks call the same functions in the same order.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,7 +21,7 @@ _seconds = 0.0  # in exchanges, since `seconds` was asked
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def together(device: torch.device) -> Generator[None]:
     """All ranks have come here, and can exchange what is on the CPU or on their `device`."""
     if WORLD_SIZE == 1:
         yield
@@ -47,7 +47,7 @@ def seconds() -> float:
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def _exchange() -> Generator[None]:
     global _seconds
     start = time.perf_counter()
     yield

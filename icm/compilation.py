@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
@@ -28,7 +28,7 @@ def resolve_compile(name: str, updates: int) -> str:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling() -> Generator[None]:
     """Compile the backward pass at once, too, so that its failures are seen; say nothing."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
@@ -46,7 +46,7 @@ class GivenUp(BaseException):
 
 
 @contextmanager
-def given_up_on_signals() -> Iterator[None]:
+def given_up_on_signals() -> Generator[None]:
     """A signal that this process handles is handled, and ends what is under way with `GivenUp`.
 
     Compiling may take a minute, and whoever sends a signal may kill after ten seconds.

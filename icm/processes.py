@@ -5,7 +5,7 @@ import os
 import signal
 import stat
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -64,7 +64,7 @@ class Assistants:
 
 
 @contextmanager
-def signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Generator[None]:
     """Processes started inside are deaf to `SIGNALS` from their first moment; not on Windows.
 
     This process gets them afterwards.

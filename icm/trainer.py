@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -323,7 +323,7 @@ class Trainer:
     # --- signals --------------------------------------------------------------------------------
 
     @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
+    def _stopping_on_signals(self) -> Generator[None]:
         """Each of `SIGNALS` ends the loop after the current step, so that it saves.
 
         Not SIGHUP where that is ignored from the start, as `nohup` has it.
@@ -363,7 +363,7 @@ class Clock:
         self.phases: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Time spent inside counts for the phase `name`."""
         start = time.perf_counter()
         yield

@@ -33,7 +33,7 @@ def main(settings: DictConfig) -> None:
     print(table(list(results.values())))
     others = {policy: results[policy] for policy in ("greedy", "random")}
     env = {name: getattr(config.env, name) for name in vars(options.env)}
-    measured = {"ckpt": str(options.ckpt), "step": step, "env": env}
+    measured = {"ckpt": options.ckpt, "step": step, "env": env}
     print(json.dumps({**measured, **results["sampled"], **others}))
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,7 +62,7 @@ def actors(folder: str) -> set[psutil.Process]:
 
 
 @contextmanager
-def ray_in_a_folder() -> Iterator[str]:
+def ray_in_a_folder() -> Generator[str]:
     """Where Ray keeps its files; the name is short because those of sockets may not be long."""
     with (
         tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ ENV = replace(settings("env.emulator=libretro").env, num_envs=3, num_workers=2, 
 
 
 @contextmanager
-def vector_env(config: EnvConfig = ENV, scenery: bool = False) -> Iterator[WorkerVectorEnv]:
+def vector_env(config: EnvConfig = ENV, scenery: bool = False) -> Generator[WorkerVectorEnv]:
     envs = make_vector_env(config, scenery=scenery)
     try:
         yield envs

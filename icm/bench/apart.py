@@ -1,7 +1,7 @@
 """Measuring in processes that do nothing else."""
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
@@ -10,7 +10,7 @@ type Measure = Callable[[float], float]
 
 
 @contextmanager
-def apart(make: Callable[[], Measure], processes: int = 1) -> Iterator[Measure]:
+def apart(make: Callable[[], Measure], processes: int = 1) -> Generator[Measure]:
     """The sum of what as many processes measure at the same time, each by a measure of its own.
 
     Args:

@@ -1,7 +1,7 @@
 """Speed of emulators and environments, without an agent. Nothing here imports torch."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -75,7 +75,7 @@ def environment_steps(config: EnvConfig, with_state: bool = True) -> Measure:
 
 
 @contextmanager
-def vector_steps(config: EnvConfig) -> Iterator[Measure]:
+def vector_steps(config: EnvConfig) -> Generator[Measure]:
     """Agent steps of all environments of `config`, vectorised, with random actions."""
     envs = make_vector_env(config)
     try:

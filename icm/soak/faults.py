@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def _goes_on(latest: Path, folder: Path, found: Findings) -> None:
 
 
 @contextmanager
-def _disk(folder: Path, megabytes: int) -> Iterator[Path]:
+def _disk(folder: Path, megabytes: int) -> Generator[Path]:
     """A disk of that size."""
     folder.mkdir(parents=True)
     _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "soak", folder)

@@ -52,6 +52,6 @@ def hour(folder: Path, settings: list[str], minutes: float) -> Findings:
 
 def _own_bytes(process: psutil.Process) -> int:
     try:
-        return int(process.memory_info().rss)
+        return process.memory_info().rss
     except psutil.NoSuchProcess:
         return 0

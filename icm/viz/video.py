@@ -1,6 +1,6 @@
 """Pictures of the game as a video, as an animation, or one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +82,7 @@ class Video:
 
 
 @contextmanager
-def record(path: Path, fps: float = FPS) -> Iterator[Video]:
+def record(path: Path, fps: float = FPS) -> Generator[Video]:
     """A video that stands at `path` when it is whole.
 
     Args:
