@@ -1,7 +1,8 @@
 """Speed of learning alone, without environments: `python -m icm.bench.learner SECONDS ROUNDS ...`.
 
 A process of its own with as many threads as a training has. Further arguments are settings of
-scripts/train.py. Prints one JSON line, see `main`.
+scripts/train.py. Compiles, waits for a line of input, measures, and prints one JSON line, see
+`main`.
 """
 
 import json
@@ -139,11 +140,12 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         **{name: partial(update, agents[name]) for name in agents},
     }
     times: dict[str, list[float]] = {name: [] for name in (*measured, PLAIN)}
-    for do in measured.values():  # compiles
+    for do in reversed(measured.values()):  # compiles, and first what a training takes
         for _ in range((WARM_UPS + 1) * config.agent.accumulate):
             do()
     # in a process of its own: what is asked of the C library holds for a whole process
     with apart(partial(plain_updates, overrides, sizes)) as measure_plain:
+        sys.stdin.readline()
         for _ in range(rounds):
             times[PLAIN].append(measure_plain(seconds))
             for name, do in measured.items():

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -22,8 +23,10 @@ from icm.envs.cores import installed_cores
 from icm.errors import UserError
 
 STARTED = time.monotonic()
-PART = 0.15  # of the time of a turn: a measurement of one part
-SETTLING = 9  # turns in which environments move to where there is time for them
+PART = 0.12  # of the time of a turn: a measurement of one part
+SETTLING = {"nes_py": 4, "libretro": 9}
+"""Turns in which environments move to where there is time for them: more, the more of it goes into
+learning."""
 
 
 @dataclass
@@ -88,15 +91,22 @@ def measure(options: BenchConfig) -> dict[str, Any]:
     if not options.quick:
         fastest = list(backends)[-1]
         scaling = {fastest: emulation.scaling(backends[fastest], before["cores"], part)}
-    say("learner")
-    update = learner_speeds(part, rounds, overrides)
+    say("getting ready: a learner compiles, and trainings start beside it")
+    with learning(part, rounds, overrides) as learner, ExitStack() as running:
+        entered = trainings(options.quick, overrides, backends)
+        for name, contender in entered.items():
+            running.enter_context(contender).get_ready()
+            say(f"{name} is ready")
+        update = learner()
+        say("learner measured")
+        rates = training_speeds(entered, seconds, rounds, settling=not options.quick)
+        device = entered["nes_py"].said()
     ideal = {}
     for name, emulator_name in zip(backends, emulators, strict=False):  # of one core: the first
         emulating = 1 / environment[emulator_name]["agent_steps_per_s"]
         ideal[name] = before["cores"] / (emulating + update["seconds_per_agent_step"])
-    end_to_end, device = training_speeds(options.quick, seconds, rounds, overrides, backends, ideal)
     return {
-        "end_to_end": end_to_end,
+        "end_to_end": compared(rates, ideal),
         "vector": vector,
         "scaling": scaling,
         "update": update,
@@ -161,63 +171,75 @@ def vector_speeds(config: EnvConfig, cores: int, seconds: float, rounds: int) ->
     }
 
 
-def learner_speeds(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
-    """See `icm.bench.learner`."""
-    done = subprocess.run(
+@contextmanager
+def learning(
+    seconds: float, rounds: int, overrides: list[str]
+) -> Generator[Callable[[], dict[str, Any]]]:
+    """What measures a learner that compiles from now on; see `icm.bench.learner`."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "icm.bench.learner", str(seconds), str(rounds), *overrides],
         cwd=contenders.ROOT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        raise RuntimeError(f"icm.bench.learner: {done.stderr}")
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+
+    def measured() -> dict[str, Any]:
+        output, errors = process.communicate("measure now\n")
+        if process.returncode:
+            raise RuntimeError(f"icm.bench.learner: {errors}")
+        result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return result
+
+    with process:
+        try:
+            yield measured
+        finally:
+            process.kill()
 
 
-def training_speeds(
-    quick: bool,
-    seconds: float,
-    rounds: int,
-    overrides: list[str],
-    backends: dict[str, EnvConfig],
-    ideal: dict[str, float],
-) -> tuple[dict[str, Any], str]:
-    """Agent steps/s of whole trainings, as they learn; and the device of ours."""
-    repeat = backends["nes_py"].action_repeat
-    rivals = ["ppo", "dqn"]
-    if quick:
-        rivals = []
-    elif importlib.util.find_spec("stable_baselines3") is None:
-        rivals = []
-        say("Stable-Baselines3 is not measured: pip install -e .[bench] installs it")
+def trainings(
+    quick: bool, overrides: list[str], backends: dict[str, EnvConfig]
+) -> dict[str, contenders.Contender]:
+    """All that take turns; those that compile come last: by then the learner may have done it."""
     entered = {"tutorial": contenders.tutorial()}
+    if not quick and importlib.util.find_spec("stable_baselines3") is None:
+        say("Stable-Baselines3 is not measured: pip install -e .[bench] installs it")
+    elif not quick:
+        repeat = backends["nes_py"].action_repeat
+        for rival in ("ppo", "dqn"):
+            entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
     for name, config in backends.items():
         chosen = [f"env.emulator={config.emulator}", f"env.core={config.core}"]
         entered[name] = contenders.training([*overrides, *chosen])
-    for rival in rivals:
-        entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
-    with ExitStack() as running:
-        for name, contender in entered.items():
-            say(f"starting {name}")
-            running.enter_context(contender).get_ready()
-        device = entered["nes_py"].said()
-        if not quick:
-            for name in backends:
-                say(f"settling {name}")
-                entered[name].turn(SETTLING * seconds)
-        rates = defaultdict(list)
-        for done in range(1, rounds + 1):
-            for name, contender in entered.items():
-                rates[name].append(contender.turn(seconds))
-            latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
-            say(f"round {done} of {rounds}: {latest} agent steps/s")
+    return entered
 
+
+def training_speeds(
+    entered: dict[str, contenders.Contender], seconds: float, rounds: int, settling: bool
+) -> dict[str, list[float]]:
+    """Agent steps/s of whole trainings, as they learn; ours may settle first."""
+    for name, turns in SETTLING.items():
+        if settling and name in entered:
+            say(f"settling {name}")
+            entered[name].turn(turns * seconds)
+    rates = defaultdict(list)
+    for done in range(1, rounds + 1):
+        for name, contender in entered.items():
+            rates[name].append(contender.turn(seconds))
+        latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
+        say(f"round {done} of {rounds}: {latest} agent steps/s")
+    return rates
+
+
+def compared(rates: dict[str, list[float]], ideal: dict[str, float]) -> dict[str, Any]:
+    """Medians of the rates, and what those with an ideal are beside it and the others."""
     result: dict[str, Any] = {
         name: {"agent_steps_per_s": median(found), "rounds": found} for name, found in rates.items()
     }
-    for name in backends:
+    rivals = [name for name in rates if name.startswith("sb3_")]
+    for name in ideal:
         ours = rates[name]
         over_tutorial = ratios(ours, rates["tutorial"])
         result[name] |= {
@@ -228,6 +250,6 @@ def training_speeds(
             "vs_sb3": None,
         }
         if rivals:
-            fastest = max((f"sb3_{rival}" for rival in rivals), key=lambda r: median(rates[r]))
+            fastest = max(rivals, key=lambda rival: median(rates[rival]))
             result[name] |= {"vs_sb3": median(ratios(ours, rates[fastest])), "sb3": fastest}
-    return result, device
+    return result
