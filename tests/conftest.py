@@ -84,6 +84,15 @@ def start_training(
     )
 
 
+def whole_training(folder: Path, *arguments: object, seconds: float) -> Path:
+    """The folder of a training that ends well within `seconds`, in a wholly new process.
+
+    One that is forked, as in `run_script`, rounds otherwise.
+    """
+    assert start_training(*arguments, f"hydra.run.dir={folder}").wait(seconds) == 0
+    return folder
+
+
 def saved_training(folder: Path, *arguments: object, **how: Any) -> subprocess.Popen[str]:
     """A training that has a checkpoint in its folder by now; `how`: see `start_training`."""
     process = start_training(*arguments, **how)

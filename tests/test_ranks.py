@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import UNSEEN, metrics_of, run_script, saved_training, start_training
+from conftest import UNSEEN, metrics_of, run_script, saved_training, whole_training
 
 from icm import checkpoint
 
@@ -32,12 +32,6 @@ PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
 DQN = (*COMMON, "agent=dqn", "curiosity=disagreement", "agent.steps_per_update=16")
 
 
-def alone(folder: Path, *given: str) -> Path:
-    """The run folder of a training in one process, as new as those of ranks are."""
-    assert start_training(*given, f"hydra.run.dir={folder}").wait(120) == 0
-    return folder
-
-
 def ranks(folder: Path, *given: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
     """A training that has a checkpoint by now."""
     how = {"launcher": launcher, "stderr": subprocess.DEVNULL}
@@ -59,7 +53,7 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 ) -> None:
     # or the second attempt may read what the first has left in it, and wait for ever
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    expected = alone(tmp_path / "alone", *PPO)
+    expected = whole_training(tmp_path / "alone", *PPO, seconds=120)
     run = tmp_path / "ranks"
     training = ranks(run, *PPO, launcher=(*TORCHRUN, "--max-restarts=1"))
     of_it = psutil.Process(training.pid).children(recursive=True)
@@ -81,14 +75,14 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 
 
 def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
-    expected = alone(tmp_path / "alone", *DQN)
+    expected = whole_training(tmp_path / "alone", *DQN, seconds=120)
     run = tmp_path / "ranks"
     training = ranks(run, *DQN, launcher=TORCHRUN)
     training.send_signal(signal.SIGTERM)
     assert training.wait(60) != 0
     saved = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
     assert 320 <= saved < 560
-    assert_same(expected, alone(run, *DQN))
+    assert_same(expected, whole_training(run, *DQN, seconds=120))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, metrics_of, run_script, settings, start_training
+from conftest import SMALL, metrics_of, run_script, settings, start_training, whole_training
 from omegaconf import OmegaConf
 from test_vector import ENV, assert_equal
 
@@ -166,10 +166,7 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
         time.sleep(0.05)
     assert process.wait(timeout=60) == 0
     assert metrics_of(run)[-1]["workers/failures"] == 1
-    process = start_training(
-        *ON_RAY, "collector=local", LENGTH, f"hydra.run.dir={alone}", stderr=subprocess.DEVNULL
-    )
-    assert process.wait(timeout=60) == 0
+    whole_training(alone, *ON_RAY, "collector=local", LENGTH, seconds=60)
     assert [facts(line) for line in metrics_of(run)] == [facts(line) for line in metrics_of(alone)]
 
     latest = run / "checkpoints" / "latest.pt"
