@@ -65,6 +65,7 @@ class Trainer:
         self.gallery = Gallery(folder, config)
         self.stopped_by: int | None = None
         self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
+        self.previous = torch.full((envs.num_envs,), NO_ACTION)  # actions, before the next ones
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
@@ -127,10 +128,10 @@ class Trainer:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
-        states, previous, reset = self._begin()
+        states, reset = self._begin()
         while self.step < total:
             with clock.phase("act"):
-                actions, probabilities, values = agent.act(states, previous, self.step)
+                actions, probabilities, values = agent.act(states, self.previous, self.step)
             envs.step_async(actions.numpy())
             # while the emulators run
             with clock.phase("observe"):
@@ -146,7 +147,7 @@ class Trainer:
             ended = terminated | truncated
             self.unobserved = {
                 "states": states,
-                "previous": previous,
+                "previous": self.previous,
                 "probabilities": probabilities,
                 "values": values,
                 "actions": actions,
@@ -161,7 +162,7 @@ class Trainer:
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos).values():
                 self._episode(episode)
-            previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
+            self.previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
             states, reset = next_states, torch.from_numpy(ended)
             self.step += n
             if self.step - n < agent.config.warmup_steps <= self.step:
@@ -169,24 +170,22 @@ class Trainer:
                 agent.measure_input()
             yield
 
-    def _begin(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _begin(self) -> tuple[Tensor, Tensor]:
         """Begin episodes, or go on with those that a checkpoint was in the middle of.
 
         Returns:
-            what `Agent.observe` calls states, previous and reset.
+            what `Agent.observe` calls states and reset.
         """
         envs, n = self.envs, self.envs.num_envs
         if self.going_on is None:
             observations, infos = envs.reset(seed=self.config.seed + self.step)
             self.exploration.visit(self.step, infos, np.zeros(n, bool))
-            previous, ended = torch.full((n,), NO_ACTION), np.zeros(n, bool)
+            ended = np.zeros(n, bool)
         else:
-            episodes = self.going_on["episodes"]
-            observations, ended, infos = envs.restore(episodes)
+            observations, ended, infos = envs.restore(self.going_on["episodes"])
             self.exploration.stand(self.step, infos, n)
-            last = [actions[-1] if actions else NO_ACTION for actions in episodes["actions"]]
-            previous = torch.tensor(last)
-        return torch.from_numpy(observations), previous, torch.from_numpy(ended)
+            self.previous = self.going_on["previous"]
+        return torch.from_numpy(observations), torch.from_numpy(ended)
 
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
@@ -271,7 +270,11 @@ class Trainer:
             self.agent.load_memory(checkpoint.load_file(beside))
         if same_env and "episodes" in content:
             self.going_on = {name: content[name] for name in ("episodes", "interval")}
-            steps = sum(map(len, content["episodes"]["actions"]))
+            played = content["episodes"]["actions"]
+            # checkpoints from before had it kept do not have it
+            last = torch.tensor([actions[-1] if actions else NO_ACTION for actions in played])
+            self.going_on["previous"] = content.get("previous", last)
+            steps = sum(map(len, played))
             print(f"playing the {steps} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
@@ -291,6 +294,7 @@ class Trainer:
             "metrics": self.tracker.last,
             "exploration": self.exploration.state_dict(),
             "episodes": self.envs.state_dict(),
+            "previous": self.previous,
             "interval": self.tracker.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),

@@ -38,6 +38,14 @@ class StoppedTrainer(Trainer):
             signal.raise_signal(signal.SIGTERM)
 
 
+class PractisingTrainer(StoppedTrainer):
+    """Gets SIGTERM as soon as an environment has gone back into the middle of its episode."""
+
+    def _show(self, drawn: Drawn | None) -> None:
+        if self.stops_at and any(self.envs._returning.values()):
+            signal.raise_signal(signal.SIGTERM)
+
+
 class EagerTrainer(StoppedTrainer):
     """Observes each step before the next actions are drawn, as it does when it saves."""
 
@@ -59,7 +67,7 @@ def train(
     kind: type[StoppedTrainer] = StoppedTrainer,
 ) -> Path:
     """Train until a step; the run folder."""
-    envs = make_vector_env(config.env, scenery=True)
+    envs = make_vector_env(config.env, scenery=True, practice=config.practice)
     try:
         shape: Any = envs.single_observation_space.shape
         actions = action_count(envs.single_action_space)
@@ -144,6 +152,18 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     lines = metrics_of(whole)
     assert len(lines) == TOTAL // 32
     assert metrics_of(first, second) == lines
+
+
+def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
+    tmp_path: Path,
+) -> None:
+    config = config_of("ppo", "practice=0.5", "total_steps=640", "env.id=SuperMarioBros-v0")
+    whole = train(config, tmp_path / "whole")
+    first = train(config, tmp_path / "first", stops_at=1, kind=PractisingTrainer)
+    assert 0 < checkpoint.load(latest(first))["step"] < config.total_steps - 64
+    second = train(config, tmp_path / "second", resume=latest(first))
+    assert_same(latest(whole), latest(second))
+    assert_same(memory(whole), memory(second))
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
