@@ -73,6 +73,25 @@ def test_a_process_that_fails_is_replaced(drawing: object, words: str, tmp_path:
     assert not processes()
 
 
+def test_a_process_that_is_killed_while_it_waits_is_replaced() -> None:
+    studio = Studio()
+    studio.order(7, [niceness])
+    assert studio.finished(None) is not None
+    (process,) = processes()
+    process.kill()
+    process.wait()
+    studio.order(8, [niceness])
+    drawn = studio.finished(None)
+    assert drawn is not None
+    assert drawn.complaints == ["drawing failed: its process was killed"]
+    studio.order(9, [niceness])
+    drawn = studio.finished(None)
+    assert drawn is not None
+    assert drawn.step == 9
+    studio.close()
+    assert not processes()
+
+
 def test_a_studio_that_is_closed_leaves_no_process() -> None:
     studio = Studio()
     studio.close()

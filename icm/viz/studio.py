@@ -69,7 +69,8 @@ class Studio:
         """Begin with drawings, in order; they are pickled. The studio must not be busy."""
         if self.assistants is None:
             self.assistants = Assistants(1, _draw)
-        self.assistants.pipes[0].send((step, drawings))
+        with suppress(ConnectionError):  # its process is gone: `finished` says so
+            self.assistants.pipes[0].send((step, drawings))
         self.is_busy = True
 
     def finished(self, seconds: float | None = 0.0) -> Drawn | None:
@@ -82,7 +83,7 @@ class Studio:
         self.is_busy = False
         try:
             answer = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             answer = "its process was killed"
         if isinstance(answer, str):  # a traceback; the next order finds a new process
             self.close()
