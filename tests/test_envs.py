@@ -127,6 +127,7 @@ def test_distance_and_death_on_the_real_level() -> None:
         _, _, terminated, truncated, info = env.step(RIGHT)
         length += 1
         assert not truncated
+        assert info["life_lost"] == terminated
     assert info["episode"]["distance"] == 314 or 250 < info["episode"]["distance"] < 330
     assert info["episode"]["length"] == length
     assert info["episode"]["levels"] == "1-1"

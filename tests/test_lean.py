@@ -46,9 +46,10 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         self.best[level] = max(int(info["x_pos"]), self.best.get(level, 0))
         if info["clear"]:
             self.cleared.add(level)
-        if info["life"] != self.life:
-            self.deaths += self.life is not None and info["life"] < self.life
-            self.life, self.ground = info["life"], {}
+        if self.life is not None and info["life"] < self.life:
+            self.deaths += 1
+            self.ground = {}
+        self.life = info["life"]
         self.ground[level] = max(int(info["x_pos"]), self.ground.get(level, 0))
         progress = {
             "distance": sum(self.best.values()),
@@ -65,6 +66,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
             "cell": np.array(cell, np.int32),
             "progress": SimpleNamespace(ground=self.ground),  # for StuckLimit
             "deaths": self.deaths,
+            "cleared": level in self.cleared,
         }
 
 
@@ -102,7 +104,8 @@ def compare(config: EnvConfig, seed: int, episodes: int) -> tuple[int, int]:
         outcome: list[Any] = []  # reward, terminated, truncated
         deaths = 0
         while True:
-            assert info["life_lost"] == (plain_info["deaths"] > deaths)
+            died = plain_info["deaths"] > deaths or (any(outcome[1:2]) and not plain_info["cleared"])
+            assert info["life_lost"] == died
             lost += plain_info["deaths"] - deaths
             deaths = plain_info["deaths"]
             assert (state == plain_state).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import settings
 from test_lean import EMULATORS, RUNNING
+from test_libretro import FROZEN, FROZEN_SEED
 
 from icm.envs import make_env, make_vector_env
 from icm.envs.snapshots import EVERY, MOST, Snapshots
@@ -117,3 +118,18 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
     for one, other in zip(again, results[150:], strict=True):
         for found, expected in zip(one[:4], other[:4], strict=True):
             assert (found == expected).all()
+
+
+def test_after_a_flag_an_episode_begins_at_the_start() -> None:
+    level = settings(f"env.emulator={EMULATORS[-1]}", "env.num_envs=2", "env.num_workers=1").env
+    *before, last = (int(action, 16) for action in FROZEN)  # they lead to the flag of 1-1
+    envs = make_vector_env(level, practice=0.5)
+    running = {"seeds": [0, FROZEN_SEED], "actions": [[], before]}
+    envs.restore({"entropy": 0, "begun": [1, 1], **running})
+    _, _, terminated, truncated, infos = envs.step(np.array([0, last]))
+    assert terminated.tolist() == [False, True]
+    assert not truncated.any()
+    assert not infos["life_lost"].any()
+    envs.step(np.array([0, 0]))
+    assert envs.state_dict()["actions"] == [[0, 0], []]
+    envs.close()

@@ -58,10 +58,10 @@ class Progress:
     def note(self, level: tuple[int, int], x: int, y: int, clear: bool, lives: int) -> None:
         """Take in one frame."""
         self.level, self.x, self.y = level, x, y
-        if lives != self.lives:
-            self.deaths += lives < self.lives
-            self.lives = lives
+        if lives < self.lives:
+            self.deaths += 1
             self.ground.clear()
+        self.lives = lives
         if x > self.ground.get(level, -1):
             self.ground[level] = x
         if x > self.best_x.get(level, -1):
@@ -197,7 +197,7 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         levels_passed: how many were;
         levels: names of the levels seen, in order, joined by a space.
     cell: int (5,): world, stage, area (0 where it is not known), x // 16, y // 16.
-    life_lost: whether one was, in this step.
+    life_lost: whether one was, in this step; also with the end of an episode, if that is no flag.
     """
 
     changing = ("deaths",)
@@ -211,7 +211,9 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> Any:
         """Step and describe."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        info |= self._describe(info.pop("progress"))
+        progress: Progress = info.pop("progress")
+        info |= self._describe(progress)
+        info["life_lost"] |= terminated and progress.level not in progress.cleared
         return observation, reward, terminated, truncated, info
 
     def _describe(self, progress: Progress) -> dict[str, Any]:

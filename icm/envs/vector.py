@@ -188,9 +188,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Let the workers step, but the late ones, while this process does something else."""
         self._steps += 1
         self._arrays["actions"][:] = actions
-        terminated = self._arrays["terminated"]
-        died = (terminated | self._arrays["life_lost"]) & self._arrays["practises"]
-        self._open(terminated | self._arrays["truncated"], died)
+        arrays = self._arrays
+        # without cells nobody knows what an end is
+        died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
+        self._open(arrays["terminated"] | arrays["truncated"], died & arrays["practises"])
         for row in np.flatnonzero(~self._arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start(None)
@@ -288,7 +289,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             scenery += answer[1]
             seconds.append(answer[2])
         arrays = self._arrays
-        arrays["truncated"] |= arrays["practises"] & arrays["life_lost"]
+        lost = arrays["life_lost"] & ~arrays["terminated"]
+        arrays["truncated"] |= lost & arrays["practises"]
         return episodes, scenery, seconds
 
     def _say(self, what: str, reason: str) -> None:
