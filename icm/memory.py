@@ -1,23 +1,34 @@
 """How much memory there is, asked before much of it is taken, and what becomes of what is freed."""
 
 import ctypes
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
 
+CGROUPS, CGROUP_OF_THIS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def available_bytes() -> int:
     """Bytes this process can still take: free memory of the machine, or less in a container."""
-    free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")  # cgroup v2; "max" where there is no limit
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What limits leave of a container, of a job of a cluster, and so on (cgroups, version 2)."""
+    with suppress(OSError):
+        name = CGROUP_OF_THIS.read_text().rpartition("0::/")[2].strip()
+        for group in (CGROUPS / name, *(CGROUPS / name).parents):
+            limit = group / "memory.max"  # "max" where there is none
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                used = int((group / "memory.current").read_text())
+                rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # what has been read and written is kept as long as nobody wants the memory
+                cached = sum(int(n) for kind, n in rows if kind in ("active_file", "inactive_file"))
+                yield int(text) - used + cached
 
 
 def memory_device(needed: int, device: torch.device) -> torch.device:
