@@ -104,7 +104,9 @@ def compare(config: EnvConfig, seed: int, episodes: int) -> tuple[int, int]:
         outcome: list[Any] = []  # reward, terminated, truncated
         deaths = 0
         while True:
-            died = plain_info["deaths"] > deaths or (any(outcome[1:2]) and not plain_info["cleared"])
+            died = plain_info["deaths"] > deaths or (
+                any(outcome[1:2]) and not plain_info["cleared"]
+            )
             assert info["life_lost"] == died
             lost += plain_info["deaths"] - deaths
             deaths = plain_info["deaths"]

@@ -90,6 +90,30 @@ def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "frames").iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "frames"])
+def test_a_video_for_which_there_is_no_room_in_the_end_leaves_what_was_there(
+    name: str, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    (tmp_path / "film.mp4").write_text("precious")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rng = np.random.default_rng(0)
+
+    def write() -> None:
+        with record(tmp_path / name) as video:
+            for _ in range(3):  # ffmpeg writes them all when it ends
+                video.add(rng.integers(0, 255, (48, 64, 3), np.uint8))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write .*{name}"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+    assert (tmp_path / "film.mp4").read_text() == "precious"
+
+
 def recorded(config: EnvConfig) -> Recording:
     """The best of some episodes, none of them the first of its environment."""
     envs, found, rng = make_vector_env(config), Exploration(), np.random.default_rng(3)

@@ -1,12 +1,13 @@
 """Pictures of the game as a video, as an animation, or one by one."""
 
+import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import imageio_ffmpeg
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
 
 from icm.errors import UserError
 from icm.files import whole
@@ -24,20 +25,14 @@ class Format(NamedTuple):
     options: list[str]
 
 
+# as every browser plays it, which asks for an even width and height; quicker than ffmpeg's default
+MP4 = ["-preset", "veryfast", "-crf", "25", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
+# a palette for each picture: one for all would keep all of them in memory
+PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"
+
 FORMATS = {
-    # as every browser plays it; quicker than ffmpeg's default
-    ".mp4": Format("libx264", "yuv420p", FPS, ["-preset", "veryfast", "-f", "mp4"]),
-    # a palette for each picture: one for all would keep all of them in memory
-    ".gif": Format(
-        "gif",
-        "pal8",
-        20,
-        [
-            "-vf",
-            "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none",
-            *("-f", "gif"),
-        ],
-    ),
+    ".mp4": Format("libx264", "yuv420p", FPS, MP4),
+    ".gif": Format("gif", "pal8", 20, ["-vf", PALETTE, "-f", "gif"]),
     "": Format("png", "rgb24", FPS, ["-f", "image2"]),
 }
 """By the ending of a name; without one it is a folder for single pictures."""
@@ -45,6 +40,8 @@ FORMATS = {
 
 class Video:
     """Takes pictures of one size, see `record`.
+
+    imageio-ffmpeg brings ffmpeg along; its own way of calling it does not say that it has failed.
 
     Args:
         file: what ffmpeg writes.
@@ -57,28 +54,40 @@ class Video:
         self.fps = min(fps, form.fps)
         self.share = self.fps / fps  # of the pictures that come
         self.due = 1.0
-        self.writer: Any = None
+        self.ffmpeg: subprocess.Popen[bytes] | None = None
 
     def add(self, image: np.ndarray) -> None:
         """Append one image, uint8 (H, W, 3)."""
         if self.due >= 1:
             self.due -= 1
-            self._write(image)
+            if self.ffmpeg is None:
+                self.ffmpeg = self._start(*image.shape[:2])
+            assert self.ffmpeg.stdin is not None
+            self.ffmpeg.stdin.write(image.tobytes())
         self.due += self.share
 
-    def _write(self, image: np.ndarray) -> None:
-        if self.writer is None:
-            self.writer = imageio_ffmpeg.write_frames(
-                self.file,
-                (image.shape[1], image.shape[0]),
-                fps=self.fps,
-                codec=self.form.codec,
-                pix_fmt_out=self.form.pixels,
-                macro_block_size=2,
-                output_params=self.form.options,
-            )
-            self.writer.send(None)
-        self.writer.send(np.ascontiguousarray(image))
+    def _start(self, height: int, width: int) -> subprocess.Popen[bytes]:
+        given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+        written = ["-c:v", self.form.codec, "-pix_fmt", self.form.pixels, *self.form.options]
+        rate = ["-r", str(self.fps)]
+        command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", *given, *rate, "-i", "-"]
+        return subprocess.Popen(
+            [*command, *written, str(self.file)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,  # a few lines at most
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def close(self) -> None:
+        """Let ffmpeg end, if it has begun.
+
+        Raises:
+            OSError: it has failed.
+        """
+        if self.ffmpeg is not None:
+            _, said = self.ffmpeg.communicate()
+            if status := self.ffmpeg.returncode:
+                raise OSError(said.decode(errors="replace") or f"ffmpeg ended with {status}")
 
 
 @contextmanager
@@ -106,5 +115,4 @@ def record(path: Path, fps: float = FPS) -> Generator[Video]:
         try:
             yield video
         finally:
-            if video.writer is not None:
-                video.writer.close()
+            video.close()
