@@ -17,6 +17,7 @@ def main(settings: DictConfig) -> None:
     from icm.bench.suite import BenchConfig, measure
     from icm.config import typed
     from icm.errors import UserError
+    from icm.files import write_bytes
 
     options = typed(settings, BenchConfig)
     if not hasattr(signal, "SIGSTOP"):
@@ -26,22 +27,20 @@ def main(settings: DictConfig) -> None:
     if options.rounds is not None and options.rounds < 1:
         raise UserError(f"rounds={options.rounds}: must be at least 1")
     out = Path(options.out)
-
-    def write(text: str) -> None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("w" if text else "a") as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
-
-    write("")  # before minutes of measuring; what is there stays until then
+    is_new = not out.exists()
+    try:  # before minutes of measuring; what is there stays until then
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
+    if is_new:
+        out.unlink()
     for number in (signal.SIGINT, signal.SIGTERM):  # leave by an exception: it ends what runs
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
     result = measure(options)
     print(tables(result))
-    write(json.dumps(result, indent=1) + "\n")
+    write_bytes(out, f"{json.dumps(result, indent=1)}\n".encode())
     print(f"written to {out}")
 
 

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, SMALL, run_script
 from hydra import compose, initialize_config_dir
 
+from icm.bench.apart import apart
 from icm.bench.contenders import Contender, rate_of
 from icm.bench.tutorial import TutorialLoop, downscale, make_env
 from icm.errors import UserError
@@ -98,6 +100,15 @@ def test_a_mistake_is_found_before_anything_is_measured(
     with pytest.raises(UserError) as error:
         bench["main"](settings)
     assert str(error.value).startswith(message)
+
+
+def unmeasurable() -> Callable[[float], float]:
+    raise ValueError("not here")
+
+
+def test_what_cannot_be_measured_apart_is_told() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: not here"), apart(unmeasurable):
+        pytest.fail("it was measured")
 
 
 def test_rates_are_those_of_the_lines_after_the_first() -> None:

@@ -1,9 +1,10 @@
 """Measuring in processes that do nothing else."""
 
-import multiprocessing
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+
+from icm.processes import Assistants
 
 type Measure = Callable[[float], float]
 """What is measured for about so many seconds."""
@@ -16,32 +17,29 @@ def apart(make: Callable[[], Measure], processes: int = 1) -> Generator[Measure]
     Args:
         make: makes the measure, in its process; must be picklable.
         processes: how many.
+
+    Raises:
+        RuntimeError: a measure cannot be made, with the traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for _ in range(processes):
-        ours, theirs = context.Pipe()
-        context.Process(target=_measure_when_told, args=(theirs, make), daemon=True).start()
-        theirs.close()
-        pipes.append(ours)
+    assistants = Assistants(processes, _measure_when_told, make)
 
     def together(seconds: float) -> float:
-        for pipe in pipes:
+        for pipe in assistants.pipes:
             pipe.send(seconds)
-        return float(sum(pipe.recv() for pipe in pipes))
+        found = [pipe.recv() for pipe in assistants.pipes]
+        for each in found:
+            if isinstance(each, str):
+                raise RuntimeError(f"cannot be measured:\n{each}")
+        return float(sum(found))
 
     try:
         together(0.0)  # until all have started
         yield together
     finally:
-        for pipe in pipes:
-            pipe.close()
+        assistants.end()
 
 
 def _measure_when_told(pipe: Connection, make: Callable[[], Measure]) -> None:
     measure = make()
-    try:
-        while True:
-            pipe.send(measure(pipe.recv()))
-    except (EOFError, ConnectionError):
-        pass  # the other end is closed
+    while True:
+        pipe.send(measure(pipe.recv()))

@@ -39,8 +39,8 @@ def faults(folder: Path) -> Findings:
         before = len(found.failures)
         try:
             found.figures[name] = fault(here, found)
-        except UserError as error:
-            found.failures.append(str(error))
+        except Exception as error:  # the other faults are tried all the same
+            found.failures.append(f"{type(error).__name__}: {error}")
         found.tried += 1
         found.failures[before:] = [f"{name}: {line}" for line in found.failures[before:]]
     return found

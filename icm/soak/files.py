@@ -29,6 +29,8 @@ def files(folder: Path, number: int, seed: int) -> Findings:
     training = Training(folder / "run", (*LEARNERS["ppo"], *QUICK))
     if not training.wait_for(training.latest):
         found.failures.append(f"no checkpoint to damage: {training.last_words()}")
+        training.end(signal.SIGTERM, found)
+        return found
     training.end(signal.SIGTERM, found)
     shutil.copytree(training.latest.parent, folder / "good")
     good = folder / "good" / "latest.pt"

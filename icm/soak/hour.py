@@ -24,6 +24,8 @@ def hour(folder: Path, settings: list[str], minutes: float) -> Findings:
     training = Training(folder / "run", (*settings, "total_steps=100000000"))
     if not training.has_begun():
         found.failures.append(f"did not begin: {training.last_words()}")
+        training.end(signal.SIGTERM, found)
+        return found
     cores = os.process_cpu_count() or 1  # as many have environments; one more draws
     looks: list[tuple[float, int, int]] = []
     start = time.monotonic()

@@ -66,7 +66,10 @@ def soak(config: SoakConfig) -> bool:
     held = True
     for name in config.parts:
         start = time.monotonic()
-        found = parts[name](folder / name)
+        try:
+            found = parts[name](folder / name)
+        except Exception as error:  # what the other parts find is kept
+            found = Findings(failures=[f"{type(error).__name__}: {error}"])
         seconds = round(time.monotonic() - start)
         result["parts"][name] = {**asdict(found), "seconds": seconds}
         write_bytes(folder / "soak.json", json.dumps(result, indent=1).encode())
