@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent
@@ -99,7 +100,6 @@ class Player:
         """Let another agent of the same game go on; its life begins now."""
         self.agent, self.step = agent, step
         self.novelty = agent.new_novelty(1)
-        self.opens = torch.tensor([True])
 
     def begin(self, number: int) -> None:
         """Begin episode `number`."""
@@ -107,7 +107,7 @@ class Player:
         observation, _ = self.env.reset(seed=self.opened_with)
         self.state = torch.from_numpy(observation).unsqueeze(0)
         self.previous = torch.tensor([NO_ACTION])
-        self.opens = torch.tensor([True])
+        self._see(self.agent.places(self.state.to(self.agent.device)), opens=True)
         self.intrinsic = 0.0
         self.frames.clear()
 
@@ -121,11 +121,9 @@ class Player:
         next_state, taken = torch.from_numpy(observation).unsqueeze(0), torch.tensor([action])
         errors, places = agent.judge(state, previous, taken, next_state, probabilities)
         episode = info.get("episode")
-        respawned = torch.tensor([info.get("life_lost", False) and episode is None])
-        novelty = self.novelty(places, self.opens, respawned)
+        novelty = self._see(places, respawned=info.get("life_lost", False) and episode is None)
         reward = float(agent.scale(agent.worth(errors.surprise.cpu(), novelty)))
         self.intrinsic += reward
-        self.opens = torch.tensor([False])
         self.state, self.previous = next_state, taken
         if episode is not None:
             rewards = {"game_reward": episode.pop("reward"), "intrinsic_reward": self.intrinsic}
@@ -143,6 +141,10 @@ class Player:
             where=where(info),
             episode=episode,
         )
+
+    def _see(self, places: Tensor, opens: bool = False, respawned: bool = False) -> Tensor:
+        """How new a state is, see `EpisodicNovelty`."""
+        return self.novelty(places, torch.tensor([opens]), torch.tensor([respawned]))
 
     def play(self, episodes: int) -> Iterator[Moment]:
         """Play whole episodes."""

@@ -96,7 +96,8 @@ class Tracker:
 
     def averages(self) -> dict[str, float]:
         """Averages since the last call, in plain numbers."""
-        result = {name: float(self.sums[name]) / float(self.counts[name]) for name in self.sums}
+        known = [name for name, count in self.counts.items() if count]  # not of resets alone
+        result = {name: float(self.sums[name]) / float(self.counts[name]) for name in known}
         self.sums.clear()
         self.counts.clear()
         return result

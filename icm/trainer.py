@@ -65,7 +65,9 @@ class Trainer:
         self.gallery = Gallery(folder, config)
         self.stopped_by: int | None = None
         self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
-        self.previous = torch.full((envs.num_envs,), NO_ACTION)  # actions, before the next ones
+        # of the running episodes: the actions before the next ones, and how many there were
+        self.previous = torch.full((envs.num_envs,), NO_ACTION)
+        self.age = torch.zeros(envs.num_envs, dtype=torch.int64)
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
@@ -142,7 +144,8 @@ class Trainer:
                         self.tracker.add(agent.update())
             with clock.phase("wait"):
                 observations, rewards, terminated, truncated, infos = envs.step_wait()
-            next_states = torch.from_numpy(observations)
+            self.age = (self.age + 1).masked_fill(reset, 0)  # a reset has opened an episode
+            next_states = since_opening(torch.from_numpy(observations), self.age)
             life_lost = infos.get("life_lost", np.zeros(n, dtype=bool))
             ended = terminated | truncated
             self.unobserved = {
@@ -162,7 +165,7 @@ class Trainer:
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos).values():
                 self._episode(episode)
-            self.previous = actions.masked_fill(reset, NO_ACTION)  # a reset has opened an episode
+            self.previous = actions.masked_fill(reset, NO_ACTION)
             states, reset = next_states, torch.from_numpy(ended)
             self.step += n
             if self.step - n < agent.config.warmup_steps <= self.step:
@@ -184,8 +187,8 @@ class Trainer:
         else:
             observations, ended, infos = envs.restore(self.going_on["episodes"])
             self.exploration.stand(self.step, infos, n)
-            self.previous = self.going_on["previous"]
-        return torch.from_numpy(observations), torch.from_numpy(ended)
+            self.previous, self.age = self.going_on["previous"], self.going_on["age"]
+        return since_opening(torch.from_numpy(observations), self.age), torch.from_numpy(ended)
 
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
@@ -268,13 +271,15 @@ class Trainer:
             return
         with checkpoint.restoring(beside):
             self.agent.load_memory(checkpoint.load_file(beside))
-        if same_env and "episodes" in content:
-            self.going_on = {name: content[name] for name in ("episodes", "interval")}
+        # those that practise are the last ones, and their episodes are no others' episodes
+        no_less = self.config.practice >= content["config"].get("practice", 0.0)
+        if same_env and no_less and "episodes" in content:
             played = content["episodes"]["actions"]
-            # checkpoints from before had it kept do not have it
-            last = torch.tensor([actions[-1] if actions else NO_ACTION for actions in played])
-            self.going_on["previous"] = content.get("previous", last)
-            steps = sum(map(len, played))
+            # checkpoints from before these do not have them
+            last = [actions[-1] if actions else NO_ACTION for actions in played]
+            known = {"previous": torch.tensor(last), "age": torch.tensor([*map(len, played)])}
+            self.going_on = known | content
+            steps = sum(known["age"].tolist())
             print(f"playing the {steps} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
@@ -295,6 +300,7 @@ class Trainer:
             "exploration": self.exploration.state_dict(),
             "episodes": self.envs.state_dict(),
             "previous": self.previous,
+            "age": self.age,
             "interval": self.tracker.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             **self.agent.state_dict(),
@@ -357,6 +363,20 @@ class Trainer:
 def memory_name(step: int) -> str:
     """The file that holds the memory of an agent step, beside its checkpoint."""
     return f"replay_{step:09d}.pt"
+
+
+def since_opening(states: Tensor, age: Tensor) -> Tensor:
+    """Stacked states without what was before their episodes opened; the first frame is repeated.
+
+    So has the memory them. Of an episode that goes on in the middle, an environment shows more.
+
+    Args:
+        states: uint8 (n, C, H, W).
+        age: agent steps since the episodes opened, int64 (n,).
+    """
+    newest = states.shape[1] - 1
+    back = torch.minimum(torch.arange(newest, -1, -1), age.unsqueeze(1))  # (n, C)
+    return states[torch.arange(len(states)).unsqueeze(1), newest - back]
 
 
 class Clock:

@@ -39,7 +39,20 @@ class StoppedTrainer(Trainer):
 
 
 class PractisingTrainer(StoppedTrainer):
-    """Gets SIGTERM as soon as an environment has gone back into the middle of its episode."""
+    """Gets SIGTERM as soon as an environment has gone back into the middle of its episode.
+
+    What the memory has of every step is what the agent has acted on.
+    """
+
+    def _observe(self) -> None:
+        acted_on = self.unobserved
+        super()._observe()
+        if acted_on is not None:
+            memory = self.agent.memory
+            newest = torch.full((memory.num_envs, 1), memory.head - 1)
+            kept = memory.gather(newest, torch.arange(memory.num_envs).unsqueeze(1), 0)
+            assert (kept.states[:, 0] == acted_on["states"]).all()
+            assert (kept.previous[:, 0] == acted_on["previous"]).all()
 
     def _show(self, drawn: Drawn | None) -> None:
         if self.stops_at and any(self.envs._returning.values()):
@@ -158,12 +171,37 @@ def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
     tmp_path: Path,
 ) -> None:
     config = config_of("ppo", "practice=0.5", "total_steps=640", "env.id=SuperMarioBros-v0")
-    whole = train(config, tmp_path / "whole")
+    whole = train(config, tmp_path / "whole", kind=PractisingTrainer)
     first = train(config, tmp_path / "first", stops_at=1, kind=PractisingTrainer)
-    assert 0 < checkpoint.load(latest(first))["step"] < config.total_steps - 64
-    second = train(config, tmp_path / "second", resume=latest(first))
+    stopped = checkpoint.load(latest(first))["step"]
+    assert 0 < stopped < config.total_steps - 64
+    second = train(config, tmp_path / "second", resume=latest(first), kind=PractisingTrainer)
     assert_same(latest(whole), latest(second))
     assert_same(memory(whole), memory(second))
+
+    config.practice = 0.0  # what has been practised is no episode of those that do not
+    third = train(config, tmp_path / "third", stopped + 2, latest(first))
+    running = checkpoint.load(latest(third))["episodes"]["actions"]
+    assert [len(actions) for actions in running] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rollout_steps": 24}, {"sequence_length": 8}, {"batch_size": 2, "epochs": 2}],
+    ids=str,
+)
+def test_rollouts_of_other_settings_are_not_gone_on_with(
+    change: dict[str, int], tmp_path: Path
+) -> None:
+    config = config_of("ppo", "agent.batch_size=4")
+    first = train(config, tmp_path / "first", 100)
+    vars(config.agent).update(change)
+    config.total_steps = 192
+    second = train(config, tmp_path / "second", resume=latest(first))
+    content = checkpoint.load(latest(second))
+    updates = checkpoint.load(latest(first))["agent"]["updates"]
+    assert content["agent"]["updates"] > updates
+    assert content["agent"]["order"].shape[1] == config.agent.batch_size
 
 
 @pytest.mark.parametrize("learner", LEARNERS)

@@ -348,6 +348,10 @@ class Agent[Batch](ABC):
 
     # --- learning -------------------------------------------------------------------------------
 
+    def can_learn(self, step: int) -> bool:
+        """Whether the warm-up is over by an agent step, and enough is remembered."""
+        return step >= self.learn_from and self.memory.can_sample(self.config.sequence_length)
+
     @abstractmethod
     def due(self, step: int) -> int:
         """How many updates to make while the step from agent step `step` on runs."""
@@ -437,7 +441,7 @@ class Agent[Batch](ABC):
         loss.backward()
         loss = loss.detach()
         gradients = [p.grad for p in self.learned if p.grad is not None]
-        average_([*gradients, loss, parts])
+        average_([*(gradients if completes else ()), loss, parts])
         if not completes:
             return names, parts
         if count > 1:
@@ -452,8 +456,12 @@ class Agent[Batch](ABC):
         self.optimizer.step()
         self.skipped += skipped
         self.skipped_running.add_(skipped).mul_(skipped)
-        self.signal.update_target()
+        self.update_targets()
         return names, parts
+
+    def update_targets(self) -> None:
+        """Let averaged weights follow by one step of the optimizer."""
+        self.signal.update_target()
 
     def check_updates(self) -> None:
         """See whether updates fail one after the other; waits for the device.
@@ -480,6 +488,7 @@ class Agent[Batch](ABC):
             "agent": {
                 "updates": self.updates,
                 "skipped": self.skipped,
+                "learn_from": self.learn_from,
                 "generator": self.generator.get_state(),
                 "action_generator": self.action_generator.get_state(),
                 "gradients": self.waiting_gradients(),
@@ -491,7 +500,9 @@ class Agent[Batch](ABC):
         """Of all that learns, if a step of the optimizer is waiting for more batches."""
         if self.updates % self.config.accumulate == 0:
             return []
-        return [None if p.grad is None else p.grad.clone() for p in self.learned]
+        gradients = [None if p.grad is None else p.grad.clone() for p in self.learned]
+        average_([gradient for gradient in gradients if gradient is not None])
+        return gradients
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -508,6 +519,7 @@ class Agent[Batch](ABC):
         self.updates = state["agent"]["updates"]
         self.generator.set_state(state["agent"]["generator"])
         # checkpoints from before these do not have them
+        self.learn_from = state["agent"].get("learn_from", self.learn_from)
         if "skipped" in state["agent"]:
             self.skipped.copy_(state["agent"]["skipped"])
         if "action_generator" in state["agent"]:

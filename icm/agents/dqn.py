@@ -2,8 +2,8 @@
 
 Double Q-learning (van Hasselt et al. 2016) with n-step targets (Hessel et al. 2018) and a target
 network that follows the learning one as a moving average (Lillicrap et al. 2016, section 3), on the
-intrinsic reward of `icm.curiosity`, which is computed with the current ICM whenever transitions are
-sampled, never stored.
+intrinsic reward of `icm.curiosity`, whose surprise is computed with the current signal whenever
+transitions are sampled, never stored.
 
 One action of a tenth of a second hardly changes what the future is worth: the values of different
 actions lie closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare
@@ -120,7 +120,7 @@ class DQN(Agent[Batch]):
 
     def due(self, step: int) -> int:
         """One update per `agent.steps_per_update` agent steps, once enough is stored."""
-        if step < self.learn_from or not self.memory.can_sample(self.config.sequence_length):
+        if not self.can_learn(step):
             return 0
         per_update = self.config.steps_per_update
         return step // per_update - (step - self.num_envs) // per_update
@@ -129,15 +129,18 @@ class DQN(Agent[Batch]):
         """See `Agent.update`."""
         config = self.config
         drawn = self.memory.sample(config.batch_size, config.sequence_length, self.generator)
-        parts = self.descend(
+        return self.descend(
             Batch(
                 sequences=drawn.to(self.device),
                 novelty=sent(self.scale(drawn.novelty), self.device),
                 usual=sent(self.interest.usual(), self.device),
             )
         )
-        follow(self.target, self.qnetwork, config.target_tau)
-        return parts
+
+    def update_targets(self) -> None:
+        """See `Agent.update_targets`."""
+        super().update_targets()
+        follow(self.target, self.qnetwork, self.config.target_tau)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al. 2017, eq. 7), and its parts."""

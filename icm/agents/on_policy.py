@@ -30,8 +30,8 @@ def lambda_returns(
     G(t) = r_t + discount * ((1 - trace) V(s_t+1) + trace G(t + 1)), except:
     a `terminal` transition has no future; a `truncated` one has V(s_t+1) alone; and a `reset` step
     (the last state of an episode, where nothing is chosen) is worth what the next episode's start
-    is worth. So where death is not terminal, dying leads back to the start. G - V is the advantage
-    of Schulman et al. 2016.
+    is worth. So where death is not terminal, dying leads back to the start; where that is beyond
+    the end, it is worth what the last state is. G - V is the advantage of Schulman et al. 2016.
 
     Args:
         rewards: float (T, ...).
@@ -158,6 +158,13 @@ class OnPolicy(Agent[Batch]):
         )
 
     @property
+    def shape(self) -> list[int]:
+        """What rollouts of other settings differ in."""
+        config = self.config
+        made = [config.rollout_steps, self.num_envs]
+        return [*made, config.sequence_length, config.batch_size, config.epochs]
+
+    @property
     def _sequences(self) -> int:
         """Sequences of a rollout."""
         return self.config.rollout_steps // self.config.sequence_length * self.num_envs
@@ -178,7 +185,7 @@ class OnPolicy(Agent[Batch]):
 
     def due(self, step: int) -> int:
         """So many that a rollout is learned evenly, and all of it when the next one is full."""
-        if step < self.learn_from:
+        if not self.can_learn(step):
             return 0
         updates = self.config.epochs * self._sequences // self.config.batch_size
         left = updates - updates * self.collected // self.config.rollout_steps
@@ -213,12 +220,16 @@ class OnPolicy(Agent[Batch]):
             "first": self.first,
             "targets": {name: target.cpu() for name, target in self.targets.items()},
             "order": self.order.clone(),
+            "shape": self.shape,
         }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Agent.load_state_dict`."""
+        """See `Agent.load_state_dict`; of other settings, a new rollout begins."""
         super().load_state_dict(state)
+        if state["agent"].get("shape", self.shape) != self.shape:
+            self.restart()
+            return
         for name in ("collected", "values", "raw", "first", "order"):
             setattr(self, name, state["agent"][name])
         targets = state["agent"]["targets"]

@@ -29,8 +29,8 @@ class ICM(Signal):
         reduction: `mean` or `sum` of the squared error over features.
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
-        target_tau: share of phi that enters its moving average, the target phi, per update; with 1
-            the two are the same.
+        target_tau: share of phi that enters its moving average, the target phi, with every step of
+            the optimizer; with 1 the two are the same.
         normalize_features: whether the features of the target phi are normalised to mean 0 and
             variance 1 (layer normalisation without parameters), so that their scale cannot drift.
         policy_prior: whether the inverse model is told the policy, see `forward`.
@@ -129,5 +129,5 @@ class ICM(Signal):
         return loss, {"loss/forward": forward.detach(), "loss/inverse": inverse.detach()}
 
     def update_target(self) -> None:
-        """Let the target phi follow phi by one update."""
+        """Let the target phi follow phi by one step of the optimizer."""
         follow(self.target_phi, self.phi, self.target_tau)

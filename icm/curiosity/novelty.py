@@ -8,12 +8,14 @@ from torch import Tensor
 CAPACITY = 1_000
 """States of a life that are remembered, the latest: Super Mario Bros. has time for 1600 steps."""
 
+LEAST = torch.finfo(torch.float32).tiny
+
 
 class EpisodicNovelty:
     """How far a state is from all that its life has seen, between 0 and 1.
 
     1 - K with the kernel K(x, y) = scale / (|x - y|^2 / F + scale) of Never Give Up (Badia et al.
-    2020, eq. 3) and the nearest state alone: 0 for a state seen before, 1/2 at a mean squared
+    2020, eq. 3) and the nearest state alone: near 0 for a state seen before, 1/2 at a mean squared
     difference of `scale` per feature, near 1 for one that looks like nothing before.
 
     Surprise alone does not tell a new place from one where something keeps moving: an agent that
@@ -52,7 +54,8 @@ class EpisodicNovelty:
             respawned: whether they open a new life within one, bool (num_envs,), on the CPU.
 
         Returns:
-            float32 (num_envs,), on the CPU; 0 where `respawned`: no action led there.
+            float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: no action led to
+            these, and nothing is to be learned of how they follow.
         """
         if self.scale is None:
             return torch.ones(len(opens)).masked_fill(respawned, 0.0)
@@ -68,7 +71,7 @@ class EpisodicNovelty:
         at = torch.arange(len(opens)), self.count % CAPACITY
         self.seen[at], self.squares[at] = features, square
         self.count += 1
-        novelty = (1 - self.scale / (distance + self.scale)).cpu()
+        novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
         return novelty.masked_fill(respawned, 0.0)
 
     def state_dict(self) -> dict[str, Any]:

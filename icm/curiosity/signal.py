@@ -68,7 +68,7 @@ class Signal(nn.Module, ABC):
         return forward, {"loss/forward": forward.detach()}
 
     def update_target(self) -> None:
-        """Let averaged weights follow by one update."""
+        """Let averaged weights follow by one step of the optimizer."""
 
 
 @torch.no_grad()

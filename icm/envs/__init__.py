@@ -161,7 +161,7 @@ def describe_emulator(config: EnvConfig) -> str | None:
     if nes_game(_find_spec(config.id)) is None:
         return None
     return (
-        "emulator: nes_py; several times as fast: "
+        "emulator: nes_py; nearly twice as fast: "
         "uv run --extra fast scripts/train.py env.emulator=libretro (README.md says more)"
     )
 

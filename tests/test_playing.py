@@ -1,0 +1,21 @@
+"""A checkpoint at play."""
+
+import torch
+from conftest import ROOT
+
+from icm.config import GameConfig
+from icm.playing import Player, load_agent
+
+GAME = GameConfig(None, None, None, None, None)  # that of the training
+
+
+def test_where_an_episode_begins_is_nothing_new() -> None:
+    path = ROOT / "checkpoints" / "1-1.pt"
+    agent, config, step = load_agent(path, torch.device("cpu"), GAME)
+    with Player(agent, config, step, greedy=True, seed=3, is_watched=False) as player:
+        for number in range(2):
+            player.begin(number)
+            standing = [player.move(0) for _ in range(3)]
+            assert {moment.where for moment in standing} == {"1-1, 32 pixels"}
+            assert 0 < max(moment.reward for moment in standing) < 0.001
+            assert max(player.move(3).reward for _ in range(8)) > 0.01
