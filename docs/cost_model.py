@@ -3,9 +3,9 @@
 All times are seconds, per agent step unless they say otherwise. What is no measurement says so.
 """
 
-# an Intel Xeon with bf16, see docs/performance.md
-EMULATION = 1.5e-3  # of a core: FCEUmm, six frames
-LEARNING = 1.3e-3  # of a core: acting, observing, updating
+# an AMD EPYC with bf16, see docs/results/bench_bf16_fifth.json
+EMULATION = 2.1e-3  # of a core: FCEUmm, six frames
+LEARNING = 2.15e-3  # of a core: acting, observing, updating
 # two virtual cores of an Intel Xeon without bf16, see docs/scaling.md
 ANSWER = 1.0e-3  # of the learner, per actor and vector step: sending actions, taking in states
 EXCHANGE = 11e-3  # per vector step: four gathers of two ranks with gloo, emulators beside
@@ -50,16 +50,16 @@ def main() -> None:
     """Print both tables."""
     nodes = [1, 2, 4, 8, 16, 32, 64]
     learners = {
-        "1.3 ms (a core with bf16, measured)": LEARNING,
+        "2.15 ms (a core with bf16, measured)": LEARNING,
         "0.3 ms": 3e-4,
-        "0.1 ms (an H100, measured)": 1e-4,
+        "0.1 ms (as measured on an H100)": 1e-4,
         "0.03 ms": 3e-5,
     }
     rows = {name: [on_ray(n, each) for n in nodes] for name, each in learners.items()}
     table("learner takes per agent step; nodes:", nodes, rows)
     ranks = [1, 2, 4, 8]
     cpu = {
-        "1.3 ms, gloo, 2 cores and 32 environments per rank": [
+        "2.15 ms, gloo, 2 cores and 32 environments per rank": [
             on_ranks(r, 32, 1, LEARNING, EXCHANGE, GRADIENTS) for r in ranks
         ]
     }
