@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from icm.config import Config, flat, parse_config
 from icm.errors import UserError
-from icm.files import LOCK, lock
+from icm.files import LOCK, latest, lock
 from icm.processes import discard
 from icm.ranks import RANK, WORLD_SIZE
 
@@ -204,12 +204,12 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
     Raises:
         UserError: the settings are not those of that run.
     """
-    latest = folder / "checkpoints" / "latest.pt"
-    if not latest.exists():
+    newest = latest(folder)
+    if not newest.exists():
         return None
     from icm import checkpoint  # here, because torch takes its time to import
 
-    path, content = checkpoint.newest_whole(latest)
+    path, content = checkpoint.newest_whole(newest)
     must_be_same(folder, content["config"], config)
     return path, content
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,11 @@ import psutil
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from icm.errors import UserError, WriteError
+
+
+def latest(run: Path) -> Path:
+    """The newest checkpoint of a run folder."""
+    return run / "checkpoints" / "latest.pt"
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -96,3 +101,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file at once, see `write_whole`."""
     write_whole(path, lambda file: file.write(content))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file at once, see `write_whole`."""
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from icm.errors import UserError
-from icm.files import json_lines, write_bytes
+from icm.files import json_lines, latest, write_lines
 from icm.uncertainty import standard_error
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -95,11 +95,6 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
     return results
 
 
-def latest(run: Path) -> Path:
-    """The newest checkpoint of a run folder."""
-    return run / "checkpoints" / "latest.pt"
-
-
 def summarised(rows: list[dict[str, Any]]) -> Iterator[dict[str, float]]:
     """The log intervals of a training in short."""
     for row in rows:
@@ -131,12 +126,6 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
     if status:
         raise UserError(f"{name} ended with status {status}")
     return printed or ""
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file, see `files.write_bytes`."""
-    text = "".join(f"{line}\n" for line in lines)
-    write_bytes(path, text.encode())
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:

@@ -23,7 +23,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from icm.config import flat
 from icm.errors import WriteError
-from icm.files import json_lines, write_bytes
+from icm.files import json_lines, write_lines
 from icm.viz.charts import CHARTS
 
 
@@ -49,8 +49,8 @@ class Tracker:
         self._describe(step, config)
         metrics = folder / "metrics.jsonl"
         if metrics.exists():  # what a run did after its last checkpoint is done again
-            lines = [json.dumps(row) for row in json_lines(metrics) if row["step"] <= step]
-            write_bytes(metrics, "".join(f"{line}\n" for line in lines).encode())
+            rows = json_lines(metrics)
+            write_lines(metrics, [json.dumps(row) for row in rows if row["step"] <= step])
         self.file = metrics.open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, float | Tensor] = defaultdict(float)

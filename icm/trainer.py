@@ -23,7 +23,7 @@ from icm.envs import episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
-from icm.files import remove_leftovers
+from icm.files import latest, remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
 from icm.processes import HANGUP, SIGNALS, leave_terminal
@@ -123,7 +123,7 @@ class Trainer:
             self.display.close()
             self.tracker.close()
         with suppress(OSError):  # nobody reads it any more
-            print(f"saved step {self.step}: {self.folder / 'checkpoints' / 'latest.pt'}")
+            print(f"saved step {self.step}: {latest(self.folder)}")
         return self.stopped_by
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:

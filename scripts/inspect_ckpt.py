@@ -10,7 +10,6 @@ project. torch is not needed, and not imported.
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from icm.arguments import Parser
 from icm.checkpoint_reader import Entries, Tensor, printable, read_checkpoint
 from icm.errors import UserError
+from icm.processes import discard
 
 DETAILS = ("format", "step", "seed", "versions", "metrics", "config")
 
@@ -210,5 +210,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from icm import checkpoint
-from icm.files import json_lines
+from icm.files import json_lines, latest
 from icm.trainer import memory_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ class Training:
     @property
     def latest(self) -> Path:
         """Its newest checkpoint."""
-        return self.folder / "checkpoints" / "latest.pt"
+        return latest(self.folder)
 
     def saved(self) -> int:
         """The agent step of its newest checkpoint.

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from icm.errors import UserError
-from icm.files import json_lines, write_bytes
+from icm.files import json_lines, latest, write_bytes
 from icm.uncertainty import standard_error
 from icm.versions import versions
 from icm.viz.charts import CHARTS
@@ -206,7 +206,7 @@ def write_report(runs: list[Run], out: Path) -> None:
         maps=list(_maps(single.folder)) if single else [],
         clip=_clip(single.folder) if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
-        checkpoint=single.folder / "checkpoints" / "latest.pt" if single else None,
+        checkpoint=latest(single.folder) if single else None,
         versions=versions(),
     )
     write_bytes(out, page.encode())
