@@ -107,7 +107,7 @@ class Player:
         observation, _ = self.env.reset(seed=self.opened_with)
         self.state = torch.from_numpy(observation).unsqueeze(0)
         self.previous = torch.tensor([NO_ACTION])
-        self._see(self.agent.places(self.state.to(self.agent.device)), opens=True)
+        self._see(self.agent.places(self.state.to(self.agent.device)), True, False)
         self.intrinsic = 0.0
         self.frames.clear()
 
@@ -121,7 +121,8 @@ class Player:
         next_state, taken = torch.from_numpy(observation).unsqueeze(0), torch.tensor([action])
         errors, places = agent.judge(state, previous, taken, next_state, probabilities)
         episode = info.get("episode")
-        novelty = self._see(places, respawned=info.get("life_lost", False) and episode is None)
+        respawned = info.get("life_lost", False) and episode is None
+        novelty = self._see(places, respawned, respawned)
         reward = float(agent.scale(agent.worth(errors.surprise.cpu(), novelty)))
         self.intrinsic += reward
         self.state, self.previous = next_state, taken
@@ -142,7 +143,7 @@ class Player:
             episode=episode,
         )
 
-    def _see(self, places: Tensor, opens: bool = False, respawned: bool = False) -> Tensor:
+    def _see(self, places: Tensor, opens: bool, respawned: bool) -> Tensor:
         """How new a state is, see `EpisodicNovelty`."""
         return self.novelty(places, torch.tensor([opens]), torch.tensor([respawned]))
 

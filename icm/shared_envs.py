@@ -38,6 +38,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             [
                 ("observations", space.dtype, space.shape),
                 *((name, dtype, shape) for name, (shape, dtype) in RESULTS.items()),
+                ("returned", np.bool),
                 ("failures", np.int64),  # of the rank
                 ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
             ]
@@ -94,14 +95,18 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rows = np.zeros(self.envs.num_envs, self._row)
         for name, array in results.items():
             rows[name] = array
-        for name, info in (("cells", "cell"), ("has_cell", "_cell"), ("life_lost", "life_lost")):
+        for name, info in (("cells", "cell"), ("has_cell", "_cell")):
             rows[name] = infos.get(info, 0)
+        for name in ("life_lost", "returned"):
+            rows[name] = infos.get(name, False)
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
         packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
+        if whole["returned"].any():
+            found["returned"] = whole["returned"].copy()
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:

@@ -146,7 +146,8 @@ class Trainer:
                 observations, rewards, terminated, truncated, infos = envs.step_wait()
             self.age = (self.age + 1).masked_fill(reset, 0)  # a reset has opened an episode
             next_states = since_opening(torch.from_numpy(observations), self.age)
-            life_lost = infos.get("life_lost", np.zeros(n, dtype=bool))
+            nowhere = np.zeros(n, dtype=bool)
+            life_lost = infos.get("life_lost", nowhere)
             ended = terminated | truncated
             self.unobserved = {
                 "states": states,
@@ -161,6 +162,7 @@ class Trainer:
                 "truncated": torch.from_numpy(truncated),
                 "reset": reset,
                 "respawned": torch.from_numpy(life_lost & ~terminated),
+                "returned": torch.from_numpy(infos.get("returned", nowhere)),
             }
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos).values():

@@ -526,7 +526,9 @@ def test_what_was_seen_before_is_not_new() -> None:
 @pytest.mark.parametrize("scale", [0.5, None])
 def test_where_a_new_life_begins_is_worth_nothing(scale: float | None) -> None:
     novelty, no = EpisodicNovelty(2, 3, scale, CPU), torch.zeros(2, dtype=torch.bool)
-    assert novelty(torch.ones(2, 3), no, torch.tensor([True, False])).tolist() == [0, 1]
+    respawned = torch.tensor([True, False])
+    assert novelty(torch.ones(2, 3), respawned, respawned).tolist() == [0, 1]
+    assert novelty(torch.ones(2, 3), no, no)[0] < 1e-30 or scale is None
 
 
 def test_the_oldest_are_forgotten() -> None:

@@ -123,6 +123,7 @@ class Game:
             "truncated": last & ~terminated,
             "reset": reset,
             "respawned": np.zeros(self.num_envs, dtype=bool),
+            "returned": np.zeros(self.num_envs, dtype=bool),
         }
         return {name: torch.from_numpy(value) for name, value in given.items()}
 
@@ -1288,6 +1289,7 @@ def interact(agent: Agent, world: Any, steps: int) -> Iterator[Tensor]:
             terminated,
             truncated,
             reset,
+            torch.zeros(n, dtype=torch.bool),
             torch.zeros(n, dtype=torch.bool),
         )
         previous = actions.masked_fill(reset, NO_ACTION)

@@ -281,6 +281,22 @@ def test_a_new_life_has_seen_nothing() -> None:
     assert agent.memory.novelty[7, 1] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_life_that_goes_on_before_its_death_knows_what_it_has_seen() -> None:
+    agent = make_agent("ppo")
+    no, second = torch.zeros(3, dtype=torch.bool), torch.tensor([False, True, False])
+    step = Game(3, 3, episodes=(100, 100)).step() | {"values": torch.zeros(3, 1)}
+    agent.observe(**step)
+    # all but the first die, and of these the second practises: its episode ends with that
+    dead = {"respawned": ~torch.tensor([True, False, False]), "truncated": second}
+    agent.observe(**step | dead | {"next_states": step["next_states"].flip(2)})
+    agent.observe(**step | {"reset": second, "returned": second, "respawned": no})
+    *known, new = agent.memory.novelty[2].tolist()  # the third has a new life
+    assert known == pytest.approx([0, 0], abs=1e-6)
+    assert new > 0.5
+    agent.observe(**step | {"reset": second, "returned": no})
+    assert agent.memory.novelty[3].tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+
+
 def test_advantages_are_normalised_over_real_transitions() -> None:
     agent = make_agent("ppo")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))

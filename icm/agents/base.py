@@ -280,6 +280,7 @@ class Agent[Batch](ABC):
         truncated: Tensor,
         reset: Tensor,
         respawned: Tensor,
+        returned: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Store one step of every environment, and judge the signal on it before it learns from it.
 
@@ -292,6 +293,8 @@ class Agent[Batch](ABC):
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
             respawned: bool (num_envs,), whether the next state is where a new life begins: no
                 consequence of the action, so that its surprise is neither rewarded nor learned.
+            returned: bool (num_envs,), whether the episode that a reset opens is the one before,
+                somewhere in its middle: the same life, which knows what it has seen.
 
         Returns:
             sums over the valid transitions of each statistic, and their number `count`; and the
@@ -299,7 +302,8 @@ class Agent[Batch](ABC):
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        novelty = self.novelty(places, reset, respawned)
+        opens = reset & ~returned | respawned & ~truncated
+        novelty = self.novelty(places, opens, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset
         self.interest.update(surprise[valid & ~respawned])

@@ -67,6 +67,7 @@ def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str,
         "truncated": never,
         "reset": never,
         "respawned": never,
+        "returned": never,
     }
 
 

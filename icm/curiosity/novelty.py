@@ -50,16 +50,15 @@ class EpisodicNovelty:
 
         Args:
             features: of these states, float32 (num_envs, F).
-            opens: whether they open an episode, bool (num_envs,), on the CPU.
-            respawned: whether they open a new life within one, bool (num_envs,), on the CPU.
+            opens: whether a life begins with them, bool (num_envs,), on the CPU.
+            respawned: whether no action led there, bool (num_envs,), on the CPU.
 
         Returns:
-            float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: no action led to
-            these, and nothing is to be learned of how they follow.
+            float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: nothing is to be
+            learned of how these follow.
         """
         if self.scale is None:
             return torch.ones(len(opens)).masked_fill(respawned, 0.0)
-        opens = opens | respawned
         self.count[opens] = 0
         self.squares.masked_fill_(opens.to(self.squares.device).unsqueeze(1), torch.inf)
         filled = min(max(int(self.count.max()), 1), CAPACITY)

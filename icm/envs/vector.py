@@ -14,7 +14,7 @@ from icm.envs.balance import Balance
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
-PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
+PERSISTENCE = 0.99  # share of deaths after which an episode that is practised goes on
 BACK = 16, 81  # agent steps that it goes back, at random: from, below
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
@@ -64,13 +64,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again.
+    play it again. `returned` says which have gone back, if some have, see below.
 
     In environments that practise, a life is an episode, which ends truncated, and after most of
     them the next one begins in the middle of it, some steps before the death: it is the same
-    episode again, with the same seed, up to there. So what is hard is met more often (returning to
-    where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore). Their episodes are
-    not passed on, for they tell nothing of how far an agent comes from the start.
+    episode again, with the same seed, up to there (`returned`). So what is hard is met more often
+    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore). Their
+    episodes are not passed on, for they tell nothing of how far an agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -221,6 +221,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
+        if self._returning:
+            infos["returned"] = np.zeros(self.num_envs, np.bool)
+            infos["returned"][list(self._returning)] = True
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
