@@ -189,7 +189,6 @@ class Trainer:
         else:
             observations, ended, infos = envs.restore(self.going_on["episodes"])
             self.exploration.stand(self.step, infos, n)
-            self.previous, self.age = self.going_on["previous"], self.going_on["age"]
         return since_opening(torch.from_numpy(observations), self.age), torch.from_numpy(ended)
 
     def _observe(self) -> None:
@@ -276,13 +275,14 @@ class Trainer:
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
         if same_env and no_less and "episodes" in content:
+            self.going_on = {name: content[name] for name in ("episodes", "interval")}
             played = content["episodes"]["actions"]
             # checkpoints from before these do not have them
-            last = [actions[-1] if actions else NO_ACTION for actions in played]
-            known = {"previous": torch.tensor(last), "age": torch.tensor([*map(len, played)])}
-            self.going_on = known | content
-            steps = sum(known["age"].tolist())
-            print(f"playing the {steps} agent steps of running episodes again")
+            last = torch.tensor([actions[-1] if actions else NO_ACTION for actions in played])
+            length = torch.tensor([len(actions) for actions in played])
+            self.previous = content.get("previous", last)
+            self.age = content.get("age", length)
+            print(f"playing the {length.sum()} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
 
@@ -377,8 +377,9 @@ def since_opening(states: Tensor, age: Tensor) -> Tensor:
         age: agent steps since the episodes opened, int64 (n,).
     """
     newest = states.shape[1] - 1
-    back = torch.minimum(torch.arange(newest, -1, -1), age.unsqueeze(1))  # (n, C)
-    return states[torch.arange(len(states)).unsqueeze(1), newest - back]
+    young = (age < newest).nonzero()  # (rows, 1)
+    back = torch.minimum(torch.arange(newest, -1, -1), age[young])  # (rows, C)
+    return states.index_copy(0, young.squeeze(1), states[young, newest - back])
 
 
 class Clock:

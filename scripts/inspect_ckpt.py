@@ -17,7 +17,6 @@ from typing import Any
 from icm.arguments import Parser
 from icm.checkpoint_reader import Entries, Tensor, printable, read_checkpoint
 from icm.errors import UserError
-from icm.processes import discard
 
 DETAILS = ("format", "step", "seed", "versions", "metrics", "config")
 
@@ -210,5 +209,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        from icm.processes import discard  # here, because looking into a file needs no processes
+
         discard(sys.stdout.fileno())
         sys.exit(1)

@@ -15,6 +15,7 @@ from icm.config import Config
 from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
 from icm.factory import build_agent
+from icm.files import latest
 from icm.trainer import Trainer
 from icm.viz.studio import Drawn
 
@@ -95,10 +96,6 @@ def train(
     finally:
         envs.close()
     return folder
-
-
-def latest(folder: Path) -> Path:
-    return folder / "checkpoints" / "latest.pt"
 
 
 def memory(folder: Path) -> Path:

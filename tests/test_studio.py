@@ -56,6 +56,16 @@ def test_orders_are_carried_out_elsewhere(tmp_path: Path) -> None:
     studio.close()
 
 
+def assert_draws_again(studio: Studio) -> None:
+    """In a new process, of which nothing is left when it is closed."""
+    studio.order(9, [niceness])
+    drawn = studio.finished(None)
+    assert drawn is not None
+    assert drawn.step == 9
+    studio.close()
+    assert not processes()
+
+
 @pytest.mark.parametrize(("drawing", "words"), [(fail, "ValueError: broken"), (die, "killed")])
 def test_a_process_that_fails_is_replaced(drawing: object, words: str, tmp_path: Path) -> None:
     studio = Studio()
@@ -65,12 +75,7 @@ def test_a_process_that_fails_is_replaced(drawing: object, words: str, tmp_path:
     assert drawn.images == {}
     (complaint,) = drawn.complaints
     assert words in complaint
-    studio.order(8, [niceness])
-    drawn = studio.finished(None)
-    assert drawn is not None
-    assert drawn.step == 8
-    studio.close()
-    assert not processes()
+    assert_draws_again(studio)
 
 
 def test_a_process_that_is_killed_while_it_waits_is_replaced() -> None:
@@ -84,12 +89,7 @@ def test_a_process_that_is_killed_while_it_waits_is_replaced() -> None:
     drawn = studio.finished(None)
     assert drawn is not None
     assert drawn.complaints == ["drawing failed: its process was killed"]
-    studio.order(9, [niceness])
-    drawn = studio.finished(None)
-    assert drawn is not None
-    assert drawn.step == 9
-    studio.close()
-    assert not processes()
+    assert_draws_again(studio)
 
 
 def test_a_studio_that_is_closed_leaves_no_process() -> None:

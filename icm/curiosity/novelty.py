@@ -9,6 +9,7 @@ CAPACITY = 1_000
 """States of a life that are remembered, the latest: Super Mario Bros. has time for 1600 steps."""
 
 LEAST = torch.finfo(torch.float32).tiny
+"""Novelty of a state seen before: 0 says that there is nothing to learn."""
 
 
 class EpisodicNovelty:

@@ -187,12 +187,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step_async(self, actions: np.ndarray) -> None:
         """Let the workers step, but the late ones, while this process does something else."""
         self._steps += 1
-        self._arrays["actions"][:] = actions
         arrays = self._arrays
+        arrays["actions"][:] = actions
         # without cells nobody knows what an end is
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         self._open(arrays["terminated"] | arrays["truncated"], died & arrays["practises"])
-        for row in np.flatnonzero(~self._arrays["opening"]).tolist():
+        for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start(None)
 
