@@ -45,6 +45,11 @@ class Assistants:
             self.pipes.append(pipe)
             self.processes.append(process)
 
+    def send(self, number: int, order: Any, /) -> None:
+        """Send to a process; no error if it is gone: that is known when its answer is received."""
+        with suppress(ConnectionError):
+            self.pipes[number].send(order)
+
     def restart(self, number: int) -> None:
         """Kill a process, and put a new one in its place."""
         self.processes[number].kill()

@@ -24,8 +24,8 @@ def apart(make: Callable[[], Measure], processes: int = 1) -> Generator[Measure]
     assistants = Assistants(processes, _measure_when_told, make)
 
     def together(seconds: float) -> float:
-        for pipe in assistants.pipes:
-            pipe.send(seconds)
+        for number in range(processes):
+            assistants.send(number, seconds)
         found = [pipe.recv() for pipe in assistants.pipes]
         for each in found:
             if isinstance(each, str):

@@ -2,14 +2,13 @@
 
 import multiprocessing
 from collections.abc import Callable
-from contextlib import suppress
 from math import prod
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from icm.envs.stepper import NOTHING, Answer, Fields, Order, Stepper
+from icm.envs.stepper import NOTHING, Answer, Fields, Stepper
 from icm.envs.wrappers import Env
 from icm.processes import CLOSING_TIME, Assistants
 
@@ -39,11 +38,6 @@ class LocalWorkers(Assistants):
         self.arrays = arrays_in(memory)
         self.number, self.late = number, late
         super().__init__(number, _work, make, memory)
-
-    def send(self, worker: int, order: Order) -> None:
-        """See `Workers`."""
-        with suppress(ConnectionError):  # of a dead worker: `listen` says why
-            self.pipes[worker].send(order)
 
     def listen(self, worker: int, patience: float) -> Answer | str:
         """See `Workers`."""

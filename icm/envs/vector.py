@@ -32,7 +32,7 @@ class Workers(Protocol):
     number: int
     late: int
 
-    def send(self, worker: int, order: Order) -> None:
+    def send(self, worker: int, order: Order, /) -> None:
         """Let a worker step, which is not stepping; no error if it is gone."""
 
     def listen(self, worker: int, patience: float) -> Answer | str:

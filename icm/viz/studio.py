@@ -69,8 +69,7 @@ class Studio:
         """Begin with drawings, in order; they are pickled. The studio must not be busy."""
         if self.assistants is None:
             self.assistants = Assistants(1, _draw)
-        with suppress(ConnectionError):  # its process is gone: `finished` says so
-            self.assistants.pipes[0].send((step, drawings))
+        self.assistants.send(0, (step, drawings))
         self.is_busy = True
 
     def finished(self, seconds: float | None = 0.0) -> Drawn | None:
