@@ -237,7 +237,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint cannot be read, is complete, or does not fit.
         """
-        content = checkpoint.load(path)
+        content, memory = with_memory(path)
         remove_leftovers(path.parent)
         if "optimizers" not in content:
             raise UserError(f"{path}: exported for playing; resume what it was exported from")
@@ -265,13 +265,12 @@ class Trainer:
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
-        beside = path.with_name(memory_name(self.step))
-        if not beside.is_file():
+        if memory is None:
             self.agent.forget(self.step)
             print(f"no memory of step {self.step} beside {path}: filling a new one first")
             return
-        with checkpoint.restoring(beside):
-            self.agent.load_memory(checkpoint.load_file(beside))
+        with checkpoint.restoring(path.with_name(memory_name(self.step))):
+            self.agent.load_memory(memory)
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
         if same_env and no_less and "episodes" in content:
@@ -365,6 +364,26 @@ class Trainer:
 def memory_name(step: int) -> str:
     """The file that holds the memory of an agent step, beside its checkpoint."""
     return f"replay_{step:09d}.pt"
+
+
+def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A checkpoint and the memory of the same step beside it, if there is one.
+
+    A run that still lives may replace both in between: then both are read again.
+
+    Raises:
+        UserError: one of them is damaged, or the first is missing.
+    """
+    while True:
+        content = checkpoint.load(path)
+        beside = path.with_name(memory_name(content["step"]))
+        try:
+            return content, checkpoint.load_file(beside)
+        except UserError:
+            if beside.is_file():
+                raise
+        if checkpoint.load(path)["step"] == content["step"]:
+            return content, None
 
 
 def since_opening(states: Tensor, age: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not, to the last bit."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,29 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     lines = metrics_of(whole)
     assert len(lines) == TOTAL // 32
     assert metrics_of(first, second) == lines
+
+
+def test_a_run_that_still_lives_is_resumed_with_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it replaces with its next checkpoint, be it when that has just been read."""
+    config = config_of("ppo")
+    whole = train(config, tmp_path / "whole")
+    first = train(config, tmp_path / "first", 64)
+    later = train(config, tmp_path / "later", 96)
+    load, live = checkpoint.load, [later]
+
+    def load_slowly(path: Path) -> dict[str, Any]:
+        content = load(path)
+        if live:
+            memory(first).unlink()
+            shutil.copytree(live.pop() / "checkpoints", path.parent, dirs_exist_ok=True)
+        return content
+
+    monkeypatch.setattr(checkpoint, "load", load_slowly)
+    second = train(config, tmp_path / "second", resume=latest(first))
+    assert_same(latest(whole), latest(second))
+    assert len(metrics_of(second)) == 1  # from the later one on
 
 
 def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
