@@ -53,7 +53,7 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 ) -> None:
     # or the second attempt may read what the first has left in it, and wait for ever
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    expected = whole_training(tmp_path / "alone", *PPO, seconds=120)
+    expected = whole_training(tmp_path / "alone", *PPO)
     run = tmp_path / "ranks"
     training = ranks(run, *PPO, launcher=(*TORCHRUN, "--max-restarts=1"))
     of_it = psutil.Process(training.pid).children(recursive=True)
@@ -75,14 +75,14 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 
 
 def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
-    expected = whole_training(tmp_path / "alone", *DQN, seconds=120)
+    expected = whole_training(tmp_path / "alone", *DQN)
     run = tmp_path / "ranks"
     training = ranks(run, *DQN, launcher=TORCHRUN)
     training.send_signal(signal.SIGTERM)
     assert training.wait(60) != 0
     saved = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
     assert 320 <= saved < 560
-    assert_same(expected, whole_training(run, *DQN, seconds=120))
+    assert_same(expected, whole_training(run, *DQN))
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
         time.sleep(0.05)
     assert process.wait(timeout=60) == 0
     assert metrics_of(run)[-1]["workers/failures"] == 1
-    whole_training(alone, *ON_RAY, "collector=local", LENGTH, seconds=60)
+    whole_training(alone, *ON_RAY, "collector=local", LENGTH)
     assert [facts(line) for line in metrics_of(run)] == [facts(line) for line in metrics_of(alone)]
 
     latest = run / "checkpoints" / "latest.pt"

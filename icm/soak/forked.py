@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from icm.soak.program import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -65,6 +67,8 @@ def _as_script(command: list[str], environment: dict[str, str], outputs: list[Pa
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # it was read when PyTorch was imported, elsewhere
     os.chdir(ROOT)
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
