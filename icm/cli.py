@@ -119,6 +119,8 @@ class RunFolder(Callback):
         if WORLD_SIZE > 1:
             fail(UserError("-m: torchrun trains one agent at a time; a sweep needs a launcher"))
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        if any(each.get_key_element() == "resume" for each in overrides):
+            fail(UserError("-m: the runs of a sweep begin anew; resume=PATH is for one run"))
         equal = [each.get_key_element() for each in overrides if not each.is_sweep_override()]
         more = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(equal)}]"]
         if not is_given(config, "hydra.sweep.dir"):
@@ -219,7 +221,8 @@ def must_be_same(folder: Path, before: Any, config: Config) -> None:
 
     Where environments live may change.
     """
-    was, now = flat(before), flat(asdict(config))
+    # of settings that are newer than the run, it had the defaults
+    was, now = (flat(asdict(each)) for each in (parse_config(OmegaConf.create(before)), config))
     for name in sorted(now.keys() - {"resume", "collector"}):
         if now[name] != was.get(name):
             raise UserError(

@@ -370,8 +370,8 @@ def _check(config: Config) -> None:
     for name, value in given("env.num_envs", "agent.batch_size", "agent.replayed"):
         if value % WORLD_SIZE:
             raise UserError(f"{name}={value}: must be a multiple of {WORLD_SIZE}, the world size")
+    check_seed(config.seed)
     for name, value in given(
-        "seed",
         "map.every",
         "video.every",
         "report.every",
@@ -460,12 +460,25 @@ def _check(config: Config) -> None:
             f"{env.num_envs * smallest}, env.num_envs * {why} + max(env.frame_stack, 2))"
         )
     if isinstance(agent, DQNConfig | PQNConfig):
-        for name, schedule in (
-            ("agent.policy.temperature", agent.policy.temperature or [[0, 1]]),
-            ("agent.policy.entropy", agent.policy.entropy),
-            ("agent.policy.epsilon", agent.policy.epsilon),
+        policy = agent.policy
+        for name, schedule, greatest, words in (
+            ("temperature", policy.temperature or [[0, 1]], math.inf, "0 or more"),
+            ("entropy", policy.entropy, 1, "between 0 and 1"),
+            ("epsilon", policy.epsilon, 1, "between 0 and 1"),
         ):
-            _check_schedule(name, schedule)
+            _check_schedule(f"agent.policy.{name}", schedule)
+            if not all(0 <= value <= greatest for _, value in schedule):
+                raise UserError(f"agent.policy.{name}={schedule}: values must be {words}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what PyTorch or Gymnasium do not take for a seed.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: must be at least 0 and below 2**63")
 
 
 def _check_schedule(name: str, schedule: list[Any]) -> None:

@@ -74,6 +74,8 @@ def whole(path: Path) -> Generator[Path]:
     Raises:
         WriteError: it cannot be written.
     """
+    if not path.name:  # of `.`, for instance
+        raise WriteError(f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,10 +66,12 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
         the results of every evaluation, one per seed.
 
     Raises:
-        UserError: there is no such row, or a script failed.
+        UserError: there is no such row, no seed, or a script failed.
     """
     if config.row not in config.rows:
         raise UserError(f"row={config.row}: must be one of {', '.join(config.rows)}")
+    if not config.seeds:
+        raise UserError("seeds=[]: must be one or more")
     row, folder = config.rows[config.row], Path(config.folder)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in row.evaluate}
     for seed in config.seeds:

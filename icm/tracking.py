@@ -39,7 +39,7 @@ class Tracker:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.folder = folder
         threading.excepthook = self._report
-        self.writer = SummaryWriter(str(folder), purge_step=step or None)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self.writer.add_custom_scalars(
             {
                 question: {title: ["Multiline", list(names)] for title, names in charts.items()}

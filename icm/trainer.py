@@ -231,8 +231,8 @@ class Trainer:
         """Continue a checkpoint as if the run had never stopped.
 
         That needs the same environments, and the memory of the same step beside the checkpoint. In
-        others, new episodes begin; without the memory, the agent fills a new one for as many steps
-        as a warm-up has before it learns.
+        others, new episodes begin; without the memory, or for one of another size, the agent fills
+        a new one for as many steps as a warm-up has before it learns.
 
         Raises:
             UserError: the checkpoint cannot be read, is complete, or does not fit.
@@ -265,9 +265,14 @@ class Trainer:
             torch.set_rng_state(content["rng"]["torch"])
             if len(content["rng"]["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(content["rng"]["cuda"])
-        if memory is None:
+        resized = any(
+            before[name] != now[name] for name in ("env.num_envs", "agent.replay_capacity")
+        )
+        if memory is None or resized:
             self.agent.forget(self.step)
-            print(f"no memory of step {self.step} beside {path}: filling a new one first")
+            print(
+                f"no memory of step {self.step} and of this size beside {path}: filling a new one"
+            )
             return
         with checkpoint.restoring(path.with_name(memory_name(self.step))):
             self.agent.load_memory(memory)

@@ -25,7 +25,7 @@ def main(settings: DictConfig) -> None:
     _, config, _ = load_agent(path, torch.device("cpu"), options.env)
     content = checkpoint.load(path) | {"config": asdict(config)}
     checkpoint.save(out, checkpoint.for_playing(content))
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for playing; {path} can be resumed too")
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for playing alone")
 
 
 if __name__ == "__main__":

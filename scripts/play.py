@@ -16,7 +16,7 @@ def main(settings: DictConfig) -> None:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from icm.config import PlayConfig, typed
+    from icm.config import PlayConfig, check_seed, typed
     from icm.errors import UserError
 
     options = typed(settings, PlayConfig)
@@ -24,13 +24,16 @@ def main(settings: DictConfig) -> None:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
     if not 0.1 <= options.speed <= 10:
         raise UserError(f"speed={options.speed}: must be between 0.1 and 10, times the game's own")
+    check_seed(options.seed)
     displays = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
     has_display = sys.platform != "linux" or any(map(os.environ.get, displays))
     render = options.render
     if render == "auto":
-        render = "human" if has_display else "video"
+        render = "human" if has_display and options.out is None else "video"
     if render not in ("none", "human", "video"):
         raise UserError(f"render={render}: must be one of auto, human, video, none")
+    if options.out is not None and render != "video":
+        raise UserError(f"out={options.out}: render={render} writes no file; render=video does")
     if render == "human" and not has_display:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
 

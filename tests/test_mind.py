@@ -1,5 +1,7 @@
 """The panel beside the game in videos."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from icm.playing import Moment
@@ -44,6 +46,14 @@ def test_a_panel_shows_what_the_agent_sees_wants_and_feels() -> None:
         image = panel.draw(moment(surprise))
     rows, columns = np.nonzero((image == SURPRISE).all(2)[528:])  # below its title
     assert WIDTH - 16 - 3 * 3 < columns[rows.argmin()] < WIDTH - 16 - 3
+
+
+def test_very_many_actions_get_thin_bars() -> None:
+    for actions in (26, 90):
+        chances = np.full(actions, 1 / actions)
+        shown = replace(moment(0.5), probabilities=chances, guess=chances)
+        image = MindPanel([str(action) for action in range(actions)]).draw(shown)
+        assert count(image, USUAL) > actions
 
 
 def test_a_game_is_scaled_to_the_panel() -> None:

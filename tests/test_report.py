@@ -121,6 +121,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     assert "as it is" not in page_of(alone)
 
 
+def test_a_run_and_what_goes_on_with_it_are_two_kinds(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", 1))
+    on = make_run(tmp_path / "on", 1, resume="latest.pt")
+    rows = [{"step": step, "speed/agent_steps_per_s": 10.0} for step in (5000, 6000)]
+    (on / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert read_run(on).kind != run.kind
+    again = read_run(make_run(tmp_path / "again", 2, resume="latest.pt"))
+    assert again.kind == run.kind  # which began where it did
+
+
 def test_a_kind_of_runs_without_a_metric_is_no_reason_to_warn(tmp_path: Path) -> None:
     without = make_run(tmp_path / "without", 1)
     other = make_run(tmp_path / "other", 1, agent={"name": "dqn"})

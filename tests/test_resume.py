@@ -270,6 +270,23 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
     assert checkpoint.load(run / "checkpoints" / "best.pt")["step"] == best
 
 
+@pytest.mark.parametrize(
+    ("learner", "change", "learn_from"),
+    [("ppo", "env.num_envs=4", 32), ("dqn", "agent.replay_capacity=400", 64 + 32)],
+)
+def test_a_memory_of_another_size_is_filled_anew(
+    learner: str, change: str, learn_from: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(config_of(learner), tmp_path / "first", 64)
+    longer = config_of(learner, change, "total_steps=192")
+    second = train(longer, tmp_path / "second", resume=latest(first))
+    assert "no memory of step 64 and of this size beside" in capsys.readouterr().out
+    content = checkpoint.load(latest(second))
+    assert content["step"] == 192
+    assert content["agent"]["learn_from"] == learn_from
+    assert content["agent"]["updates"] > checkpoint.load(latest(first))["agent"]["updates"]
+
+
 def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
     config = config_of("ppo")
     first = train(config, tmp_path / "first", 100)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -386,7 +387,7 @@ def test_play_writes_animations_and_single_pictures_of_the_game_alone(
     assert imageio.imread(pictures[0]).shape == (240, 256, 3)
 
 
-def test_play_opens_a_window_where_there_is_a_display(trained: Path) -> None:
+def test_play_opens_a_window_where_there_is_a_display(trained: Path, tmp_path: Path) -> None:
     # SDL's driver without a screen; nobody closes the window
     environment = os.environ | {"SDL_VIDEODRIVER": "dummy", "CUDA_VISIBLE_DEVICES": ""}
     latest = trained / "checkpoints" / "latest.pt"
@@ -400,6 +401,10 @@ def test_play_opens_a_window_where_there_is_a_display(trained: Path) -> None:
         assert running.poll() is None
         running.terminate()
         running.communicate()
+    # but who wants a file gets one
+    command += ["env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "game.mp4").exists()
 
 
 def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
@@ -514,6 +519,15 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
     shutil.copytree(trained / ".hydra", tmp_path / "young" / ".hydra")
     done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(done, "young", "exists", "compile=auto, not off")
+    # where it has the defaults of settings that were not there yet
+    settings = tmp_path / "young" / ".hydra" / "config.yaml"
+    settings.write_text(re.sub("(?m)^practice: .*\n", "", settings.read_text()))
+    done = run_script("train.py", *SMALL, "practice=0.5", f"hydra.run.dir={tmp_path / 'young'}")
+    assert_refused(done, "young", "a run of compile=auto, not off")
+    same = ("compile=auto", "env.emulator=nes_py", "total_steps=96", "practice=0.5")
+    drawn = ("map.every=32", "video.every=32", "report.every=32")
+    given = (*SMALL, *drawn, *same, f"hydra.run.dir={tmp_path / 'young'}")
+    assert_refused(run_script("train.py", *given), "young", "a run of practice=0.0, not 0.5")
     # nor into any other
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "poem.txt").touch()
@@ -627,6 +641,10 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("play.py", ["render=human"], ["render=human", "display"]),
         ("play.py", ["render=video", "out=film.avi"], ["film.avi", ".mp4"]),
         ("play.py", ["render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
+        ("play.py", ["render=none", "out=film.mp4"], ["out=film.mp4", "render=none"]),
+        ("play.py", ["out=."], ["out=.", "exists"]),
+        ("play.py", ["seed=-1"], ["seed=-1", "at least 0"]),
+        ("evaluate.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("play.py", ["speed=0"], ["speed=0", "between"]),
         ("play.py", ["device=cuda"], ["device=cuda"]),
         ("evaluate.py", ["speed=2"], ["speed"]),

@@ -63,6 +63,13 @@ def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_pat
     assert [line["step"] for line in metrics_of(tmp_path / "1_agent.lr=0.001")] == [32]
 
 
+def test_a_sweep_of_a_resumed_run_is_refused() -> None:
+    done = run_script("train.py", "-m", "resume=runs/latest.pt", "agent.lr=1e-4,1e-3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: -m: the runs of a sweep begin anew; resume=")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_search_tries_settings_and_says_which_were_best(tmp_path: Path) -> None:
     small = [s for s in SMALL[1:] if "steps_per_update" not in s]
     done = run_script(

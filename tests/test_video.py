@@ -83,8 +83,10 @@ def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         fail("film.mp4")
-    with pytest.raises(UserError, match="frames"), record(tmp_path / "frames") as video:
-        video.add(picture(1))
+    with pytest.raises(UserError, match="frames: exists"):
+        record(tmp_path / "frames").__enter__()
+    with pytest.raises(UserError, match=r"out=\.: exists"):
+        record(Path()).__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "frames"]
     assert (tmp_path / "film.mp4").read_text() == "precious"
     assert [path.name for path in (tmp_path / "frames").iterdir()] == ["precious"]

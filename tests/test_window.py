@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from icm.agents.base import Agent
 from icm.config import GameConfig
 from icm.errors import UserError
 from icm.playing import Moment, Player, load_agent
-from icm.viz.window import BAR, Window
+from icm.viz.window import BAR, FPS, Window
 
 pytestmark = pytest.mark.filterwarnings("ignore:no fast renderer")  # of the driver
 
@@ -59,6 +60,18 @@ def test_a_window_shows_the_game_and_the_mind(window: Window) -> None:
     assert (shown[1:720:3, 1:768:3] == moment.frames[0]).all(2).mean() > 0.9
     assert shown[:720, 768:].std() > 10
     assert shown[720:].std() > 10
+
+
+@pytest.mark.parametrize("speed", [0.5, 1, 3, 4, 5, 8, 10])
+def test_a_moment_takes_the_time_it_should(
+    speed: float, window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(window, "clock", SimpleNamespace(tick=rates.append))
+    window.speed = speed
+    next(window.play(1))
+    assert sum(1 / rate for rate in rates) == pytest.approx(6 / (FPS * speed))
+    assert max(rates) <= 2 * FPS  # no more pictures than a screen shows
 
 
 def test_keys_pause_and_go_on_step_by_step(window: Window) -> None:

@@ -70,10 +70,11 @@ class MindPanel:
             top = y + action * row
             pen.text((MARGIN, top), name, CHOSEN if is_chosen else TEXT, self.text)
             end = left + float(moment.probabilities[action]) * (right - left)
-            pen.rectangle((left, top + 3, end, top + row - 8), CHOSEN if is_chosen else USUAL)
+            low = max(top + row - 8, top + 3)  # of very many actions, thin bars
+            pen.rectangle((left, top + 3, end, low), CHOSEN if is_chosen else USUAL)
             if moment.guess is not None:
                 end = left + float(moment.guess[action]) * (right - left)
-                pen.rectangle((left, top + row - 7, end, top + row - 5), GUESS)
+                pen.rectangle((left, low + 1, end, low + 3), GUESS)
 
     def _curve(
         self,

@@ -47,10 +47,11 @@ class Run:
 
     @cached_property
     def kind(self) -> str:
-        """Its settings without what runs of one kind may differ in."""
+        """Its settings without what runs of one kind may differ in, and where it began."""
         settings = OmegaConf.to_container(self.settings)
         assert isinstance(settings, dict)
-        return json.dumps({k: v for k, v in settings.items() if k not in ("seed", "resume")})
+        compared = {k: v for k, v in settings.items() if k not in ("seed", "resume")}
+        return json.dumps([compared, self.rows[0]["step"]])
 
     def values(self, metric: str) -> np.ndarray:
         """A metric at every log interval, nan where there is none."""

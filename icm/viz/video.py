@@ -99,11 +99,14 @@ def record(path: Path, fps: float = FPS) -> Generator[Video]:
         fps: pictures that come per second of the video.
 
     Raises:
-        UserError: the name ends in something else, or the file cannot be written.
+        UserError: the name ends in something else, the folder exists, or the file cannot be
+            written.
     """
     form = FORMATS.get(path.suffix)
     if form is None:
         raise UserError(f"out={path}: must end in .mp4 or .gif, or be a folder for pictures")
+    if not path.suffix and path.exists():
+        raise UserError(f"out={path}: exists; give another name")
     with whole(path) as temporary:
         if path.suffix:
             temporary.touch()

@@ -189,11 +189,11 @@ class Window:
     def _show(self, moment: Moment) -> None:
         """Show the frames of a moment at the speed of the game; of a fast one not all."""
         mind = self.panel.draw(moment) if self.panel else None
-        stride = max(1, round(self.speed))
-        for frame in moment.frames[::stride]:
+        shown = moment.frames[:: max(1, round(self.speed))]
+        for frame in shown:
             self.picture = enlarged(frame) if mind is None else beside(frame, mind)
             self._draw()
-            self.clock.tick(FPS * self.speed / stride)
+            self.clock.tick(FPS * self.speed * len(shown) / len(moment.frames))
 
     def _resize(self, width: int, height: int) -> None:
         """Make room for a picture; the person may change the scale."""
