@@ -1,5 +1,5 @@
 # Trains by default:      docker run --gpus all -v "$PWD/runs:/app/runs" icm
-# Anything else as well:  docker run icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
+# Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
 # A Ray cluster:          deploy/ray-compose.yaml
 #
 # The PyTorch wheel brings its own CUDA libraries; the host needs the NVIDIA driver and its container
@@ -22,6 +22,7 @@ RUN mkdir icm && touch icm/__init__.py && pip install --no-cache-dir --editable 
 COPY --chown=icm:icm icm ./icm
 COPY --chown=icm:icm conf ./conf
 COPY --chown=icm:icm scripts ./scripts
+COPY --chown=icm:icm checkpoints ./checkpoints
 
 USER icm
 ENV PYTHONUNBUFFERED=1

@@ -153,7 +153,7 @@ def adopt_settings(config: DictConfig) -> None:
         if key not in config.hydra.runtime.choices:
             OmegaConf.update(merged, key, OmegaConf.select(config, key))
         # agent=ppo lets Hydra know the settings of a checkpoint of that agent
-        elif override.value() != OmegaConf.select(merged, f"{key}.name"):
+        elif override.value() not in (merged[key], OmegaConf.select(merged, f"{key}.name")):
             raise UserError(
                 f"{override.input_line}: a resumed run keeps the groups of its checkpoint; "
                 "single settings (group.key=value) can be changed"

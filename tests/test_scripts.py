@@ -659,7 +659,9 @@ def test_players_refuse(script: str, arguments: list[str], words: list[str], tra
 def test_a_finished_run_and_a_changed_group_are_not_resumed(trained: Path, tmp_path: Path) -> None:
     latest = trained / "checkpoints" / "latest.pt"
     folder = f"hydra.run.dir={tmp_path / 'run'}"
-    assert_refused(run_script("train.py", f"resume={latest}", folder), "total_steps=96")
+    for same in ((), ("preset=default", "agent=dqn", "curiosity=icm")):
+        done = run_script("train.py", f"resume={latest}", *same, folder)
+        assert_refused(done, "total_steps=96")
     done = run_script("train.py", f"resume={latest}", "preset=tutorial", folder)
     assert_refused(done, "preset=tutorial")
     done = run_script("train.py", f"resume={latest}", "agent=pqn", folder)

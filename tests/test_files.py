@@ -1,0 +1,30 @@
+"""Files that are written whole or not at all."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from icm.files import remove_leftovers
+
+
+def test_what_dead_processes_of_this_machine_were_writing_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = socket.gethostname()
+    (tmp_path / "maps").mkdir()
+    dead = [
+        tmp_path / f".latest.pt.{here}.{ended.pid}.tmp",
+        tmp_path / "maps" / f".1-1.png.{here}.{ended.pid}.tmp",
+    ]
+    others = [
+        tmp_path / f".latest.pt.{here}.{os.getpid()}.tmp",
+        tmp_path / f".latest.pt.another.{ended.pid}.tmp",
+        tmp_path / ".mine.tmp",
+        tmp_path / "latest.pt",
+    ]
+    for file in (*dead, *others):
+        file.touch()
+    remove_leftovers(tmp_path)
+    assert not any(file.exists() for file in dead)
+    assert all(file.exists() for file in others)
