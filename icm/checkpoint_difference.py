@@ -119,9 +119,11 @@ def compare(a: Checkpoint, b: Checkpoint) -> Difference:
     )
 
 
-def together(pairs: Iterable[Pair]) -> Change:
-    """Return the change of several tensors as if they were one."""
+def together(pairs: Iterable[Pair]) -> Change | None:
+    """Return the change of several tensors as if they were one, None if none can be compared."""
     changes = [pair.change for pair in pairs if pair.change is not None]
+    if not changes:
+        return None
     return Change(sum(change.moved for change in changes), sum(change.before for change in changes))
 
 

@@ -453,8 +453,10 @@ def _parameter(data: object, *_: object) -> object:
     return data
 
 
-def _ordered_dict() -> dict[str, object]:
-    return {}
+def _ordered_dict(items: object = ()) -> dict[str, object]:
+    # Python 2 gives it its items; keys become strings as in `_Unpickler._update`
+    pairs = [item for item in items if isinstance(item, list)] if isinstance(items, list) else []
+    return {str(key): value for key, value in pairs if isinstance(key, str | int)}
 
 
 def _set(items: object) -> object:

@@ -66,7 +66,9 @@ def gathered(parts: Sequence[Tensor]) -> list[Tensor]:
     packed = torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
     whole = all_rows(packed)
     split = whole.split([part[0].numel() for part in parts], dim=1)
-    return [rows.reshape(-1, *part.shape[1:]) for rows, part in zip(split, parts, strict=True)]
+    return [
+        rows.reshape(len(rows), *part.shape[1:]) for rows, part in zip(split, parts, strict=True)
+    ]
 
 
 def all_rows(part: Tensor) -> Tensor:

@@ -30,6 +30,15 @@ class Visits:
     ends: int = 0  # lives and episodes that ended here
     surprise: float = 0.0  # sum over the visits that were judged
 
+    def __add__(self, other: "Visits") -> "Visits":
+        """What happened in two cells."""
+        return Visits(
+            min(self.first, other.first),
+            self.count + other.count,
+            self.ends + other.ends,
+            self.surprise + other.surprise,
+        )
+
 
 @dataclass
 class Picture:

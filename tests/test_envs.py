@@ -312,6 +312,7 @@ def test_vector_environments_equal_single_ones_and_reset_on_the_next_step() -> N
     [
         ("SuperMarioBros-9-9-v0", "SuperMarioBros-9-9-v0"),
         ("nothing:Like-v0", "nothing"),
+        ("./games:Like-v0", "is no name of a package"),
         ("CartPole-v1", "uint8 images"),
     ],
 )

@@ -54,6 +54,23 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     assert gallery.studio.assistants is None
 
 
+def test_what_could_not_be_drawn_is_drawn_the_next_time(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=10", "video.every=10", *SHORT))
+    found = explored()
+    found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
+    for folder in ("maps", "videos"):
+        (tmp_path / folder).touch()  # so that it cannot be one
+    gallery.update(10, 10, found)
+    assert len(wait(gallery, found, 10).complaints) == 2
+    for folder in ("maps", "videos"):
+        (tmp_path / folder).unlink()
+    gallery.update(20, 10, found)
+    drawn = wait(gallery, found, 20)
+    assert drawn.complaints == []
+    assert set(drawn.images) == {"map/1-1", "clip/best"}
+    gallery.close()
+
+
 def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=0", *SHORT))
     found = explored()

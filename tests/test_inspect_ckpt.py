@@ -635,6 +635,14 @@ def test_tensors_without_a_change_to_speak_of(tmp_path: Path) -> None:
     }
 
 
+def test_where_nothing_can_be_compared_nothing_is_said_to_be_the_same(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.pt", {"net.w": torch.zeros(3), "net.v": torch.ones(2)})
+    b = save(tmp_path / "b.pt", {"net.w": torch.ones(4)})
+    lines = run("--diff", a, b).stdout.splitlines()
+    assert lines[-1] == "         -          -  total"
+    assert strict_json(run("--json", "--diff", a, b).stdout)["total"]["norm"] is None
+
+
 def test_norms_that_are_no_numbers(tmp_path: Path) -> None:
     """A network that has diverged is said to have, and JSON stays strict."""
     values = {"nan": (1.0, math.nan), "inf": (1.0, math.inf), "from_zero": (0.0, 2.0)}
@@ -721,7 +729,7 @@ def test_difference_of_two_project_checkpoints(
         {"key": "config.log.every", "b": 1},
     ]
     assert report["networks"]["qnetwork"]["norm"] == pytest.approx(5, rel=1e-6)
-    assert report["networks"]["none"] == {"tensors": [], "norm": 0.0, "relative": 0.0}
+    assert report["networks"]["none"] == {"tensors": [], "norm": None, "relative": None}
 
 
 def test_checkpoints_of_a_real_training(tmp_path: Path) -> None:
@@ -1026,6 +1034,15 @@ def test_members_that_grow_or_lie_about_their_order(tmp_path: Path) -> None:
                 archive.writestr(f"archive/{name}", content, compress_type=kind)
         with pytest.raises(UserError, match=reason):
             read_checkpoint(str(path))
+
+
+def test_an_ordered_dict_of_python_2_has_its_items(tmp_path: Path) -> None:
+    """It is called with them, where that of Python 3 gets them afterwards."""
+    item = tensor_pickle(0, (4,), (1,)).removeprefix(b"\x80\x02}").removesuffix(b"s.")
+    data = b"\x80\x02ccollections\nOrderedDict\n]](" + item + b"ea\x85R."
+    path = write_zip(tmp_path / "x.pt", data, [("0", bytes(16))])
+    expected = {"w": torch.zeros(4)}
+    assert run(path).stdout.splitlines() == [*lines_of(expected), f"total: {totals_of(expected)}"]
 
 
 def test_data_of_the_older_format_is_that_of_its_tensors(tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_maps_are_files(tmp_path: Path) -> None:
         draw_maps(regions, tmp_path / "file")
 
 
+def test_what_happened_above_and_below_the_picture_is_added_up_at_its_edges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(
+        "icm.viz.map._show", lambda axes, pixels, title, extent: shown.update({title: pixels})
+    )
+    cells = {(5, y): Visits(first=10 - y, count=3, ends=y, surprise=1.0) for y in (0, 1, 2)}
+    draw_map("1-1", Region(cells=cells))
+    assert any("where 3 lives ended" in title for title in shown)
+    assert sum(cells.values(), Visits(first=99)) == Visits(8, 9, 3, 3.0)
+
+
 def test_places_that_no_level_has_do_not_end_a_training() -> None:
     region = found()
     region.cells[4095, 4] = Visits(first=1, count=1)

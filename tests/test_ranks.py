@@ -29,7 +29,13 @@ COMMON = (
     "device=cpu",
 )
 PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
-DQN = (*COMMON, "agent=dqn", "curiosity=disagreement", "agent.steps_per_update=16")
+DQN = (
+    *COMMON,
+    "agent=dqn",
+    "curiosity=disagreement",
+    "curiosity.episodic_scale=null",
+    "agent.steps_per_update=16",
+)
 
 
 def ranks(folder: Path, *given: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:

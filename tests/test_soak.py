@@ -52,7 +52,9 @@ def test_every_kind_of_damage_is_refused_or_harmless(
 def test_a_part_that_is_none_and_a_folder_that_exists_are_refused(tmp_path: Path) -> None:
     for argument, words in (
         ("parts=[kill]", "parts=kill: must be some of kills, stops"),
-        ("parts=[]", f"folder={tmp_path}: cannot be created"),
+        ("parts=[]", "parts=: must be some of kills, stops"),
+        ("kills=-1", "kills=-1: must be at least 0"),
+        ("parts=[kills]", f"folder={tmp_path}: cannot be created"),
     ):
         done = run_script("soak.py", argument, f"folder={tmp_path}")
         assert done.returncode == 2

@@ -186,6 +186,8 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
 def _find_spec(env_id: str) -> EnvSpec:
     """As `gym.make` finds it: of another package, too, and the latest version if none is named."""
     module, _, full_name = env_id.rpartition(":")
+    if module.startswith("."):
+        raise ModuleNotFoundError(f"{module} is no name of a package.")
     if module:
         importlib.import_module(module)
     namespace, name, version = parse_env_id(full_name)

@@ -43,7 +43,7 @@ class Gallery:
             what has been drawn since.
         """
         self.due |= {name for name, every in self.every.items() if crossed(step, num_envs, every)}
-        drawn = self.studio.finished()
+        drawn = self._finished(exploration)
         if self.due and not self.studio.is_busy:
             self._order(step, exploration)
         return drawn
@@ -62,11 +62,11 @@ class Gallery:
         def left() -> float | None:
             return None if seconds is None else max(start + seconds - time.monotonic(), 0.0)
 
-        drawn = [self.studio.finished(left())]
+        drawn = [self._finished(exploration, left())]
         if self.every and not self.studio.is_busy:
             self.due = set(self.every)
             self._order(step, exploration)
-            drawn.append(self.studio.finished(left()))
+            drawn.append(self._finished(exploration, left()))
         self.close()
         return [each for each in drawn if each is not None]
 
@@ -74,6 +74,14 @@ class Gallery:
         """End the process that draws, and remove what it leaves half drawn."""
         self.studio.close()
         remove_leftovers(self.folder)
+
+    def _finished(self, exploration: Exploration, seconds: float | None = 0.0) -> Drawn | None:
+        """What has been drawn, see `Studio`; if some of it has failed, all will be drawn again."""
+        drawn = self.studio.finished(seconds)
+        if drawn is not None and drawn.complaints:
+            self.filmed = None
+            exploration.changed.update(exploration.regions)
+        return drawn
 
     def _order(self, step: int, exploration: Exploration) -> None:
         drawings: list[Drawing] = []

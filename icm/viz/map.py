@@ -49,11 +49,16 @@ def draw_map(name: str, region: Region) -> np.ndarray:
     shown = picture.pixels[: rows * CELL, : columns * CELL]
     pixels[: shown.shape[0], : shown.shape[1]] = shown
 
+    squares: dict[tuple[int, int], Visits] = {}
+    for (x, y), visits in cells.items():
+        row = min(max(GROUND - y, 0), rows - 1)  # what is above or below the picture is at its edge
+        squares[row, x] = squares[row, x] + visits if (row, x) in squares else visits
+
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
-        """A value of every cell, nan where nobody has been: (rows, columns)."""
+        """A value of every square, nan where nobody has been: (rows, columns)."""
         values = np.full((rows, columns), np.nan)
-        for (x, y), visits in cells.items():
-            values[min(max(GROUND - y, 0), rows - 1), x] = value(visits)
+        for square, visits in squares.items():
+            values[square] = value(visits)
         return values
 
     if not cells:
