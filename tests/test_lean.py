@@ -38,18 +38,25 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
         return observation, self.note(info)
 
     def step(self, action: Any) -> Any:
-        *step, info = self.env.step(action)
-        return *step, self.note(info)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.note(info)
+        game: Any = self.unwrapped
+        if not terminated and game._get_terminated():  # by what was skipped
+            observation, more, terminated, truncated, info = self.env.step(action)
+            reward += more
+        # of what the picture shows, where frames were skipped
+        return observation, reward, terminated, truncated, self.note(game._get_info())
 
     def note(self, info: dict[str, Any]) -> dict[str, Any]:
         level = f"{info['world']}-{info['stage']}"
         self.best[level] = max(int(info["x_pos"]), self.best.get(level, 0))
         if info["clear"]:
             self.cleared.add(level)
-        if self.life is not None and info["life"] < self.life:
+        life = -1 if info["life"] == 255 else info["life"]  # 255: the game is over
+        if self.life is not None and life < self.life:
             self.deaths += 1
             self.ground = {}
-        self.life = info["life"]
+        self.life = life
         self.ground[level] = max(int(info["x_pos"]), self.ground.get(level, 0))
         progress = {
             "distance": sum(self.best.values()),
@@ -165,6 +172,28 @@ def test_an_agent_step_is_the_sum_of_plain_frames(
     steps, lost = compare(config, seed=3, episodes=3)
     assert steps > 60
     assert lost > 0 or env_id != "SuperMarioBros-v0"  # three lives
+
+
+@pytest.mark.parametrize("phase", range(6))
+def test_a_lost_life_is_told_with_the_picture_that_shows_the_next_one(phase: int) -> None:
+    config = replace(ENV, id="SuperMarioBros-v0", emulator=EMULATORS[-1], noop_max=0)
+    env = make_env(replace(config, stuck_steps=0))
+    game: Any = env.unwrapped
+    env.reset()
+    for _ in range(phase):  # so that lives end in every frame of an agent step
+        game.step(0)
+    lives, lost, over = 2, 0, False
+    while not over:
+        _, _, over, _, info = env.step(3)  # right, into the first goomba
+        now = -1 if game.ram[0x75A] == 255 else int(game.ram[0x75A])
+        assert info["life_lost"] == (now < lives)
+        assert over == (now < 0)
+        if now < lives:
+            lost += 1
+            assert over or info["cell"][3] == 40 // 16  # where Mario starts
+        lives = now
+    assert lost == 3
+    env.close()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": C
 
 MOST_BLOCKS = 12_000  # more than any place has; while one is loaded, its camera may be anywhere
 MOST_SKIPPED = 3600  # frames at once: a minute of the game
+GAME_OVER = 255  # what counts lives has then, in Super Mario Bros. and Lost Levels
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -77,9 +78,12 @@ class FrozenError(Exception):
 class LeanGame(NESEnv):
     """Mixin for a game of gym-super-mario-bros: frames without what nobody reads.
 
-    Rewards, ends and how time is skipped are the game's own, frame by frame. Its info of 40 keys,
-    half of the time, is replaced by `{"progress": Progress}`, one object per episode that every
-    frame was noted in. Bytes of a memoryview are read in half the time of a numpy array's.
+    Rewards and how time is skipped are the game's own, frame by frame. Its info of 40 keys, half of
+    the time, is replaced by `{"progress": Progress}`, one object per episode that every frame was
+    noted in. Bytes of a memoryview are read in half the time of a numpy array's.
+
+    After what is skipped, such as a death, the game tells of the frame before it, and the picture
+    is of what follows. Here both are of what follows; and if that is the end, it is told at once.
 
     The game skips until Mario may move again, and there are places where he never may: an episode
     that has come to one is truncated.
@@ -109,23 +113,33 @@ class LeanGame(NESEnv):
         super()._frame_advance(action)
 
     def _did_step(self, done: bool) -> None:
-        self.skipped = 0
         try:
             super()._did_step(done)
         except FrozenError:
             self.is_frozen = self.done = True
+        if self.skipped and not self.is_frozen:
+            self._note()
+            self.progress.cameras = None, self.camera
 
     def step(self, action: int) -> Any:
         """One frame, see `NESEnv.step`."""
         observation, reward, terminated, truncated, info = super().step(action)
+        if self.skipped and not self.is_frozen and self._get_terminated():
+            # the frame in which the game tells of the end, and rewards it
+            observation, more, terminated, truncated, info = super().step(action)
+            reward += more
         return observation, reward, terminated, truncated or self.is_frozen, info
 
     def _get_info(self) -> dict[str, Any]:
-        level = self._world, self._stage
-        progress = self.progress
-        progress.note(level, self._x_position, self.height, self.is_clear, self._life)
-        progress.cameras = progress.cameras[1], self.camera
-        return {"progress": progress}
+        self.skipped = 0
+        self._note()
+        self.progress.cameras = self.progress.cameras[1], self.camera
+        return {"progress": self.progress}
+
+    def _note(self) -> None:
+        level, lives = (self._world, self._stage), self._life
+        lives = -1 if lives == GAME_OVER else lives
+        self.progress.note(level, self._x_position, self.height, self.is_clear, lives)
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
