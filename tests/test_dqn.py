@@ -502,6 +502,31 @@ def test_death_is_terminal_or_not() -> None:
     assert losses[True] != pytest.approx(losses[False], rel=1e-2)
 
 
+def test_of_single_steps_deaths_are_learned_too() -> None:
+    agent = make_agent(
+        env__num_envs=1,
+        env__frame_stack=1,
+        agent__n_step=1,
+        agent__sequence_length=1,
+        agent__death_is_terminal=False,
+        agent__replay_capacity=8,
+        curiosity__coef=0.0,
+        curiosity__extrinsic_coef=1.0,
+    )
+    for slot in range(8):  # episodes of one step, which ends with a death
+        agent.memory.add(
+            torch.full((1, 1, SIZE, SIZE), slot, dtype=torch.uint8),
+            torch.tensor([slot % ACTIONS]),
+            torch.full((1, ACTIONS), 1 / ACTIONS),
+            torch.tensor([5.0]),
+            torch.tensor([slot % 2 == 0]),
+            torch.tensor([False]),
+            torch.tensor([slot % 2 == 1]),
+            torch.ones(1),
+        )
+    assert agent.update()["loss/q"].item() > 1.0
+
+
 @pytest.mark.parametrize("ends", [{5}, {2, 5}, {1, 3, 5}], ids=["one", "two", "three"])
 def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> None:
     """Nothing is chosen in it, so its value is never learned; the start it leads to is not there.

@@ -174,8 +174,9 @@ class DQN(Agent[Batch]):
             advantages = target_q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
             advantages = advantages - values[:, :-1]
             returns = returns + config.advantage_learning * advantages
-            # where the sequence breaks off at a death, the start it leads to is not in sight
-            blind = (sequences.terminated & ~terminal & valid)[:, -1:]
+            # where the sequence breaks off at a death, the start it leads to is not in sight; of
+            # sequences of one step, no death would be learned
+            blind = (sequences.terminated & ~terminal & valid)[:, -1:] & (length > 1)
             needs_end = bootstraps_at_end(
                 terminal, sequences.truncated, sequences.reset, config.n_step
             )
