@@ -119,6 +119,7 @@ class LeanGame(NESEnv):
             self.is_frozen = self.done = True
         if self.skipped and not self.is_frozen:
             self._note()
+            # the picture is of neither: nothing is cut out of it
             self.progress.cameras = None, self.camera
 
     def step(self, action: int) -> Any:
