@@ -60,7 +60,7 @@ def build_agent(
         resolve_precision(config.precision, device),
         Compiler(resolve_compile(config.compile, updates) if remember else "off", device),
         config.seed,
-        max(updates, 1),
+        config.total_steps,
     )
     replay = build_replay(config, state_shape, num_actions, device, remember)
     if isinstance(agent, PPOConfig):

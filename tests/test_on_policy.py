@@ -233,12 +233,11 @@ def test_rewards_are_scaled_surprise_times_novelty_and_the_games() -> None:
 
 @pytest.mark.parametrize("name", ["ppo", "pqn"])
 def test_the_discount_follows_its_schedule(name: str) -> None:
-    """An update is made for 8 / 3 agent steps here, after a warm-up."""
+    """Updates begin after a warm-up."""
     agent = make_agent(name, "agent.discount=[[100,0.5],[200,0.75]]", "agent.warmup_steps=12")
-    per_update = agent.config.batch_size * agent.config.sequence_length / agent.config.epochs
     found = []
     for step in (12, 100, 150, 200, 1000):
-        agent.updates = round((step - 12) / per_update)
+        agent.learned_steps = step - 12
         found.append(agent.discount())
     assert found == pytest.approx([0.5, 0.5, 0.625, 0.75, 0.75], abs=0.01)
     assert make_agent(name, "agent.discount=0.5").discount() == 0.5
@@ -539,6 +538,21 @@ def test_a_step_of_the_optimizer_has_the_mean_gradient_of_several_batches() -> N
         live(agent, 4, copy.deepcopy(game))
     assert one.updates == again.updates
     assert same(weights(one.actor_critic), weights(again.actor_critic))
+
+
+def test_schedules_go_on_with_other_settings_of_the_updates() -> None:
+    schedule = ("agent.discount=[[0,0.5],[200,0.75]]", "total_steps=200", "agent.lr_final=0.1")
+    first = make_agent("ppo", *schedule)
+    live(first, 30)
+    second = make_agent("ppo", *schedule, "agent.epochs=4", "agent.batch_size=3")
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert 0.55 < second.discount() == first.discount() < 0.7
+    assert second.learning_rate() == first.learning_rate() < 0.8 * first.config.lr
+    done, learned = second.updates, second.learned_steps
+    live(second, 20)
+    assert second.updates > done
+    # an update: 3 sequences of 4 agent steps, each learned 4 times
+    assert second.learned_steps == learned + (second.updates - done) * 3.0
 
 
 def test_without_its_memory_a_resumed_agent_begins_a_new_rollout() -> None:

@@ -49,7 +49,7 @@ class Common:
     bf16: run the networks under bfloat16 autocast.
     compiler: of what is computed in every step.
     seed: of action sampling and of drawing from memory.
-    total_updates: of the whole run.
+    total_steps: agent steps of the whole run.
     """
 
     signal: Signal
@@ -61,7 +61,7 @@ class Common:
     bf16: bool
     compiler: Compiler
     seed: int
-    total_updates: int
+    total_steps: int
 
 
 class Agent[Batch](ABC):
@@ -117,13 +117,14 @@ class Agent[Batch](ABC):
                 step = partial(self.gradient_step, begins, completes)
                 self._steps[begins, completes] = compiler.recorded(step) if is_whole else step
         self.learning = nn.ModuleList(networks.values()), signal
-        self.total_updates = common.total_updates
+        self.total_steps = common.total_steps
         # two, because a step may be observed before the next actions are drawn, or after them
         drawn, acted = np.random.SeedSequence(common.seed).generate_state(2).tolist()
         self.generator = torch.Generator().manual_seed(drawn)
         self.action_generator = torch.Generator().manual_seed(acted)
         self.learn_from = agent.warmup_steps
         self.updates = 0
+        self.learned_steps = 0.0  # agent steps that these updates were made for
         self.skipped = torch.zeros((), device=device)  # updates that were not finite
         self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
 
@@ -405,9 +406,9 @@ class Agent[Batch](ABC):
     def learning_rate(self) -> float:
         """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it.
 
-        By updates; the warm-up has none, so a little more than that share is left in the end.
+        By what updates were made for; the warm-up has none, so a little more is left in the end.
         """
-        done = min(self.updates / self.total_updates, 1.0)
+        done = min(self.learned_steps / self.total_steps, 1.0)
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 
     def descend(self, batch: Batch) -> dict[str, Tensor]:
@@ -422,6 +423,7 @@ class Agent[Batch](ABC):
         self.signal.train()
         begins = self.updates % self.config.accumulate == 0
         self.updates += 1
+        self.learned_steps += self.config.steps_between_updates
         completes = self.updates % self.config.accumulate == 0
         names, parts = self._steps[begins, completes](batch)
         # a copy, because the next replay of a CUDA graph writes to the same memory
@@ -491,6 +493,7 @@ class Agent[Batch](ABC):
             },
             "agent": {
                 "updates": self.updates,
+                "learned_steps": self.learned_steps,
                 "skipped": self.skipped,
                 "learn_from": self.learn_from,
                 "generator": self.generator.get_state(),
@@ -523,6 +526,8 @@ class Agent[Batch](ABC):
         self.updates = state["agent"]["updates"]
         self.generator.set_state(state["agent"]["generator"])
         # checkpoints from before these do not have them
+        made_for = self.updates * self.config.steps_between_updates
+        self.learned_steps = state["agent"].get("learned_steps", made_for)
         self.learn_from = state["agent"].get("learn_from", self.learn_from)
         if "skipped" in state["agent"]:
             self.skipped.copy_(state["agent"]["skipped"])

@@ -114,9 +114,7 @@ class OnPolicy(Agent[Batch]):
 
     def discount(self) -> float:
         """See `Agent.discount`; by the agent steps that updates so far were made for."""
-        config = self.config
-        done = config.warmup_steps + self.updates * config.steps_between_updates
-        return scheduled(config.discount, done)
+        return scheduled(self.config.discount, self.config.warmup_steps + self.learned_steps)
 
     @abstractmethod
     def targets_of_rollout(self) -> dict[str, Tensor]:
