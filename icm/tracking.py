@@ -53,7 +53,7 @@ class Tracker:
             write_lines(metrics, [json.dumps(row) for row in rows if row["step"] <= step])
         self.file = metrics.open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
-        self.counts: dict[str, float | Tensor] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
         self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.last: dict[str, float | None] = {}  # the latest line of metrics.jsonl
 
@@ -88,16 +88,20 @@ class Tracker:
         """Keep values, any shape, for a histogram of the log interval."""
         self.values[name].append(values)
 
-    def add(self, metrics: dict[str, Any], count: float | Tensor = 1.0) -> None:
-        """Add sums over `count` samples; tensors stay where they are until `write`."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value
-            self.counts[name] = self.counts[name] + count
+    def add(self, samples: dict[str, Any]) -> None:
+        """Add a number or a tensor of samples, any shape, to each average.
+
+        Sums of tensors stay where these are until `averages`.
+        """
+        for name, value in samples.items():
+            many = isinstance(value, Tensor)
+            self.sums[name] = self.sums[name] + (value.sum() if many else value)
+            self.counts[name] += value.numel() if many else 1
 
     def averages(self) -> dict[str, float]:
         """Averages since the last call, in plain numbers."""
         known = [name for name, count in self.counts.items() if count]  # not of resets alone
-        result = {name: float(self.sums[name]) / float(self.counts[name]) for name in known}
+        result = {name: float(self.sums[name]) / self.counts[name] for name in known}
         self.sums.clear()
         self.counts.clear()
         return result
@@ -113,7 +117,7 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with that interval."""
         self.sums.update(state["sums"])
-        self.counts.update(state["counts"])
+        self.counts.update({name: int(count) for name, count in state["counts"].items()})
         for name, values in state["values"].items():
             self.values[name] = [values]
 

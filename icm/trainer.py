@@ -194,8 +194,8 @@ class Trainer:
     def _observe(self) -> None:
         """Let the agent observe the last vector step, if it has not yet."""
         if self.unobserved is not None:
-            statistics, surprise = self.agent.observe(**self.unobserved)
-            self.tracker.add(statistics, statistics.pop("count"))
+            samples, surprise = self.agent.observe(**self.unobserved)
+            self.tracker.add(samples)
             self.exploration.judge(surprise.tolist())
             chosen = ~self.unobserved["reset"]
             self.tracker.collect("curiosity/surprise", surprise[chosen])
@@ -213,8 +213,6 @@ class Trainer:
         metrics = self.tracker.averages()
         if not metrics:
             return
-        if "icm/inverse_heldout" in metrics:
-            metrics["icm/inverse_gain"] = metrics["policy/entropy"] - metrics["icm/inverse_heldout"]
         metrics |= self.exploration.statistics()
         if WORLD_SIZE > 1:
             clock.phases["ranks"] = max(all_objects(seconds()))

@@ -24,11 +24,11 @@ def test_what_goes_on_keeps_the_points_up_to_there(tmp_path: Path) -> None:
 
 def test_of_an_interval_of_resets_alone_there_is_no_average(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, 0, {})
-    tracker.add({"policy/entropy": torch.tensor(0.0)}, torch.tensor(0))
+    tracker.add({"policy/entropy": torch.tensor([])})
     tracker.add({"episode/length": 7.0})
     assert tracker.averages() == {"episode/length": 7.0}
-    tracker.add({"policy/entropy": torch.tensor(0.0)}, torch.tensor(0))
-    tracker.add({"policy/entropy": torch.tensor(6.0)}, torch.tensor(4))
+    tracker.add({"policy/entropy": torch.tensor([])})
+    tracker.add({"policy/entropy": torch.tensor([3.0, 0.0, 2.0, 1.0])})
     assert tracker.averages() == {"policy/entropy": 1.5}
     assert tracker.averages() == {}
     tracker.close()

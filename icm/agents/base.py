@@ -298,8 +298,8 @@ class Agent[Batch](ABC):
                 somewhere in its middle: the same life, which knows what it has seen.
 
         Returns:
-            sums over the valid transitions of each statistic, and their number `count`; and the
-            surprise of each transition, (num_envs,) on the CPU, 0 where it is none.
+            statistics of transitions, of each those that it is of, (transitions,); and the surprise
+            of each transition, (num_envs,) on the CPU, 0 where it is none.
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
@@ -307,7 +307,8 @@ class Agent[Batch](ABC):
         novelty = self.novelty(places, opens, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset
-        self.interest.update(surprise[valid & ~respawned])
+        judged = valid & ~respawned
+        self.interest.update(surprise[judged])
         raw = self.worth(surprise, novelty)
         self.scale.update(raw, valid, self.discount())
         self.remember(
@@ -322,17 +323,18 @@ class Agent[Batch](ABC):
             reset=reset,
             novelty=novelty,
         )
-        per_env = {
-            "reward/intrinsic": self.scale(raw),
-            "reward/extrinsic": rewards,
-            "policy/entropy": entropy(probabilities),
+        samples = {
+            "reward/intrinsic": self.scale(raw)[valid],
+            "reward/extrinsic": rewards[valid],
+            "policy/entropy": entropy(probabilities)[valid],
         }
         if errors.logits is not None and errors.inverse is not None:
             hits = errors.logits.argmax(1).cpu() == actions
-            per_env["icm/inverse_accuracy"] = hits.float()
-            per_env["icm/inverse_heldout"] = errors.inverse.cpu()
-        sums = {name: (value * valid).sum() for name, value in per_env.items()}
-        return {**sums, "count": valid.sum()}, surprise * (valid & ~respawned)
+            inverse = errors.inverse.cpu()
+            samples["icm/inverse_accuracy"] = hits[judged].float()
+            samples["icm/inverse_heldout"] = inverse[judged]
+            samples["icm/inverse_gain"] = (entropy(probabilities) - inverse)[judged]
+        return samples, surprise * judged
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
         """Keep one step of every environment: arguments of `Replay.add`, values, raw rewards."""
