@@ -63,8 +63,9 @@ class AgentConfig(ABC):
     warmup_steps: int
     max_grad_norm: float
     death_is_terminal: bool
-    # checkpoints from before this setting were made with this value
+    # checkpoints from before these settings were made with these values
     accumulate: int = field(default=1, kw_only=True)
+    convolutions: int = field(default=4, kw_only=True)
 
     @property
     @abstractmethod
@@ -113,8 +114,7 @@ class PPOConfig(RolloutConfig):
     clip: float
     entropy_coef: float
     value_coef: float
-    # checkpoints from before these settings were made with these values
-    convolutions: int = 4
+    # checkpoints from before this setting were made with this value
     extrinsic_discount: float = 0.95
 
 

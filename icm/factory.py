@@ -63,12 +63,11 @@ def build_agent(
         config.total_steps,
     )
     replay = build_replay(config, state_shape, num_actions, device, remember)
+    body = state_shape, num_actions, agent.hidden, told, agent.convolutions
     if isinstance(agent, PPOConfig):
         heads = 2 if config.curiosity.extrinsic_coef else 1  # the game's reward has one of its own
-        sizes = agent.hidden, told, agent.convolutions, heads
-        return PPO(ActorCritic(state_shape, num_actions, *sizes), replay, agent, common)
-    parallel = isinstance(agent, PQNConfig)
-    qnetwork = Qnetwork(state_shape, num_actions, agent.hidden, told, layer_norm=parallel)
+        return PPO(ActorCritic(*body, heads), replay, agent, common)
+    qnetwork = Qnetwork(*body, layer_norm=isinstance(agent, PQNConfig))
     if isinstance(agent, PQNConfig):
         return PQN(qnetwork, replay, agent, common)
     assert isinstance(agent, DQNConfig)

@@ -149,7 +149,10 @@ def conv_features(height: int, width: int, convolutions: int = 4) -> int:
 
 
 class _ConvBody(nn.Module):
-    """3x3 convolutions of stride 2 (conv1, conv2, ...), each followed by ELU, then flattened."""
+    """3x3 convolutions of stride 2 (conv1, conv2, ...), each followed by ELU, then flattened.
+
+    A body of three convolutions sees a 42x42 picture as 6x6 fields, one of four as 3x3.
+    """
 
     activation: Callable[[Tensor], Tensor] = staticmethod(elu)
 
@@ -253,9 +256,10 @@ class Qnetwork(_ConvBody):
         num_actions: int = 12,
         hidden: int = 100,
         previous_action: bool = False,
+        convolutions: int = 4,
         layer_norm: bool = False,
     ) -> None:
-        super().__init__(state_shape)
+        super().__init__(state_shape, convolutions)
         self.num_previous = num_actions if previous_action else 0
         self.linear1 = nn.Linear(self.num_features + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
@@ -271,8 +275,6 @@ class Qnetwork(_ConvBody):
 
 class ActorCritic(_ConvBody):
     """A policy and the value of a state, or several values (`heads`, h), from one body.
-
-    A body of three convolutions sees a 42x42 picture as 6x6 fields, one of four as 3x3.
 
     Orthogonal weights; the policy's last layer is small, so that it begins nearly uniform
     (Andrychowicz et al. 2021, section 3.2).
