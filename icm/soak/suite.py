@@ -53,9 +53,9 @@ def soak(config: SoakConfig) -> bool:
         "faults": faults,
         "hour": lambda here: hour(here, config.train, config.minutes),
     }
-    for name in config.parts or [""]:
-        if name not in parts:
-            raise UserError(f"parts={name}: must be some of {', '.join(parts)}")
+    unknown = [name for name in config.parts if name not in parts]
+    if unknown or not config.parts:
+        raise UserError(f"parts={','.join(unknown)}: must be some of {', '.join(parts)}")
     for name in ("kills", "stops", "files", "worker_kills", "worker_hangs", "minutes"):
         if (value := getattr(config, name)) < 0:
             raise UserError(f"{name}={value}: must be at least 0")
