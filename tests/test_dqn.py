@@ -33,6 +33,7 @@ SMALL = {
     "env.frame_stack": 2,
     "env.size": SIZE,
     "agent.hidden": 16,
+    "agent.lr_final": 1.0,
     "agent.n_step": 3,
     "agent.batch_size": 12,
     "agent.sequence_length": 6,
@@ -499,7 +500,7 @@ def test_death_is_terminal_or_not() -> None:
         expected = slow_losses(agent, next_batch(agent))["loss/q"]
         losses[terminal] = agent.update()["loss/q"].item()
         assert losses[terminal] == pytest.approx(expected, rel=1e-3)
-    assert losses[True] != pytest.approx(losses[False], rel=1e-2)
+    assert losses[True] != pytest.approx(losses[False], rel=5e-3)
 
 
 def test_of_single_steps_deaths_are_learned_too() -> None:
@@ -1167,7 +1168,7 @@ def test_every_part_of_the_state_matters() -> None:
         (
             {"agent__hidden": 17},
             (2, 16),
-            r"qnetwork\.linear1\.weight has size \(17, 36\) .* needs \(16, 36\)",
+            r"qnetwork\.linear1\.weight has size \(17, 132\) .* needs \(16, 132\)",
         ),
         (
             {"curiosity__hidden": 24},
