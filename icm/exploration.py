@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a process that only draws stays small.
 """
 
+import math
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +29,8 @@ class Visits:
     first: int  # agent step of the first visit
     count: int = 0
     ends: int = 0  # lives and episodes that ended here
-    surprise: float = 0.0  # sum over the visits that were judged
+    judged: int = 0  # visits of which the surprise is known
+    surprise: float = 0.0  # sum over those
 
     def __add__(self, other: "Visits") -> "Visits":
         """What happened in two cells."""
@@ -36,6 +38,7 @@ class Visits:
             min(self.first, other.first),
             self.count + other.count,
             self.ends + other.ends,
+            self.judged + other.judged,
             self.surprise + other.surprise,
         )
 
@@ -133,9 +136,10 @@ class Exploration:
             self.changed.add(place)
 
     def judge(self, surprise: list[float]) -> None:
-        """Take in how surprising the latest vector step was, of each environment."""
+        """Take in how surprising the latest vector step was, of each environment; nan: unknown."""
         for visits, value in zip(self.here, surprise, strict=True):
-            if visits is not None:
+            if visits is not None and not math.isnan(value):
+                visits.judged += 1
                 visits.surprise += value
 
     def finish(self, step: int, episode: dict[str, Any]) -> None:
@@ -193,7 +197,7 @@ class Exploration:
             "best": None if self.best is None else asdict(self.best),
             "latest": list(self.latest),
             "cells": np.array(cells, np.int64).reshape(-1, 5),
-            "visits": np.array([(v.first, v.count, v.ends) for v in visits], np.int64),
+            "visits": np.array([(v.first, v.count, v.ends, v.judged) for v in visits], np.int64),
             "surprise": np.array([v.surprise for v in visits], np.float64),
             "pictures": {
                 " ".join(map(str, place)): {
@@ -209,7 +213,8 @@ class Exploration:
         """Restore what `state_dict` gave and a checkpoint kept.
 
         Checkpoints from before there were visits begin without, those from before there were
-        recordings without the best episode, those from before there were scores without these.
+        recordings without the best episode, those from before there were scores without these. All
+        visits were taken for judged once.
         """
         self.distance_max = state["distance_max"]
         if state.get("best"):
@@ -223,8 +228,8 @@ class Exploration:
             state["surprise"].tolist(),
             strict=True,
         )
-        for (world, stage, area, x, y), (first, count, ends), surprise in table:
-            visits = Visits(first, count, ends, surprise)
+        for (world, stage, area, x, y), (first, count, ends, *judged), surprise in table:
+            visits = Visits(first, count, ends, judged[0] if judged else count, surprise)
             self.regions[world, stage, area].cells[x, y] = visits
         for name, picture in state["pictures"].items():
             world, stage, area = map(int, name.split())

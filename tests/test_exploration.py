@@ -1,5 +1,6 @@
 """What a run has found: cells, pictures of places, and keeping them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,16 @@ def test_cells_know_what_happened_in_them() -> None:
     found.judge([2.0, 0.5])
     # the life that ends here was lost there, and goes on elsewhere
     found.visit(64, infos(here, other), np.array([True, False]))
-    found.judge([0.0, 1.0])
+    found.judge([math.nan, 1.0])  # nothing is known of a new life's start
     assert found.statistics() == {
         "explore/cells": 3,
         "explore/levels": 2,
         "explore/distance_max": 0.0,
     }
     at = cells_of(found)
-    assert at[here] == {"first": 0, "count": 4, "ends": 0, "surprise": 0.5}
-    assert at[there] == {"first": 32, "count": 1, "ends": 1, "surprise": 2.0}
-    assert at[other] == {"first": 64, "count": 1, "ends": 0, "surprise": 1.0}
+    assert at[here] == {"first": 0, "count": 4, "ends": 0, "judged": 1, "surprise": 0.5}
+    assert at[there] == {"first": 32, "count": 1, "ends": 1, "judged": 1, "surprise": 2.0}
+    assert at[other] == {"first": 64, "count": 1, "ends": 0, "judged": 1, "surprise": 1.0}
 
 
 def test_an_environment_without_cells_has_none() -> None:
@@ -189,6 +190,9 @@ def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
         assert (again.regions[place].picture.pixels == region.picture.pixels).all()
         assert (again.regions[place].picture.known == region.picture.known).all()
     assert list(again.news()) == ["1-1"]
+    old = Exploration()  # from before it was known which visits were judged
+    old.load_state_dict({**state, "visits": state["visits"][:, :3]})
+    assert all(v["judged"] == v["count"] for v in cells_of(old).values())
     empty = Exploration()
     checkpoint.save(tmp_path / "empty.pt", Exploration().state_dict())
     empty.load_state_dict(torch.load(tmp_path / "empty.pt", weights_only=True))

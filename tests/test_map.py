@@ -20,8 +20,8 @@ def found() -> Region:
     region = Region()
     region.picture.add((0, 0), np.full((ROWS * CELL, 30 * CELL, 3), GREEN, np.uint8))
     region.cells = {
-        (20, 4): Visits(first=3000, count=10, ends=2, surprise=5.0),
-        (49, 4): Visits(first=9000, count=1),
+        (20, 4): Visits(first=3000, count=10, ends=2, judged=8, surprise=5.0),
+        (49, 4): Visits(first=9000, count=1, judged=1),
     }
     return region
 
@@ -84,10 +84,10 @@ def test_what_happened_above_and_below_the_picture_is_added_up_at_its_edges(
     monkeypatch.setattr(
         "icm.viz.map._show", lambda axes, pixels, title, extent: shown.update({title: pixels})
     )
-    cells = {(5, y): Visits(first=10 - y, count=3, ends=y, surprise=1.0) for y in (0, 1, 2)}
+    cells = {(5, y): Visits(first=10 - y, count=3, ends=y, judged=2, surprise=1.0) for y in (0, 1, 2)}
     draw_map("1-1", Region(cells=cells))
     assert any("where 3 lives ended" in title for title in shown)
-    assert sum(cells.values(), Visits(first=99)) == Visits(8, 9, 3, 3.0)
+    assert sum(cells.values(), Visits(first=99)) == Visits(8, 9, 3, 6, 3.0)
 
 
 def test_places_that_no_level_has_do_not_end_a_training() -> None:

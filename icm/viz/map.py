@@ -1,5 +1,6 @@
 """Maps of what a run has explored: what places look like, and what happened there."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,11 +65,13 @@ def draw_map(name: str, region: Region) -> np.ndarray:
     if not cells:
         return pixels
     counts, first = grid(lambda v: v.count), grid(lambda v: v.first / 1000)
-    surprise, ends = grid(lambda v: v.surprise / v.count), grid(lambda v: v.ends)
+    surprise = grid(lambda v: v.surprise / v.judged if v.judged else math.nan)
+    judged, ends = surprise[~np.isnan(surprise)], grid(lambda v: v.ends)
+    most = np.percentile(judged, 98) if judged.size else 0
     panels = (
         ("visits, agent steps", counts, LogNorm(1, max(np.nanmax(counts), 2))),
         ("first visit, at so many thousand agent steps", first, None),
-        ("mean surprise", surprise, Normalize(0, max(np.nanpercentile(surprise, 98), 1e-9))),
+        ("mean surprise", surprise, Normalize(0, max(most, 1e-9))),
     )
     height, width = ABOVE + rows * CELL + BELOW, LEFT + columns * CELL + RIGHT
     figure = Figure(figsize=(width / DPI, (1 + len(panels)) * height / DPI), dpi=DPI)
