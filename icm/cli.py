@@ -1,5 +1,6 @@
 """What the Hydra applications share: one-line errors, the run folder, resuming."""
 
+import errno
 import functools
 import itertools
 import multiprocessing
@@ -31,6 +32,8 @@ from icm.ranks import RANK, WORLD_SIZE
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SETTINGS = ".hydra/config.yaml"
+PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 # the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
 OmegaConf.register_new_resolver(
@@ -46,6 +49,20 @@ def fail(error: Exception) -> None:
     text = text.partition(" Config search path:")[0]  # of an unknown option of a group
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
     sys.exit(2)
+
+
+def quoted(argument: str) -> str:
+    """A path as an argument that Hydra takes for a path, whatever characters it has."""
+    name, _, path = argument.partition("=")
+    if name not in PATHS:
+        return argument
+    try:
+        if not OverridesParser.create().parse_override(argument).is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    path = re.sub(r"(\\*)'", r"\1\1\\'", path)  # as its grammar has it, so in the end of all
+    return f"{name}='{re.sub(r'(\\+)$', r'\1\1', path)}'"
 
 
 def leave() -> None:
@@ -77,6 +94,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         except BrokenPipeError:  # here, because Hydra would print it
             leave()
 
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
         application(careful)()
@@ -84,6 +102,10 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         fail(error)
     except BrokenPipeError:  # of --help
         leave()
+    except OSError as error:  # of Hydra, which writes before it begins
+        if error.errno not in NO_ROOM:
+            raise
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -129,8 +151,23 @@ class RunFolder(Callback):
             except UserError as error:
                 fail(error)
             more.append(f"hydra.sweep.dir='{folder}'")
+        more.append("hydra.output_subdir=null")  # see `record`
         with read_write(config), open_dict(config):  # Hydra makes the settings of each run of these
             config.hydra.overrides.hydra.extend(more)
+
+
+def record(settings: DictConfig, folder: Path) -> None:
+    """Write into a run folder of a sweep what Hydra writes itself into that of a single run.
+
+    Hydra would do so before it is known that a run there has these settings.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        of_hydra = OmegaConf.create({"hydra": hydra})
+        contents = {"config": settings, "overrides": hydra.overrides.task, "hydra": of_hydra}
+        (folder / SETTINGS).parent.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            OmegaConf.save(content, (folder / SETTINGS).with_name(f"{name}.yaml"))
 
 
 def adopt_settings(config: DictConfig) -> None:
@@ -219,11 +256,11 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
 def must_be_same(folder: Path, before: Any, config: Config) -> None:
     """Refuse settings that are not those, plain containers, of the run in a folder.
 
-    Where environments live may change.
+    Where environments live may change, and in how many processes.
     """
     # of settings that are newer than the run, it had the defaults
     was, now = (flat(asdict(each)) for each in (parse_config(OmegaConf.create(before)), config))
-    for name in sorted(now.keys() - {"resume", "collector"}):
+    for name in sorted(now.keys() - {"resume", "collector", "env.num_workers"}):
         if now[name] != was.get(name):
             raise UserError(
                 f"{folder}: exists, with a run of {name}={was.get(name)}, not {now[name]}; "

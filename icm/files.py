@@ -39,7 +39,7 @@ def lock(folder: Path) -> AcquireReturnProxy:
         UserError: another one does.
     """
     try:
-        return FileLock(folder / LOCK, blocking=False, is_singleton=True).acquire()
+        return FileLock(folder.resolve() / LOCK, blocking=False, is_singleton=True).acquire()
     except Timeout:
         raise UserError(f"{folder}: another training writes there; give another folder") from None
     except OSError as error:

@@ -81,10 +81,10 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
         metrics = folder / f"{name}.metrics.jsonl"
         if not metrics.exists():
             if row.after:
-                start = latest(folder / f"{row.after}_seed{seed}")
-                if not start.exists():
+                before = f"{row.after}_seed{seed}"
+                if not (folder / f"{before}.metrics.jsonl").exists():  # it may have been stopped
                     raise UserError(f"row={config.row}: needs row={row.after} of seed {seed} first")
-                given.append(f"resume={start}")
+                given.append(f"resume={latest(folder / before)}")
             script("train.py", [*given, f"hydra.run.dir={run}"])
             write_lines(metrics, map(json.dumps, summarised(json_lines(run / "metrics.jsonl"))))
         for kind, overrides in row.evaluate.items():

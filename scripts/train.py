@@ -33,6 +33,7 @@ def main(settings: DictConfig) -> float:
         if objective is not None:
             print(f"complete: {folder}")
             return objective
+        cli.record(settings, folder)
         return train(config, folder, device)
 
 

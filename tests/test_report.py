@@ -144,6 +144,9 @@ def test_a_kind_of_runs_without_a_metric_is_no_reason_to_warn(tmp_path: Path) ->
 def test_what_settings_do_not_tell_apart_is_named_by_its_folder(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name, 1)) for name in ("first", "second", "third")]
     assert names_of([runs[:2], runs[2:]]) == ["first and 1 more", "third"]
+    # and what these do not, by where they are
+    runs = [read_run(make_run(tmp_path / place / "run", 1)) for place in ("here", "there")]
+    assert names_of([runs[:1], runs[1:]]) == [f"{tmp_path}/here/run", f"{tmp_path}/there/run"]
 
 
 def test_a_sweep_is_all_runs_in_its_folder_that_have_begun(tmp_path: Path) -> None:

@@ -49,6 +49,12 @@ def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in table] == [["sticky", policy] for policy in policies]
     assert reproduce(tmp_path, "tiny").splitlines() == table  # nothing is run again
 
+    summary = tmp_path / "tiny_seed1.metrics.jsonl"
+    summary.rename(tmp_path / "aside")  # as if it had been stopped before its end
+    done = run_script("reproduce.py", "row=on", "seeds=[1]", f"folder={tmp_path}", *ROWS)
+    assert done.returncode == 2
+    assert "row=on: needs row=tiny of seed 1 first" in done.stderr
+    (tmp_path / "aside").rename(summary)
     continued = f"resume={tmp_path}/tiny_seed1/checkpoints/latest.pt"
     assert continued in reproduce(tmp_path, "on")
     assert steps(tmp_path / "on_seed1.metrics.jsonl") == [128]

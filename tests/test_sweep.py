@@ -51,6 +51,24 @@ def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -
     for run in runs:
         assert [line["step"] for line in metrics_of(run)] == [32, 64, 96, 128]
 
+    # other settings are refused, and what the runs were stays written; processes may be others
+    before = [(run / ".hydra" / "config.yaml").read_bytes() for run in runs]
+    done = run_script("train.py", *given, *SMALL, *LENGTH, "agent.lr=1")
+    assert done.returncode == 2
+    assert "exists, with a run of agent.lr=0.001, not 1.0" in done.stderr
+    assert [(run / ".hydra" / "config.yaml").read_bytes() for run in runs] == before
+    assert "curiosity=rnd" in (runs[2] / ".hydra" / "overrides.yaml").read_text()
+    done = run_script("train.py", *given, *SMALL, *LENGTH, "env.num_workers=1")
+    assert done.stdout.splitlines()[-1] == f"complete: {runs[2]}", done.stderr
+
+    # no character of a folder's name keeps a script from finding a checkpoint
+    folder.rename(tmp_path / "läufe (it's one)")
+    moved = tmp_path / "läufe (it's one)" / names[0] / "checkpoints" / "latest.pt"
+    out = tmp_path / "a=b,c.pt"
+    done = run_script("export.py", f"ckpt={moved}", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(out)["step"] == 128
+
 
 def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:
     done = run_script(

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,7 +108,8 @@ class Run:
         at_flag = np.flatnonzero(np.nan_to_num(self.values("episode/flag")))
         if len(at_flag):
             first = int(self.rows[at_flag[0]]["step"])
-            facts["first flag"] = (
+            resumed = " since it was resumed" if self.settings.resume else ""
+            facts[f"first flag{resumed}"] = (
                 f"after {thousands(first)} agent steps, {self.minutes[at_flag[0]]:.1f} minutes"
             )
         if "inverse gain" in figures:
@@ -143,7 +145,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
-    assert isinstance(settings, DictConfig)
+    if not isinstance(settings, DictConfig) or "agent" not in settings:
+        raise UserError(f"{folder}: .hydra/config.yaml has no settings; a full disk may be why")
     return Run(folder, settings, [str(each) for each in given], rows)
 
 
@@ -155,11 +158,13 @@ def names_of(kinds: list[list[Run]]) -> list[str]:
     ]
     of_all = set(given[0]).intersection(*given)
     names = [" ".join(each for each in one if each not in of_all) for one in given]
-    if len(set(names)) < len(kinds):
-        return [
-            runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "") for runs in kinds
-        ]
-    return [name or "as it is" for name in names]
+    if len(set(names)) == len(kinds):
+        return [name or "as it is" for name in names]
+    folders = [runs[0].name for runs in kinds]
+    if len(set(folders)) < len(kinds):
+        folders = [str(runs[0].folder) for runs in kinds]
+    more = [f" and {len(runs) - 1} more" if len(runs) > 1 else "" for runs in kinds]
+    return [folder + others for folder, others in zip(folders, more, strict=True)]
 
 
 def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -207,7 +212,7 @@ def write_report(runs: list[Run], out: Path) -> None:
         maps=list(_maps(single.folder)) if single else [],
         clip=_clip(single.folder) if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
-        checkpoint=latest(single.folder) if single else None,
+        checkpoint=shlex.quote(str(latest(single.folder))) if single else None,
         versions=versions(),
     )
     write_bytes(out, page.encode())
