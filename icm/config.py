@@ -461,8 +461,9 @@ def _check(config: Config) -> None:
         )
     if isinstance(agent, DQNConfig | PQNConfig):
         policy = agent.policy
+        temperature = [[0, 1]] if policy.temperature is None else policy.temperature
         for name, schedule, greatest, words in (
-            ("temperature", policy.temperature or [[0, 1]], math.inf, "0 or more"),
+            ("temperature", temperature, math.inf, "0 or more"),
             ("entropy", policy.entropy, 1, "between 0 and 1"),
             ("epsilon", policy.epsilon, 1, "between 0 and 1"),
         ):

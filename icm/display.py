@@ -39,7 +39,8 @@ class Display:
         self.saved: int | None = None
         self.printed = time.monotonic()
         console = Stderr(is_quiet=RANK > 0)
-        self.is_live = console.is_terminal
+        # rich draws nothing that lives on a dumb terminal, and may be made to see one in a file
+        self.is_live = console.is_interactive and sys.stderr.isatty()
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
             BarColumn(),

@@ -39,19 +39,20 @@ class Tracker:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.folder = folder
         threading.excepthook = self._report
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-        self.writer.add_custom_scalars(
-            {
-                question: {title: ["Multiline", list(names)] for title, names in charts.items()}
-                for question, charts in CHARTS.items()
-            }
-        )
-        self._describe(step, config)
         metrics = folder / "metrics.jsonl"
-        if metrics.exists():  # what a run did after its last checkpoint is done again
-            rows = json_lines(metrics)
-            write_lines(metrics, [json.dumps(row) for row in rows if row["step"] <= step])
-        self.file = metrics.open("a", buffering=1)
+        with self._writing():
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self.writer.add_custom_scalars(
+                {
+                    question: {title: ["Multiline", list(names)] for title, names in charts.items()}
+                    for question, charts in CHARTS.items()
+                }
+            )
+            self._describe(step, config)
+            if metrics.exists():  # what a run did after its last checkpoint is done again
+                rows = json_lines(metrics)
+                write_lines(metrics, [json.dumps(row) for row in rows if row["step"] <= step])
+            self.file = metrics.open("a", buffering=1)
         self.sums: dict[str, float | Tensor] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.values: dict[str, list[Tensor]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -19,7 +20,7 @@ from icm.agents.base import Agent, BrokenDownError
 from icm.collectives import all_objects, greatest, seconds
 from icm.config import Config, flat
 from icm.display import Display
-from icm.envs import episodes_in
+from icm.envs import core_name, episodes_in
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
@@ -166,7 +167,7 @@ class Trainer:
             }
             self.exploration.visit(self.step + n, infos, ended | life_lost)
             for episode in episodes_in(infos).values():
-                self._episode(episode)
+                self._episode(self.step + n, episode)
             self.previous = actions.masked_fill(reset, NO_ACTION)
             states, reset = next_states, torch.from_numpy(ended)
             self.step += n
@@ -198,14 +199,14 @@ class Trainer:
             self.tracker.add(samples)
             self.exploration.judge(surprise.tolist())
             chosen = ~self.unobserved["reset"]
-            self.tracker.collect("curiosity/surprise", surprise[chosen])
+            self.tracker.collect("curiosity/surprise", surprise[~surprise.isnan()])
             self.tracker.collect("policy/actions", self.unobserved["actions"][chosen])
             self.unobserved = None
 
-    def _episode(self, episode: dict[str, Any]) -> None:
+    def _episode(self, step: int, episode: dict[str, Any]) -> None:
         named = {f"episode/{k}": float(v) for k, v in episode.items() if k in EPISODE_METRICS}
         self.tracker.add(named)
-        self.exploration.finish(self.step, episode)
+        self.exploration.finish(step, episode)
 
     def _log(self, clock: "Clock") -> None:
         self._observe()
@@ -249,20 +250,32 @@ class Trainer:
         for name in sorted(before.keys() & now.keys() - {"resume"}):
             if before[name] != now[name]:
                 print(f"changed: {name}={now[name]}, was {before[name]}")
+        if before["agent.warmup_steps"] != (steps := self.config.agent.warmup_steps):
+            raise UserError(
+                f"agent.warmup_steps={steps}: {path} was made with {before['agent.warmup_steps']}, "
+                "which has to stay: it may be over"
+            )
         best = self.folder / "checkpoints" / "best.pt"
         if best.exists():  # it goes on in its own folder
-            self.best_average = restored(checkpoint.load(best)["exploration"]).objective()
+            try:
+                self.best_average = restored(checkpoint.load(best)["exploration"]).objective()
+            except UserError as error:
+                print(f"{error}; the next best average replaces it", file=sys.stderr)
         with checkpoint.restoring(path):
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
             workers = {"num_workers": None}  # results do not depend on them
             same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
+            core = core_name(self.config.env)
+            if (was := content.get("core", core)) != core:  # checkpoints from before have none
+                print(f"changed: the libretro core is {core}, was {was}")
+                same_env = False
             if not same_env:
                 self.exploration.best = None  # it would go otherwise here
                 self.exploration.latest.clear()
             torch.set_rng_state(content["rng"]["torch"])
-            if len(content["rng"]["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+            if self.agent.device.type == "cuda" and content["rng"]["cuda"]:
+                torch.cuda.set_rng_state(content["rng"]["cuda"][0], self.agent.device)
         resized = any(
             before[name] != now[name] for name in ("env.num_envs", "agent.replay_capacity")
         )
@@ -293,6 +306,8 @@ class Trainer:
 
         Whenever this is interrupted, the memory of what is `latest.pt` then is there.
         """
+        device = self.agent.device
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         self._observe()
         self.agent.check_updates()
         content = {
@@ -300,13 +315,14 @@ class Trainer:
             "config": asdict(self.config),
             "step": self.step,
             "versions": versions(),
+            "core": core_name(self.config.env),
             "metrics": self.tracker.last,
             "exploration": self.exploration.state_dict(),
             "episodes": self.envs.state_dict(),
             "previous": self.previous,
             "age": self.age,
             "interval": self.tracker.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             **self.agent.state_dict(),
         }
         if RANK > 0:
@@ -314,11 +330,12 @@ class Trainer:
         checkpoints = self.folder / "checkpoints"
         memory = checkpoints / memory_name(self.step)
         checkpoint.save(memory, self.agent.memory_dict())
-        names = [f"step_{self.step:09d}.pt", "latest.pt"]
+        names = [f"step_{self.step:09d}.pt"]
         average = self.exploration.average()
         if average is not None and average > self.best_average:
             self.best_average = average
             names.append("best.pt")
+        names.append("latest.pt")  # the last, because a run goes on with it
         for name in names:
             checkpoint.save(checkpoints / name, content)
         steps = sorted(checkpoints.glob("step_*.pt"))

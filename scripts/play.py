@@ -60,7 +60,7 @@ def main(settings: DictConfig) -> None:
         from icm.viz.video import FPS, record
 
         videos = path.parent.parent / "videos"  # of its run folder
-        out = Path(options.out) if options.out else videos / f"{path.stem}.mp4"
+        out = Path(options.out) if options.out else videos / f"play_{path.stem}.mp4"
         panel = MindPanel(player.actions) if options.mind else None
         with record(out, FPS * options.speed) as video:
             for moment in player.play(options.episodes):

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import settings
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.factory import build_agent
 from icm.models import (
     CONTRAST,
     INPUT_NORMS,
@@ -522,3 +525,28 @@ def test_actor_critic_sees_fields_as_fine_as_its_convolutions_leave(
     assert logits.shape == (5, 12)
     assert values.shape == (5, 1)
     assert logits.detach().softmax(1).max() < 0.1  # nearly uniform before it has learned
+
+
+def normalised(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_qnetwork_in_numpy(layer_norm: bool) -> None:
+    """Given 6x6 fields by three convolutions, and normalised before both layers or not at all."""
+    network = Qnetwork((4, 42, 42), 12, 256, convolutions=3, layer_norm=layer_norm).double()
+    assert network.linear1.in_features == 6 * 6 * 32
+    x = torch.randn(5, 4, 42, 42, dtype=torch.float64)
+    y = network.features(x).detach().numpy()
+    for layer in (network.linear1, network.linear2):
+        y = normalised(y) if layer_norm else y
+        y = np.where(y > 0, y, np.expm1(y)) if layer is network.linear2 else y
+        y = y @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+    assert network(x).detach().numpy() == pytest.approx(y, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("agent", "norms"), [("dqn", 0), ("pqn", 2)])
+def test_pqn_is_what_has_layer_normalisation(agent: str, norms: int) -> None:
+    built: Any = build_agent(settings(f"agent={agent}"), (4, 42, 42), 12, torch.device("cpu"))
+    assert len(built.qnetwork.norms) == norms
+    assert built.qnetwork.linear1.in_features == 6 * 6 * 32 + 12  # and the action before

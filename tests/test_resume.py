@@ -15,6 +15,7 @@ from icm import checkpoint
 from icm.config import Config
 from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
+from icm.errors import UserError
 from icm.factory import build_agent
 from icm.files import latest
 from icm.trainer import Trainer
@@ -87,7 +88,7 @@ def train(
         shape: Any = envs.single_observation_space.shape
         actions = action_count(envs.single_action_space)
         agent = build_agent(config, shape, actions, resolve_device(config.device))
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         trainer = kind(agent, envs, folder, config)
         trainer.stops_at = stops_at
         if resume is not None:
@@ -272,7 +273,7 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("learner", "change", "learn_from"),
-    [("ppo", "env.num_envs=4", 32), ("dqn", "agent.replay_capacity=400", 64 + 32)],
+    [("ppo", "env.num_envs=4", 64 + 32), ("dqn", "agent.replay_capacity=400", 64 + 32)],
 )
 def test_a_memory_of_another_size_is_filled_anew(
     learner: str, change: str, learn_from: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -298,3 +299,32 @@ def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
     remembered = checkpoint.load_file(memory(second))
     assert remembered["lives"]["count"].tolist() == [1, 1]
     assert remembered["reset"][remembered["head"] - 2].all()
+
+
+def test_another_warm_up_is_refused(tmp_path: Path) -> None:
+    first = train(config_of("ppo"), tmp_path / "first", 64)
+    with pytest.raises(UserError, match=r"agent\.warmup_steps=9: .* was made with 32"):
+        train(config_of("ppo", "agent.warmup_steps=9"), tmp_path / "second", 0, latest(first))
+
+
+def test_on_another_core_new_episodes_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(config_of("ppo"), tmp_path / "first", 100)
+    content = checkpoint.load(latest(first))
+    assert content["core"] == "fceumm_libretro"
+    checkpoint.save(latest(first), content | {"core": "quicknes_libretro"})
+    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first))
+    assert "core is fceumm_libretro, was quicknes_libretro" in capsys.readouterr().out
+    episodes = checkpoint.load(latest(second))["episodes"]
+    assert [len(actions) for actions in episodes["actions"]] == [1, 1]
+
+
+def test_a_damaged_best_checkpoint_keeps_nothing_from_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(config_of("ppo"), tmp_path / "run", 64)
+    (run / "checkpoints" / "best.pt").write_bytes(b"damaged")
+    train(config_of("ppo"), run, resume=latest(run))
+    assert "best.pt" in capsys.readouterr().err
+    assert checkpoint.load(latest(run))["step"] == TOTAL

@@ -28,7 +28,7 @@ from icm.models import InputNorm, Phi, contrast_normalised
 from icm.ranks import WORLD_SIZE
 from icm.replay import Replay, Sequences
 
-MOST_SKIPPED = 50  # updates without a break that may fail, before it is taken as final
+MOST_SKIPPED = 50  # steps of the optimizer without a break that may fail, before it is final
 
 
 class BrokenDownError(UserError):
@@ -125,7 +125,7 @@ class Agent[Batch](ABC):
         self.learn_from = agent.warmup_steps
         self.updates = 0
         self.learned_steps = 0.0  # agent steps that these updates were made for
-        self.skipped = torch.zeros((), device=device)  # updates that were not finite
+        self.skipped = torch.zeros((), device=device)  # steps that were not finite
         self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
 
     @cached_property
@@ -299,7 +299,7 @@ class Agent[Batch](ABC):
 
         Returns:
             statistics of transitions, of each those that it is of, (transitions,); and the surprise
-            of each transition, (num_envs,) on the CPU, 0 where it is none.
+            of each transition, (num_envs,) on the CPU, nan where an action led to none.
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
@@ -334,7 +334,7 @@ class Agent[Batch](ABC):
             samples["icm/inverse_accuracy"] = hits[judged].float()
             samples["icm/inverse_heldout"] = inverse[judged]
             samples["icm/inverse_gain"] = (entropy(probabilities) - inverse)[judged]
-        return samples, surprise * judged
+        return samples, surprise.masked_fill(~judged, torch.nan)
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
         """Keep one step of every environment: arguments of `Replay.add`, values, raw rewards."""
@@ -472,14 +472,14 @@ class Agent[Batch](ABC):
         self.signal.update_target()
 
     def check_updates(self) -> None:
-        """See whether updates fail one after the other; waits for the device.
+        """See whether the optimizer's steps fail one after the other; waits for the device.
 
         Raises:
             BrokenDownError: they do.
         """
         if (skipped := int(self.skipped_running.item())) >= MOST_SKIPPED:
             raise BrokenDownError(
-                f"loss or gradients of the last {skipped} updates were not finite"
+                f"loss or gradients of the last {skipped} steps of the optimizer were not finite"
             )
 
     # --- state ----------------------------------------------------------------------------------

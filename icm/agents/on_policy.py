@@ -173,7 +173,8 @@ class OnPolicy(Agent[Batch]):
         self.restart()
 
     def forget(self, step: int) -> None:
-        """See `Agent.forget`; a new rollout is all that the learner needs."""
+        """See `Agent.forget`; curiosity alone needs more than a new rollout."""
+        super().forget(step)
         self.restart()
 
     def restart(self) -> None:

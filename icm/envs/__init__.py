@@ -166,6 +166,15 @@ def describe_emulator(config: EnvConfig) -> str | None:
     )
 
 
+def core_name(config: EnvConfig) -> str | None:
+    """The libretro core that runs the game, without its folder; None if none does.
+
+    Raises:
+        UserError: no core was found.
+    """
+    return find_core(config.core).stem if config.emulator == "libretro" else None
+
+
 def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
     try:
         spec = _find_spec(config.id)
