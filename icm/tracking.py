@@ -90,12 +90,12 @@ class Tracker:
         self.values[name].append(values)
 
     def add(self, samples: dict[str, Any]) -> None:
-        """Add a number or a tensor of samples, any shape, to each average.
+        """Add a number, which may be a scalar tensor, or many samples (N,) to each average.
 
         Sums of tensors stay where these are until `averages`.
         """
         for name, value in samples.items():
-            many = isinstance(value, Tensor)
+            many = isinstance(value, Tensor) and value.ndim > 0
             self.sums[name] = self.sums[name] + (value.sum() if many else value)
             self.counts[name] += value.numel() if many else 1
 
