@@ -26,6 +26,7 @@ PASSED = ("episode/flag", "share of games past 1-1")
 LEVELS = ("explore/levels", "levels reached")
 LEVEL_ROWS = {
     "level": ("ICM", "#1f4e8c"),
+    "level_dqn": ("ICM, Q-learning", "#3f8f4f"),
     "level_random_features": ("random features", "#c8641b"),
     "level_none": ("no curiosity", "#808080"),
 }
@@ -99,7 +100,8 @@ def compare(
     for line, by_minutes in zip(all_axes, (False, True), strict=True):
         for axes, metric in zip(line, metrics, strict=True):
             curves(axes, rows, metric, by_minutes)
-    all_axes[0, 0].legend(frameon=False)
+    named = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper left", ncols=len(rows), frameon=False)
     figure.savefig(DOCS / "images" / file, dpi=100)
 
 
