@@ -22,9 +22,12 @@ METRICS = {
 }
 
 
+@pytest.mark.parametrize("colours", [False, True])
 def test_a_file_gets_a_plain_line_a_minute_and_a_last_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    colours: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if colours:  # rich takes any file for a terminal then
+        monkeypatch.setenv("FORCE_COLOR", "1")
     now = 1000.0
     monkeypatch.setattr("icm.display.time.monotonic", lambda: now)
     display = Display(0, 240_000)
