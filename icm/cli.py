@@ -33,7 +33,7 @@ from icm.ranks import RANK, WORLD_SIZE
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SETTINGS = ".hydra/config.yaml"
 PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 # the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
 OmegaConf.register_new_resolver(
@@ -103,7 +103,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except BrokenPipeError:  # of --help
         leave()
     except OSError as error:  # of Hydra, which writes before it begins
-        if error.errno not in NO_ROOM:
+        if error.errno not in UNWRITABLE:
             raise
         fail(error)
     except KeyboardInterrupt:
@@ -150,7 +150,7 @@ class RunFolder(Callback):
                 folder = new_folder(Path(config.hydra.sweep.dir))
             except UserError as error:
                 fail(error)
-            more.append(f"hydra.sweep.dir='{folder}'")
+            more.append(quoted(f"hydra.sweep.dir={folder}"))
         more.append("hydra.output_subdir=null")  # see `record`
         with read_write(config), open_dict(config):  # Hydra makes the settings of each run of these
             config.hydra.overrides.hydra.extend(more)

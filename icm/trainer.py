@@ -64,6 +64,7 @@ class Trainer:
         self.best_average = -math.inf  # score, of the checkpoints in this run folder
         self.exploration = Exploration()
         self.gallery = Gallery(folder, config)
+        self.core = core_name(config.env)
         self.stopped_by: int | None = None
         self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
         # of the running episodes: the actions before the next ones, and how many there were
@@ -266,9 +267,9 @@ class Trainer:
             self.exploration.load_state_dict(content["exploration"])
             workers = {"num_workers": None}  # results do not depend on them
             same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
-            core = core_name(self.config.env)
-            if (was := content.get("core", core)) != core:  # checkpoints from before have none
-                print(f"changed: the libretro core is {core}, was {was}")
+            # checkpoints from before have none
+            if (was := content.get("core", self.core)) != self.core:
+                print(f"changed: the libretro core is {self.core}, was {was}")
                 same_env = False
             if not same_env:
                 self.exploration.best = None  # it would go otherwise here
@@ -315,7 +316,7 @@ class Trainer:
             "config": asdict(self.config),
             "step": self.step,
             "versions": versions(),
-            "core": core_name(self.config.env),
+            "core": self.core,
             "metrics": self.tracker.last,
             "exploration": self.exploration.state_dict(),
             "episodes": self.envs.state_dict(),

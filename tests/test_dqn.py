@@ -496,11 +496,11 @@ def test_death_is_terminal_or_not() -> None:
     for terminal in (False, True):
         agent = make_agent(agent__death_is_terminal=terminal)
         play(agent)
-        disturb(agent.target, 2, scale=2.0)
+        disturb(agent.target, 2, scale=3.0)
         expected = slow_losses(agent, next_batch(agent))["loss/q"]
         losses[terminal] = agent.update()["loss/q"].item()
         assert losses[terminal] == pytest.approx(expected, rel=1e-3)
-    assert losses[True] != pytest.approx(losses[False], rel=5e-3)
+    assert losses[True] != pytest.approx(losses[False], rel=1e-2)
 
 
 def test_of_single_steps_deaths_are_learned_too() -> None:
@@ -954,7 +954,7 @@ def test_observed_statistics() -> None:
         assert found.keys() == expected.keys()
         for name, values in expected.items():
             kept = [x for x, v in zip(values, valid, strict=True) if v]
-            assert found[name].tolist() == pytest.approx(kept, rel=1e-3, abs=1e-4), name
+            assert found[name].tolist() == pytest.approx(kept, rel=1e-3, abs=1e-5), name
     assert seen[3] > 3
     assert seen[2] > 3  # there were resets among them
 

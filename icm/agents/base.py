@@ -323,17 +323,18 @@ class Agent[Batch](ABC):
             reset=reset,
             novelty=novelty,
         )
+        undecided = entropy(probabilities)
         samples = {
             "reward/intrinsic": self.scale(raw)[valid],
             "reward/extrinsic": rewards[valid],
-            "policy/entropy": entropy(probabilities)[valid],
+            "policy/entropy": undecided[valid],
         }
         if errors.logits is not None and errors.inverse is not None:
             hits = errors.logits.argmax(1).cpu() == actions
             inverse = errors.inverse.cpu()
             samples["icm/inverse_accuracy"] = hits[judged].float()
             samples["icm/inverse_heldout"] = inverse[judged]
-            samples["icm/inverse_gain"] = (entropy(probabilities) - inverse)[judged]
+            samples["icm/inverse_gain"] = (undecided - inverse)[judged]
         return samples, surprise.masked_fill(~judged, torch.nan)
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
