@@ -155,7 +155,7 @@ class ICMConfig(PredictorConfig):
     reduction: str
     forward_scale: float
     inverse_scale: float
-    target_tau: float
+    target_tau: float | None
     normalize_features: bool
     policy_prior: bool
     inverse_dropout: float
@@ -334,12 +334,12 @@ def _check(config: Config) -> None:
     sections = vars(config) | {"": config}
 
     def given(*names: str) -> list[tuple[str, Any]]:
-        """Those of the settings that this agent and this curiosity have."""
+        """Those of the settings that this agent and this curiosity have and that are not null."""
         found = []
         for name in names:
             group, _, key = name.rpartition(".")
-            if hasattr(sections[group], key):
-                found.append((name, getattr(sections[group], key)))
+            if (value := getattr(sections[group], key, None)) is not None:
+                found.append((name, value))
         return found
 
     for name, value in given(
@@ -365,7 +365,7 @@ def _check(config: Config) -> None:
         "curiosity.hidden",
         "curiosity.ensemble",
     ):
-        if value is not None and value < 1:
+        if value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
     for name, value in given("env.num_envs", "agent.batch_size", "agent.replayed"):
         if value % WORLD_SIZE:

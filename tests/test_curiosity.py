@@ -257,6 +257,31 @@ def test_target_phi_may_be_phi() -> None:
     assert torch.equal(icm.encode(states)[:, 0], icm.encode(states)[:, 1])
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_without_a_target_both_losses_train_phi(normalize: bool) -> None:
+    icm, states, actions, after = image_icm(target_tau=None, normalize_features=normalize)
+    assert set(icm.networks) == {"phi", "fnet", "inverse"}
+    icm.update_target()
+    errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
+    loss, _ = icm.loss(errors, torch.ones(6, dtype=torch.bool))
+
+    seen, next_seen = icm.phi(states), icm.phi(after)
+    hidden = torch.relu(icm.inverse.linear1(torch.cat((seen, next_seen), 1)))
+    log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
+    inverse = -log_p[torch.arange(6), actions].mean()
+    if normalize:
+        seen, next_seen = (
+            (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            for x in (seen, next_seen)
+        )
+    hidden = torch.relu(icm.fnet.linear1(torch.cat((seen, torch.eye(4)[actions]), 1)))
+    forward = (icm.fnet.linear2(hidden) - next_seen).pow(2).mean(1).mean()
+    parts = zip(gradients(inverse, icm.phi), gradients(forward, icm.phi), strict=True)
+    expected = [0.7 * of_inverse + 0.3 * of_forward for of_inverse, of_forward in parts]
+    assert max(g.abs().max() for g in gradients(forward, icm.phi)) > 1e-3
+    assert_same(gradients(loss, icm.phi), expected)
+
+
 def test_scale_of_normalised_features_does_not_matter() -> None:
     icm, states, actions, after = image_icm(normalize_features=True)
     policy = torch.full((6, 4), 0.25)

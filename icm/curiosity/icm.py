@@ -2,9 +2,11 @@
 
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
 
-The surprise is measured on features of a *moving average* of phi, normalised, much as in
-BYOL-Explore (Guo et al. 2022): phi itself changes faster than a forward model can follow, and then
-every state is as surprising as any other.
+The surprise is measured on features of phi itself, which the forward loss reaches, too, as in the
+paper: so phi forgets what it could not predict. Or it is measured on those of a *moving average* of
+phi, much as in BYOL-Explore (Guo et al. 2022), and phi learns from the inverse loss alone. It then
+changes faster than a forward model could follow, and with its own features every state would be as
+surprising as any other.
 """
 
 import copy
@@ -30,8 +32,9 @@ class ICM(Signal):
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
         target_tau: share of phi that enters its moving average, the target phi, with every step of
-            the optimizer; with 1 the two are the same.
-        normalize_features: whether the features of the target phi are normalised to mean 0 and
+            the optimizer; with 1 the two are the same. None: there is no average, and phi learns
+            from both losses (eq. 7).
+        normalize_features: whether the features that are predicted are normalised to mean 0 and
             variance 1 (layer normalisation without parameters), so that their scale cannot drift.
         policy_prior: whether the inverse model is told the policy, see `forward`.
     """
@@ -47,7 +50,7 @@ class ICM(Signal):
         reduction: str = "mean",
         forward_scale: float = 1.0,
         inverse_scale: float = 1.0,
-        target_tau: float = 1.0,
+        target_tau: float | None = 1.0,
         normalize_features: bool = False,
         policy_prior: bool = False,
     ) -> None:
@@ -55,7 +58,9 @@ class ICM(Signal):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} is not one of mean, sum")
         self.phi, self.fnet, self.inverse = phi, fnet, inverse
-        self.target_phi = copy.deepcopy(phi).requires_grad_(False)
+        self.target_phi = None
+        if target_tau is not None:
+            self.target_phi = copy.deepcopy(phi).requires_grad_(False)
         self.beta, self.eta = beta, eta
         self.reduction = reduction
         self.forward_scale, self.inverse_scale = forward_scale, inverse_scale
@@ -65,24 +70,27 @@ class ICM(Signal):
     @property
     def networks(self) -> dict[str, nn.Module]:
         """Every network under the name it has in a checkpoint."""
-        return {
+        networks: dict[str, nn.Module] = {
             "phi": self.phi,
-            "target_phi": self.target_phi,
             "fnet": self.fnet,
             "inverse": self.inverse,
         }
+        if self.target_phi is not None:
+            networks["target_phi"] = self.target_phi
+        return networks
 
     def encode(self, x: Tensor) -> Tensor:
         """Features of normalised states (batch, C, H, W), shape (batch, 2, F).
 
-        First those of phi, which learn from the inverse loss; then those of the target phi, which
-        the forward model sees and predicts, without gradient: no loss on them reaches phi.
+        First those of phi, which the inverse model sees; then those that the forward model sees and
+        predicts. If these are of a target phi, no loss on them reaches phi.
         """
-        learned = self.phi(x).float()
-        with torch.no_grad():
-            target = self.target_phi(x).float()
-            if self.normalize_features:
-                target = F.layer_norm(target, target.shape[1:])
+        learned = target = self.phi(x).float()
+        if self.target_phi is not None:
+            with torch.no_grad():
+                target = self.target_phi(x).float()
+        if self.normalize_features:
+            target = F.layer_norm(target, target.shape[1:])
         return torch.stack((learned, target), dim=1)
 
     def forward(
@@ -105,7 +113,7 @@ class ICM(Signal):
         Returns:
             surprise: eta * forward (eq. 6);
             forward: ||fnet(phi(s), a) - phi(s')||^2 summed or averaged over F (eq. 5, without 1/2),
-                phi being the target phi here;
+                phi being the target phi here if there is one;
             inverse: cross-entropy of the guessed action, in nats (eq. 3).
         """
         (learned, target), (next_learned, next_target) = features.unbind(1), next_features.unbind(1)
@@ -129,5 +137,6 @@ class ICM(Signal):
         return loss, {"loss/forward": forward.detach(), "loss/inverse": inverse.detach()}
 
     def update_target(self) -> None:
-        """Let the target phi follow phi by one step of the optimizer."""
-        follow(self.target_phi, self.phi, self.target_tau)
+        """Let the target phi, if there is one, follow phi by one step of the optimizer."""
+        if self.target_phi is not None and self.target_tau is not None:
+            follow(self.target_phi, self.phi, self.target_tau)
