@@ -102,6 +102,11 @@ def summed(count: Tensor) -> Tensor:
     return count
 
 
+def mean_of_ranks(tensor: Tensor) -> Tensor:
+    """Mean over ranks of a tensor, without gradient, also within compiled functions."""
+    return summed(tensor.detach()) / WORLD_SIZE
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
     """Replace float32 tensors by their means over ranks."""
     if WORLD_SIZE == 1:

@@ -262,24 +262,38 @@ def test_without_a_target_both_losses_train_phi(normalize: bool) -> None:
     icm, states, actions, after = image_icm(target_tau=None, normalize_features=normalize)
     assert set(icm.networks) == {"phi", "fnet", "inverse"}
     icm.update_target()
+    valid = torch.tensor([True, False, True, True, True, True])
     errors = icm(icm.encode(states), actions, icm.encode(after), torch.full((6, 4), 0.25))
-    loss, _ = icm.loss(errors, torch.ones(6, dtype=torch.bool))
+    loss, parts = icm.loss(errors, valid)
 
     seen, next_seen = icm.phi(states), icm.phi(after)
     hidden = torch.relu(icm.inverse.linear1(torch.cat((seen, next_seen), 1)))
     log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
-    inverse = -log_p[torch.arange(6), actions].mean()
-    if normalize:
-        seen, next_seen = (
-            (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-            for x in (seen, next_seen)
-        )
+    inverse = -log_p[torch.arange(6), actions][valid].mean()
     hidden = torch.relu(icm.fnet.linear1(torch.cat((seen, torch.eye(4)[actions]), 1)))
-    forward = (icm.fnet.linear2(hidden) - next_seen).pow(2).mean(1).mean()
-    parts = zip(gradients(inverse, icm.phi), gradients(forward, icm.phi), strict=True)
-    expected = [0.7 * of_inverse + 0.3 * of_forward for of_inverse, of_forward in parts]
+    squares = (icm.fnet.linear2(hidden) - next_seen).pow(2).mean(1)
+    assert_same([errors.surprise], [squares.detach()])
+    forward = squares[valid].mean()
+    if normalize:
+        forward = forward / next_seen[valid].var(0, correction=0).mean()
+    assert parts["loss/forward"].item() == pytest.approx(forward.item(), rel=1e-5)
+    both = zip(gradients(inverse, icm.phi), gradients(forward, icm.phi), strict=True)
+    expected = [0.7 * of_inverse + 0.3 * of_forward for of_inverse, of_forward in both]
     assert max(g.abs().max() for g in gradients(forward, icm.phi)) > 1e-3
     assert_same(gradients(loss, icm.phi), expected)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_small_features_do_not_help_the_forward_model(size: float) -> None:
+    icm, states, actions, after = image_icm(target_tau=None, normalize_features=True)
+    encoded, next_encoded = size * icm.encode(states), size * icm.encode(after)
+    with torch.no_grad():
+        icm.fnet.linear2.weight.zero_()
+        icm.fnet.linear2.bias.copy_(next_encoded[:, 1].mean(0))
+    errors = icm(encoded, actions, next_encoded, torch.full((6, 4), 0.25))
+    _, parts = icm.loss(errors, torch.ones(6, dtype=torch.bool))
+    # their mean is predicted, and nothing of what differs
+    assert parts["loss/forward"].item() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_scale_of_normalised_features_does_not_matter() -> None:

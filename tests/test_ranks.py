@@ -28,7 +28,7 @@ COMMON = (
     "compile=off",
     "device=cpu",
 )
-PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
+PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4", "curiosity.target_tau=null")
 DQN = (
     *COMMON,
     "agent=dqn",

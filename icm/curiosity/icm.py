@@ -3,8 +3,8 @@
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
 
 The surprise is measured on features of phi itself, which the forward loss reaches, too, as in the
-paper: so phi forgets what it could not predict. Or it is measured on those of a *moving average* of
-phi, much as in BYOL-Explore (Guo et al. 2022), and phi learns from the inverse loss alone. It then
+paper: so phi forgets what cannot be predicted. Or it is measured on those of a *moving average* of
+phi, much as in BYOL-Explore (Guo et al. 2022), and phi learns from the inverse loss alone. Phi then
 changes faster than a forward model could follow, and with its own features every state would be as
 surprising as any other.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
+from icm.collectives import mean_of_ranks
 from icm.curiosity.signal import Errors, MaskedMean, Signal
 from icm.models import Fnet, InverseNet, Phi, follow
 
@@ -34,8 +35,10 @@ class ICM(Signal):
         target_tau: share of phi that enters its moving average, the target phi, with every step of
             the optimizer; with 1 the two are the same. None: there is no average, and phi learns
             from both losses (eq. 7).
-        normalize_features: whether the features that are predicted are normalised to mean 0 and
-            variance 1 (layer normalisation without parameters), so that their scale cannot drift.
+        normalize_features: whether what is predicted is normalised. Features of the target phi are,
+            to mean 0 and variance 1 within every state (layer normalisation without parameters), so
+            that their scale cannot drift. With phi's own the forward loss is a share of their
+            variance over the batch, or phi could lower it by making all states alike.
         policy_prior: whether the inverse model is told the policy, see `forward`.
     """
 
@@ -89,8 +92,8 @@ class ICM(Signal):
         if self.target_phi is not None:
             with torch.no_grad():
                 target = self.target_phi(x).float()
-        if self.normalize_features:
-            target = F.layer_norm(target, target.shape[1:])
+                if self.normalize_features:
+                    target = F.layer_norm(target, target.shape[1:])
         return torch.stack((learned, target), dim=1)
 
     def forward(
@@ -122,9 +125,11 @@ class ICM(Signal):
             logits = logits + behaviour.clamp_min(1e-8).log()
         inverse_error = F.cross_entropy(logits, actions, reduction="none")
         predicted = self.fnet(target, actions, previous).float()
-        squared = F.mse_loss(predicted, next_target, reduction="none")
-        forward_error = squared.mean(1) if self.reduction == "mean" else squared.sum(1)
-        return Errors(self.eta * forward_error.detach(), forward_error, inverse_error, logits)
+        forward_error = self._reduced((predicted - next_target).square())
+        surprise = self.eta * forward_error.detach()
+        is_share = self.training and self.normalize_features and self.target_phi is None
+        share_of = next_target if is_share else None
+        return Errors(surprise, forward_error, inverse_error, logits, share_of)
 
     def loss(self, errors: Errors, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(1 - beta) L_I + beta L_F (eq. 7) over the transitions where `valid` (batch,) is true."""
@@ -132,11 +137,29 @@ class ICM(Signal):
         assert errors.inverse is not None
         mean = MaskedMean(valid)
         forward, inverse = mean(errors.forward), mean(errors.inverse)
+        if errors.share_of is not None:
+            center = mean_of_ranks(mean(errors.share_of))
+            variance = mean(self._reduced((errors.share_of - center).square()))
+            forward = share(forward, variance)
         loss = (1 - self.beta) * inverse * self.inverse_scale
         loss = loss + self.beta * forward * self.forward_scale
         return loss, {"loss/forward": forward.detach(), "loss/inverse": inverse.detach()}
+
+    def _reduced(self, squared: Tensor) -> Tensor:
+        """Squared errors (batch, F) as one per transition, (batch,)."""
+        return squared.mean(1) if self.reduction == "mean" else squared.sum(1)
 
     def update_target(self) -> None:
         """Let the target phi, if there is one, follow phi by one step of the optimizer."""
         if self.target_phi is not None and self.target_tau is not None:
             follow(self.target_phi, self.phi, self.target_tau)
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """What a mean over the batch is of another, from what `MaskedMean` gives on each rank.
+
+    Averaged over ranks, it and its gradient are those of the batch.
+    """
+    of_batch, whole_of_batch = mean_of_ranks(part), mean_of_ranks(whole).clamp_min(1e-8)
+    gradient_of_whole = of_batch / whole_of_batch.square() * (whole - whole.detach())
+    return part / whole_of_batch - gradient_of_whole

@@ -14,12 +14,13 @@ from icm.ranks import WORLD_SIZE
 
 @dataclass
 class Errors:
-    """What a signal finds in transitions; every tensor of shape (batch,) but the logits."""
+    """What a signal finds in transitions; every tensor of shape (batch,) but the last two."""
 
     surprise: Tensor  # the raw intrinsic reward, without gradient
     forward: Tensor | None = None  # what the signal's predictor is to make small
     inverse: Tensor | None = None  # cross-entropy of the guessed action, nats
     logits: Tensor | None = None  # of the guess, (batch, actions)
+    share_of: Tensor | None = None  # (batch, F), if the share of its variance is to be made small
 
 
 class Signal(nn.Module, ABC):
@@ -95,5 +96,6 @@ class MaskedMean:
         self.count = summed(mask.sum()).clamp_min(1) / WORLD_SIZE
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Of values of the mask's shape."""
-        return (values * self.mask).sum() / self.count
+        """Of values of the mask's shape, or (*mask's shape, F): then (F,)."""
+        mask = self.mask.unsqueeze(-1) if values.ndim > self.mask.ndim else self.mask
+        return (values * mask).sum(tuple(range(self.mask.ndim))) / self.count
