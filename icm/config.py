@@ -3,13 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from icm.errors import UserError
 from icm.ranks import WORLD_SIZE
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 INPUT_NORMS = ("standard", "contrast", "scale", "stack")
 """See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
@@ -271,7 +271,7 @@ class PlayConfig:
     env: GameConfig
 
 
-def parse_config(settings: DictConfig) -> Config:
+def parse_config(settings: "DictConfig") -> Config:
     """Turn composed settings into typed ones.
 
     Raises:
@@ -282,12 +282,16 @@ def parse_config(settings: DictConfig) -> Config:
     return config
 
 
-def typed[T](settings: DictConfig, kind: type[T]) -> T:
+def typed[T](settings: "DictConfig", kind: type[T]) -> T:
     """Turn composed settings into the dataclass `kind`, every field of it and no other key.
 
     Raises:
         UserError: a value is missing or of the wrong type, or a key is unknown.
     """
+    # only now: each worker process of the environments imports this module, and parses nothing
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
     keys = [str(key) for key in settings if key != "hydra"]
     try:
         merged = OmegaConf.merge(
@@ -313,12 +317,14 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def special(kind: type, settings: DictConfig) -> type:
+def special(kind: type, settings: "DictConfig") -> type:
     """`kind` with the types of `agent` and `curiosity` that `settings` name, where it has these.
 
     Raises:
         UserError: there are none of these names.
     """
+    from omegaconf import OmegaConf  # see `typed`
+
     types = []
     for group, kinds in (("agent", AGENTS), ("curiosity", CURIOSITIES)):
         if group in {setting.name for setting in fields(kind)}:

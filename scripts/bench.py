@@ -1,11 +1,12 @@
 """Measure speed: `python scripts/bench.py [quick=true]`; `--help` lists the settings."""
 
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
-from icm import cli
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def main(settings: DictConfig) -> None:
+def main(settings: "DictConfig") -> None:
     """Measure the parts and whole trainings; print tables, write JSON."""
     import json
     import math
@@ -45,4 +46,6 @@ def main(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from icm import cli  # here, because worker processes import this file, too
+
     cli.run(main, "bench")

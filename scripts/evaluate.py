@@ -1,11 +1,12 @@
 """Measure a checkpoint: `python scripts/evaluate.py ckpt=PATH [episodes=30] [env.id=ID]`."""
 
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
-from icm import cli
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def main(settings: DictConfig) -> None:
+def main(settings: "DictConfig") -> None:
     """Play with the sampled and the greedy policy and at random; the last line is JSON."""
     import json
     from pathlib import Path
@@ -39,4 +40,6 @@ def main(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    from icm import cli  # here, because worker processes import this file, too
+
     cli.run(main, "evaluate")

@@ -3,24 +3,23 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
-from icm import cli
 from icm.config import Config, parse_config
 from icm.ranks import WORLD_SIZE
 
 if TYPE_CHECKING:
     import torch
+    from omegaconf import DictConfig
 
 
-def main(settings: DictConfig) -> float:
+def main(settings: "DictConfig") -> float:
     """Train in the run folder, or go on there; the result is what a search for settings maximises.
 
     Exits like the signal that stopped it, if any did.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    # only now, because torch takes its time to import
+    # only now, because torch takes its time to import, and worker processes import this file, too
+    from icm import cli
     from icm.collectives import all_objects, together
     from icm.device import resolve_device
     from icm.files import lock
@@ -39,6 +38,7 @@ def main(settings: DictConfig) -> float:
 
 def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
     """The checkpoint to continue, and the result if that is complete; of a folder with a run."""
+    from icm import cli
     from icm.exploration import restored
 
     own = cli.own_checkpoint(config, folder)
@@ -86,4 +86,6 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
 
 
 if __name__ == "__main__":
+    from icm import cli
+
     cli.run(main, "config")
