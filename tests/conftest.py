@@ -5,18 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 from icm.config import Config, parse_config
-from icm.soak.forked import run_forked
+from icm.files import latest
+from icm.soak.forked import run_forked, start_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +38,13 @@ def settings(*overrides: str) -> Config:
         return parse_config(compose("config", list(overrides)))
 
 
+def unseen() -> dict[str, str]:
+    """The environment of a script without a GPU, without a display and with one thread."""
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    return environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 def run_script(
     name: str, *arguments: object, env: dict[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
@@ -43,9 +54,7 @@ def run_script(
     else: importing would take most of the time. With `env`, in a wholly new one.
     """
     command = [str(ROOT / "scripts" / name), *map(str, arguments)]
-    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = unseen() | (env or {})
     if env is not None:
         return subprocess.run(
             [sys.executable, *command],
@@ -91,17 +100,32 @@ def whole_training(folder: Path, *arguments: object) -> Path:
 def saved_training(folder: Path, *arguments: object, **how: Any) -> subprocess.Popen[str]:
     """A training that has a checkpoint in its folder by now; `how`: see `start_training`."""
     process = start_training(*arguments, **how)
-    while not (folder / "checkpoints" / "latest.pt").exists():
+    while not latest(folder).exists():
         assert process.poll() is None
         time.sleep(0.01)
     return process
 
 
+def forked_training(place: Path, *arguments: object) -> BaseProcess:
+    """Start scripts/train.py, forked as in `run_script`; what it prints is written into a folder.
+
+    Not for tests of how a process of its own begins, of its terminal or of signals.
+    """
+    return start_forked("train.py", tuple(map(str, arguments)), unseen(), place)
+
+
 def killed_training(folder: Path, *arguments: object) -> None:
     """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
-    process = saved_training(folder, *arguments)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with tempfile.TemporaryDirectory() as place:
+        process = forked_training(Path(place), *arguments)
+        while not latest(folder).exists():
+            assert process.is_alive()
+            time.sleep(0.01)
+        training = psutil.Process(process.pid)
+        for each in (training, *training.children(recursive=True)):
+            each.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 UNSEEN = ("map.every=0", "video.every=0", "report.every=0")

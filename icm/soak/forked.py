@@ -10,6 +10,7 @@ import runpy
 import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ _FORKS.set_forkserver_preload(
         "torch._dynamo",  # which an optimizer imports
     ]
 )
+
+OUTPUTS = ("stdout", "stderr", "status", "peak")
+"""Files of what a script printed, its exit status, and the most memory that it had."""
 
 
 @dataclass
@@ -49,10 +53,8 @@ def run_forked(
 ) -> Ended:
     """Run scripts/`name` with arguments, in an environment, for at most `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, file) for file in ("stdout", "stderr", "status", "peak")]
-        command = [str(ROOT / "scripts" / name), *arguments]
-        process = _FORKS.Process(target=_as_script, args=(command, environment, outputs))
-        process.start()
+        outputs = [Path(folder, file) for file in OUTPUTS]
+        process = start_forked(name, arguments, environment, Path(folder))
         process.join(timeout)
         process.kill()  # nothing happens to one that has ended
         process.join()
@@ -60,6 +62,17 @@ def run_forked(
             file.read_text() if file.exists() else "" for file in outputs
         )
     return Ended(int(status) if status else None, stdout, stderr, int(peak or 0))
+
+
+def start_forked(
+    name: str, arguments: tuple[str, ...], environment: dict[str, str], folder: Path
+) -> BaseProcess:
+    """Start scripts/`name` with arguments, in an environment; writes `OUTPUTS` into a folder."""
+    outputs = [folder / file for file in OUTPUTS]
+    command = [str(ROOT / "scripts" / name), *arguments]
+    process = _FORKS.Process(target=_as_script, args=(command, environment, outputs))
+    process.start()
+    return process
 
 
 def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
