@@ -1,8 +1,10 @@
 """A run that was stopped and resumed is the run that was not, to the last bit."""
 
+import functools
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,17 @@ def train(
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained_until(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run folder of a training of `config_of` until a step: one for all tests, to be read."""
+
+    @functools.cache
+    def run(stops_at: int, learner: str, *more: str) -> Path:
+        return train(config_of(learner, *more), tmp_path_factory.mktemp(learner), stops_at)
+
+    return run
+
+
 def memory(folder: Path) -> Path:
     (path,) = (folder / "checkpoints").glob("replay_*.pt")
     return path
@@ -150,10 +163,10 @@ def metrics_of(*folders: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(
-    learner: str, more: list[str], tmp_path: Path
+    learner: str, more: list[str], tmp_path: Path, trained_until: Callable[..., Path]
 ) -> None:
     config = config_of(learner, *more)
-    whole = train(config, tmp_path / "whole")
+    whole = trained_until(0, learner, *more)
     rng = np.random.default_rng(len(" ".join([learner, *more])))
     stop = 2 * int(rng.integers(1, TOTAL // 2))
     first = train(config, tmp_path / "first", stop)
@@ -167,11 +180,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
 
 
 def test_a_run_that_still_lives_is_resumed_with_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_until: Callable[..., Path]
 ) -> None:
     """Which it replaces with its next checkpoint, be it when that has just been read."""
     config = config_of("ppo")
-    whole = train(config, tmp_path / "whole")
+    whole = trained_until(0, "ppo")
     first = train(config, tmp_path / "first", 64)
     later = train(config, tmp_path / "later", 96)
     load, live = checkpoint.load, [later]
@@ -213,10 +226,10 @@ def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
     ids=str,
 )
 def test_rollouts_of_other_settings_are_not_gone_on_with(
-    change: dict[str, int], tmp_path: Path
+    change: dict[str, int], tmp_path: Path, trained_until: Callable[..., Path]
 ) -> None:
     config = config_of("ppo", "agent.batch_size=4")
-    first = train(config, tmp_path / "first", 100)
+    first = trained_until(100, "ppo", "agent.batch_size=4")
     vars(config.agent).update(change)
     config.total_steps = 192
     second = train(config, tmp_path / "second", resume=latest(first))
@@ -227,18 +240,20 @@ def test_rollouts_of_other_settings_are_not_gone_on_with(
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_at_which_steps_it_saves_changes_nothing(learner: str, tmp_path: Path) -> None:
-    config = config_of(learner)
-    seldom = train(config, tmp_path / "seldom")
-    often = train(config, tmp_path / "often", kind=EagerTrainer)
+def test_at_which_steps_it_saves_changes_nothing(
+    learner: str, tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
+    seldom = trained_until(0, learner)
+    often = train(config_of(learner), tmp_path / "often", kind=EagerTrainer)
     assert_same(latest(seldom), latest(often))
     assert metrics_of(seldom) == metrics_of(often)
 
 
-def test_another_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+def test_another_number_of_workers_changes_nothing(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
     config = config_of("ppo")
-    whole = train(config, tmp_path / "whole")
-    first = train(config, tmp_path / "first", 100)
+    whole, first = trained_until(0, "ppo"), trained_until(100, "ppo")
     config.env.num_workers = 2
     second = train(config, tmp_path / "second", resume=latest(first))
     models = [checkpoint.load(latest(folder))["models"] for folder in (whole, second)]
@@ -256,7 +271,7 @@ def test_what_was_found_best_and_the_newest_checkpoints_are_kept(tmp_path: Path)
 
 
 def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
-    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=640")
+    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=384")
     found = []
 
     class Judged(StoppedTrainer):
@@ -276,9 +291,14 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
     [("ppo", "env.num_envs=4", 64 + 32), ("dqn", "agent.replay_capacity=400", 64 + 32)],
 )
 def test_a_memory_of_another_size_is_filled_anew(
-    learner: str, change: str, learn_from: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    learner: str,
+    change: str,
+    learn_from: int,
+    tmp_path: Path,
+    trained_until: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    first = train(config_of(learner), tmp_path / "first", 64)
+    first = trained_until(64, learner)
     longer = config_of(learner, change, "total_steps=192")
     second = train(longer, tmp_path / "second", resume=latest(first))
     assert "no memory of step 64 and of this size beside" in capsys.readouterr().out
@@ -288,9 +308,11 @@ def test_a_memory_of_another_size_is_filled_anew(
     assert content["agent"]["updates"] > checkpoint.load(latest(first))["agent"]["updates"]
 
 
-def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
+def test_in_another_environment_new_episodes_begin(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
     config = config_of("ppo")
-    first = train(config, tmp_path / "first", 100)
+    first = trained_until(100, "ppo")
     config.env.sticky_probability = 0.25
     second = train(config, tmp_path / "second", 102, latest(first))
     content = checkpoint.load(latest(second))
@@ -301,16 +323,16 @@ def test_in_another_environment_new_episodes_begin(tmp_path: Path) -> None:
     assert remembered["reset"][remembered["head"] - 2].all()
 
 
-def test_another_warm_up_is_refused(tmp_path: Path) -> None:
-    first = train(config_of("ppo"), tmp_path / "first", 64)
+def test_another_warm_up_is_refused(tmp_path: Path, trained_until: Callable[..., Path]) -> None:
+    first = trained_until(64, "ppo")
     with pytest.raises(UserError, match=r"agent\.warmup_steps=9: .* was made with 32"):
         train(config_of("ppo", "agent.warmup_steps=9"), tmp_path / "second", 0, latest(first))
 
 
 def test_on_another_core_new_episodes_begin(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = train(config_of("ppo"), tmp_path / "first", 100)
+    first = shutil.copytree(trained_until(100, "ppo"), tmp_path / "first")
     content = checkpoint.load(latest(first))
     assert content["core"] == "fceumm_libretro"
     checkpoint.save(latest(first), content | {"core": "quicknes_libretro"})
@@ -321,9 +343,9 @@ def test_on_another_core_new_episodes_begin(
 
 
 def test_a_damaged_best_checkpoint_keeps_nothing_from_going_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(config_of("ppo"), tmp_path / "run", 64)
+    run = shutil.copytree(trained_until(64, "ppo"), tmp_path / "run")
     (run / "checkpoints" / "best.pt").write_bytes(b"damaged")
     train(config_of("ppo"), run, resume=latest(run))
     assert "best.pt" in capsys.readouterr().err
