@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, metrics_of, run_script, settings, start_training, whole_training
+from conftest import (
+    SMALL,
+    forked_training,
+    metrics_of,
+    run_script,
+    settings,
+    start_training,
+    whole_training,
+)
 from omegaconf import OmegaConf
 from test_vector import ENV, assert_equal
 
@@ -82,9 +90,9 @@ def ray_in_a_folder() -> Generator[str]:
 
 
 def start_node(*arguments: str) -> None:
-    """Start a node of one core."""
+    """Start a node of one core; nobody reads its logs."""
     place = os.environ["RAY_TMPDIR"]
-    given = ("--num-cpus=1", "--object-store-memory=80000000")
+    given = ("--num-cpus=1", "--object-store-memory=80000000", "--include-log-monitor=false")
     subprocess.run(
         [RAY, "start", *arguments, *given, f"--plasma-directory={place}"],
         check=True,
@@ -97,7 +105,7 @@ def start_node(*arguments: str) -> None:
 def cluster() -> Iterator[tuple[str, psutil.Process]]:
     """Two nodes: the folder of their files, and the raylet of the second one."""
     with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        start_node("--head", "--port=0", "--include-dashboard=false")
+        start_node("--head", "--port=0", "--include-dashboard=false", "--no-monitor")
         first = raylets(folder)
         address = Path(folder, "ray", "ray_current_cluster").read_text()
         patch.setenv("RAY_ADDRESS", address)
@@ -154,17 +162,18 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
 ) -> None:
     folder, second_node = cluster
     run, alone = tmp_path / "run", tmp_path / "alone"
-    process = start_training(*ON_RAY, LENGTH, f"hydra.run.dir={run}")
+    process = forked_training(tmp_path, *ON_RAY, LENGTH, f"hydra.run.dir={run}")
     while not (run / "metrics.jsonl").exists() or not metrics_of(run):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     second_node.kill()
     killed, before = time.monotonic(), len(metrics_of(run))
     while len(metrics_of(run)) < before + 2:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < killed + 120  # how long it takes stands in docs/scaling.md
         time.sleep(0.05)
-    assert process.wait(timeout=60) == 0
+    process.join(60)
+    assert process.exitcode == 0
     assert metrics_of(run)[-1]["workers/failures"] == 1
     whole_training(alone, *ON_RAY, "collector=local", LENGTH)
     assert [facts(line) for line in metrics_of(run)] == [facts(line) for line in metrics_of(alone)]
@@ -181,12 +190,12 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
     assert metrics_of(tmp_path / "on")[-1]["step"] == 448
 
     # one that is killed leaves no actors
-    process = start_training(*ON_RAY, f"hydra.run.dir={tmp_path / 'killed'}")
+    process = forked_training(tmp_path, *ON_RAY, f"hydra.run.dir={tmp_path / 'killed'}")
     while not actors(folder):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     assert not psutil.wait_procs(actors(folder), timeout=20)[1]
 
 
