@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, SMALL, UNSEEN, metrics_of, run_script, settings, start_training
 
 from icm import checkpoint
+from icm.soak.forked import run_forked
 
 # --- what works ---------------------------------------------------------------------------------
 
@@ -275,7 +276,6 @@ def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     ("number", "to_workers", "status"),
     [
         (signal.SIGINT, False, 130),
-        (signal.SIGTERM, False, 143),
         (signal.SIGTERM, True, 143),
         (signal.SIGHUP, False, 129),
     ],
@@ -402,8 +402,9 @@ def test_play_opens_a_window_where_there_is_a_display(trained: Path, tmp_path: P
         running.terminate()
         running.communicate()
     # but who wants a file gets one
-    command += ["env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    given = (f"ckpt={latest}", "speed=8", "env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}")
+    ended = run_forked("play.py", given, environment, timeout=120)
+    assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "game.mp4").exists()
 
 
