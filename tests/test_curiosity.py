@@ -269,6 +269,11 @@ def test_without_a_target_both_losses_train_phi(normalize: bool) -> None:
     hidden = torch.relu(icm.inverse.linear1(torch.cat((seen, next_seen), 1)))
     log_p = torch.log_softmax(icm.inverse.linear2(hidden), 1)
     inverse = -log_p[torch.arange(6), actions][valid].mean()
+    if normalize:
+        seen, next_seen = (
+            (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            for x in (seen, next_seen)
+        )
     hidden = torch.relu(icm.fnet.linear1(torch.cat((seen, torch.eye(4)[actions]), 1)))
     squares = (icm.fnet.linear2(hidden) - next_seen).pow(2).mean(1)
     assert_same([errors.surprise], [squares.detach()])

@@ -276,6 +276,7 @@ def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     ("number", "to_workers", "status"),
     [
         (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
         (signal.SIGTERM, True, 143),
         (signal.SIGHUP, False, 129),
     ],

@@ -35,10 +35,10 @@ class ICM(Signal):
         target_tau: share of phi that enters its moving average, the target phi, with every step of
             the optimizer; with 1 the two are the same. None: there is no average, and phi learns
             from both losses (eq. 7).
-        normalize_features: whether what is predicted is normalised. Features of the target phi are,
-            to mean 0 and variance 1 within every state (layer normalisation without parameters), so
-            that their scale cannot drift. With phi's own the forward loss is a share of their
-            variance over the batch, or phi could lower it by making all states alike.
+        normalize_features: whether the features that are predicted are normalised to mean 0 and
+            variance 1 within every state (layer normalisation without parameters), so that their
+            scale cannot drift. If phi learns from the forward loss, that is a share of their
+            variance over the batch besides, or phi could lower it by making all states alike.
         policy_prior: whether the inverse model is told the policy, see `forward`.
     """
 
@@ -92,8 +92,8 @@ class ICM(Signal):
         if self.target_phi is not None:
             with torch.no_grad():
                 target = self.target_phi(x).float()
-                if self.normalize_features:
-                    target = F.layer_norm(target, target.shape[1:])
+        if self.normalize_features:
+            target = F.layer_norm(target, target.shape[1:])
         return torch.stack((learned, target), dim=1)
 
     def forward(
