@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -28,13 +29,7 @@ COMMON = (
     "compile=off",
     "device=cpu",
 )
-PPO = (
-    *COMMON,
-    "agent.rollout_steps=16",
-    "agent.replayed=4",
-    "curiosity.target_tau=null",  # ranks share a batch's variance
-    "curiosity.lr=1e-5",  # rounding grows with what weights move: 2.4e-4 here in all
-)
+PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
 DQN = (
     *COMMON,
     "agent=dqn",
@@ -113,3 +108,41 @@ def test_what_ranks_cannot_do_is_one_line(
     assert done.returncode == 2
     assert done.stderr == f"train.py: error: {complaint}\n"
     assert not folder.exists()
+
+
+OF_EACH_RANK = """
+import sys
+import torch
+from icm.collectives import average_, own, together
+from icm.curiosity import ICM
+from icm.models import Fnet, InverseNet, Phi
+from icm.ranks import RANK
+
+torch.manual_seed(0)
+phi = Phi((2, 16, 16))
+icm = ICM(phi, Fnet(phi.num_features, 4, 16), InverseNet(phi.num_features, 4, 16),
+          beta=0.2, eta=1.0, target_tau=None, normalize_features=True)
+states, after = torch.rand(2, 12, 2, 16, 16)
+actions, valid = torch.randint(4, (12,)), torch.rand(12) < 0.7
+with together(torch.device("cpu")):
+    given = icm.encode(own(states)), own(actions), icm.encode(own(after))
+    loss, parts = icm.loss(icm(*given, torch.full((len(given[1]), 4), 0.25)), own(valid))
+    loss.backward()
+    found = [loss.detach(), parts["loss/forward"], *(p.grad for p in icm.parameters())]
+    average_(found)
+if RANK == 0:
+    torch.save(found, sys.argv[1])
+"""
+
+
+def test_ranks_share_the_variance_of_a_batch(tmp_path: Path) -> None:
+    script = tmp_path / "of_each_rank.py"
+    script.write_text(OF_EACH_RANK)
+    found = []
+    for name, launcher in (("alone", ()), ("ranks", TORCHRUN)):
+        command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        found.append(torch.load(tmp_path / name))
+    alone, of_ranks = found
+    assert max(gradient.abs().max() for gradient in alone[2:]) > 1e-3
+    torch.testing.assert_close(of_ranks, alone, rtol=1e-4, atol=1e-7)
