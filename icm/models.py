@@ -112,19 +112,20 @@ def with_previous(x: Tensor, previous: Tensor | None, num_previous: int) -> Tens
 
 
 class _ELU(torch.autograd.Function):
-    """See `elu`. The gradient, 1 or y + 1, needs only the result y."""
+    """See `elu`. The gradient, 1 or y + 1, needs only the result y.
+
+    No `setup_context`: with one, each call inspects signatures, as long as the arithmetic takes.
+    """
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 hides small y in bfloat16
         y = wide.clamp(max=0).exp_().sub_(1).to(x.dtype)
         # fresh memory costs as much as the arithmetic; not compiled, and there PyTorch 2.11 cannot
         # take an `out`, and has no gradient of what is changed in place
-        return torch.maximum(x, y, out=None if torch.compiler.is_compiling() else y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+        result = torch.maximum(x, y, out=None if torch.compiler.is_compiling() else y)
+        ctx.save_for_backward(result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]

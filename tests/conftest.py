@@ -107,11 +107,12 @@ def saved_training(folder: Path, *arguments: object, **how: Any) -> subprocess.P
 
 
 def forked_training(place: Path, *arguments: object) -> BaseProcess:
-    """Start scripts/train.py, forked as in `run_script`; what it prints is written into a folder.
+    """Start scripts/train.py, forked as in `run_script`, in a session of its own.
 
-    Not for tests of how a process of its own begins, of its terminal or of signals.
+    What it prints is written into a folder. Not for tests of how a process of its own begins, or of
+    its terminal.
     """
-    return start_forked("train.py", tuple(map(str, arguments)), unseen(), place)
+    return start_forked("train.py", tuple(map(str, arguments)), unseen(), place, session=True)
 
 
 def killed_training(folder: Path, *arguments: object) -> None:

@@ -2,14 +2,13 @@
 
 import functools
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, settings
+from conftest import ROOT, SMALL, run_script, settings, unseen
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -17,9 +16,11 @@ from icm.agents.base import Agent
 from icm.compilation import WORTHWHILE, Compiler, resolve_compile
 from icm.device import resolve_device
 from icm.factory import build_agent
+from icm.soak.forked import run_forked
 
+NO_COMPILER = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 AGENTS = {
-    "dqn": ("agent.batch_size=32", "agent.n_step=1"),  # each one makes compiling longer
+    "dqn": ("agent.batch_size=8", "agent.n_step=1"),  # each one makes compiling longer
     "ppo": ("agent.rollout_steps=32",),
     "pqn": ("agent.rollout_steps=32",),
 }
@@ -86,7 +87,7 @@ def updated_plainly(name: str, *overrides: str) -> tuple[list[dict[str, float]],
         ("ppo", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
         ("ppo", ("precision=bf16", "compile=off", "agent.accumulate=2"), 2e-2, 5e-2),
         ("ppo", ("precision=bf16", "compile=off", "curiosity.target_tau=null"), 2e-2, 5e-2),
-        ("ppo", ("precision=bf16", "compile=on"), 2e-2, 5e-2),
+        ("ppo", ("precision=bf16", "compile=on", "curiosity=none"), 2e-2, 5e-2),
         ("pqn", ("precision=bf16", "compile=off"), 2e-2, 5e-2),
         ("pqn", ("precision=float32", "compile=on", "curiosity=none"), 1e-3, 2e-3),
     ],
@@ -160,10 +161,12 @@ def test_without_a_compiler_auto_goes_on_and_on_is_refused() -> None:
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    environment = {**os.environ, "CXX": "/no/such/compiler", "CUDA_VISIBLE_DEVICES": ""}
-    environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=unseen() | NO_COMPILER,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     said, answer, refused = result.stdout.splitlines()
@@ -174,16 +177,8 @@ def test_without_a_compiler_auto_goes_on_and_on_is_refused() -> None:
 
 
 def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Path) -> None:
-    result = run_script(
-        "train.py",
-        "compile=on",
-        "device=cpu",
-        "total_steps=3000",
-        "env.num_envs=2",
-        "agent.warmup_steps=100",
-        f"hydra.run.dir={tmp_path}/run",
-        env={"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
-    )
+    given = (*SMALL, "compile=on", "total_steps=3000", f"hydra.run.dir={tmp_path}/run")
+    result = run_script("train.py", *given, env=NO_COMPILER)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert "error: compile=on: failed (" in last
@@ -192,9 +187,11 @@ def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Pa
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_a_signal_ends_compiling_and_the_function_is_used_as_it_is(tmp_path: Path) -> None:
-    program = (
+    program = tmp_path / "program.py"
+    program.write_text(
         "import contextlib, os, signal, threading, time, psutil, torch\n"
         "from icm.compilation import Compiler\n"
+        "os.setsid()\n"
         "compilers, got, watching = set(), [], True\n"
         "signal.signal(signal.SIGINT, lambda *_: got.append('here'))\n"
         "def watch():\n"
@@ -218,16 +215,8 @@ def test_a_signal_ends_compiling_and_the_function_is_used_as_it_is(tmp_path: Pat
         "print(x.grad[0].item(), double, len(compilers), got, len(left))\n"
         "print(signal.getsignal(signal.SIGINT).__name__)\n"
     )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # so that there is something to do
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
+    new = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # so that there is something to do
+    result = run_forked(str(program), (), unseen() | new, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     first, handler = result.stdout.splitlines()

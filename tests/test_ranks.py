@@ -1,16 +1,17 @@
 """Several learners of one agent, started by torchrun."""
 
 import signal
+import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import UNSEEN, metrics_of, run_script, saved_training, whole_training
+from conftest import UNSEEN, metrics_of, run_script, saved_training, unseen, whole_training
 
 from icm import checkpoint
+from icm.soak.forked import start_forked
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 COMMON = (
@@ -112,6 +113,9 @@ def test_what_ranks_cannot_do_is_one_line(
 
 OF_EACH_RANK = """
 import sys
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "icm"]:
+    del sys.modules[name]  # imported before this was a rank
 import torch
 from icm.collectives import average_, own, together
 from icm.curiosity import ICM
@@ -138,11 +142,21 @@ if RANK == 0:
 def test_ranks_share_the_variance_of_a_batch(tmp_path: Path) -> None:
     script = tmp_path / "of_each_rank.py"
     script.write_text(OF_EACH_RANK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     found = []
-    for name, launcher in (("alone", ()), ("ranks", TORCHRUN)):
-        command = [sys.executable, *launcher, str(script), str(tmp_path / name)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        found.append(torch.load(tmp_path / name))
+    for world in (1, 2):
+        out, running = tmp_path / f"of_{world}.pt", []
+        for rank in range(world):
+            told = {"RANK": str(rank), "WORLD_SIZE": str(world)}
+            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = tmp_path / f"{rank}_of_{world}"
+            place.mkdir()
+            running.append(start_forked(str(script), (str(out),), unseen() | told, place))
+        for process in running:
+            process.join(60)
+        found.append(torch.load(out))
     alone, of_ranks = found
     assert max(gradient.abs().max() for gradient in alone[2:]) > 1e-3
     torch.testing.assert_close(of_ranks, alone, rtol=1e-4, atol=1e-7)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,16 @@ import imageio.v2 as imageio
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, UNSEEN, metrics_of, run_script, settings, start_training
+from conftest import (
+    ROOT,
+    SMALL,
+    UNSEEN,
+    forked_training,
+    metrics_of,
+    run_script,
+    settings,
+    start_training,
+)
 
 from icm import checkpoint
 from icm.soak.forked import run_forked
@@ -257,6 +267,14 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
+def wait_for_lines(folder: Path, number: int, is_running: Callable[[], bool]) -> None:
+    """Until a training has logged so many."""
+    log = folder / "metrics.jsonl"
+    while not (log.is_file() and len(metrics_of(folder)) >= number):
+        assert is_running()
+        time.sleep(0.1)
+
+
 def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     """A training in a session of its own, as of a terminal, that has begun to log."""
     hangup = signal.SIG_IGN if nohup else signal.SIG_DFL
@@ -266,9 +284,7 @@ def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
     )
-    log = folder / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text()):
-        time.sleep(0.1)
+    wait_for_lines(folder, 1, lambda: process.poll() is None)
     return process
 
 
@@ -285,15 +301,17 @@ def test_a_signal_saves_and_ends_with_its_status(
     number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = started(folder)
+    process = forked_training(tmp_path, *SMALL, f"hydra.run.dir={folder}")
+    wait_for_lines(folder, 1, process.is_alive)
+    assert process.pid is not None
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)  # as a terminal does
-    process.send_signal(number)  # and then `uv run`
+    os.kill(process.pid, number)  # and then `uv run`
     for worker in workers if to_workers else []:  # as a cluster's scheduler does
         worker.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert "Traceback" not in stderr
+    process.join(60)
+    assert (tmp_path / "status").read_text() == str(status)
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
     assert not psutil.wait_procs(workers, timeout=10)[1]
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
     assert metrics_of(folder)[-1]["step"] == step // 32 * 32  # the last whole interval
@@ -304,8 +322,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
     process = started(tmp_path / "run", nohup=True)
     before = len(metrics_of(tmp_path / "run"))
     process.send_signal(signal.SIGHUP)
-    while process.poll() is None and len(metrics_of(tmp_path / "run")) < before + 3:
-        time.sleep(0.1)
+    wait_for_lines(tmp_path / "run", before + 3, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130

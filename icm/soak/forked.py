@@ -65,17 +65,28 @@ def run_forked(
 
 
 def start_forked(
-    name: str, arguments: tuple[str, ...], environment: dict[str, str], folder: Path
+    name: str,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    folder: Path,
+    session: bool = False,
 ) -> BaseProcess:
-    """Start scripts/`name` with arguments, in an environment; writes `OUTPUTS` into a folder."""
+    """Start scripts/`name` with arguments, in an environment; writes `OUTPUTS` into a folder.
+
+    In a `session` of its own, as of a terminal, if that is wanted.
+    """
     outputs = [folder / file for file in OUTPUTS]
     command = [str(ROOT / "scripts" / name), *arguments]
-    process = _FORKS.Process(target=_as_script, args=(command, environment, outputs))
+    process = _FORKS.Process(target=_as_script, args=(command, environment, outputs, session))
     process.start()
     return process
 
 
-def _as_script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+def _as_script(
+    command: list[str], environment: dict[str, str], outputs: list[Path], session: bool
+) -> None:
+    if session:
+        os.setsid()
     for number, path in enumerate(outputs[:2], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
