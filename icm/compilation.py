@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -99,6 +100,8 @@ class Compiler:
         self.mode = mode
         # code is generated in this process: others would stay, each with the memory of a PyTorch
         self.options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
+        if device.type == "cpu" and sys.platform == "linux":  # tried nowhere else
+            self.options["cpp_wrapper"] = True  # one C++ file per function, not one per kernel
         self.device = device
 
     def __call__[**P, R](self, function: Callable[P, R], *, alone: bool = True) -> Callable[P, R]:
