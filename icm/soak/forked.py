@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Ended:
 def run_forked(
     name: str, arguments: tuple[str, ...], environment: dict[str, str], timeout: float
 ) -> Ended:
-    """Run scripts/`name` with arguments, in an environment, for at most `timeout` seconds."""
+    """Run scripts/`name`, or what an absolute path names, for at most `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, file) for file in OUTPUTS]
         process = start_forked(name, arguments, environment, Path(folder))
@@ -71,7 +72,7 @@ def start_forked(
     folder: Path,
     session: bool = False,
 ) -> BaseProcess:
-    """Start scripts/`name` with arguments, in an environment; writes `OUTPUTS` into a folder.
+    """Start what `run_forked` runs; writes `OUTPUTS` into a folder.
 
     In a `session` of its own, as of a terminal, if that is wanted.
     """
@@ -87,6 +88,7 @@ def _as_script(
 ) -> None:
     if session:
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` is not meant for these
     for number, path in enumerate(outputs[:2], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
