@@ -310,6 +310,7 @@ def test_a_signal_saves_and_ends_with_its_status(
     for worker in workers if to_workers else []:  # as a cluster's scheduler does
         worker.send_signal(number)
     process.join(60)
+    process.kill()  # nothing happens to one that has ended
     assert (tmp_path / "status").read_text() == str(status)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
     assert not psutil.wait_procs(workers, timeout=10)[1]
