@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ def run_script(
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """What a run folder's metrics.jsonl has."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_lines(folder: Path, number: int, is_running: Callable[[], bool]) -> None:
+    """Until a training has logged so many."""
+    log = folder / "metrics.jsonl"
+    while not (log.is_file() and len(metrics_of(folder)) >= number):
+        assert is_running()
+        time.sleep(0.05)
 
 
 def start_training(

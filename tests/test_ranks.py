@@ -156,6 +156,8 @@ def test_ranks_share_the_variance_of_a_batch(tmp_path: Path) -> None:
             running.append(start_forked(str(script), (str(out),), unseen() | told, place))
         for process in running:
             process.join(60)
+            process.kill()  # nothing happens to one that has ended
+            assert process.exitcode == 0
         found.append(torch.load(out))
     alone, of_ranks = found
     assert max(gradient.abs().max() for gradient in alone[2:]) > 1e-3

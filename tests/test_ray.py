@@ -22,6 +22,7 @@ from conftest import (
     run_script,
     settings,
     start_training,
+    wait_for_lines,
     whole_training,
 )
 from omegaconf import OmegaConf
@@ -163,9 +164,7 @@ def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_every
     folder, second_node = cluster
     run, alone = tmp_path / "run", tmp_path / "alone"
     process = forked_training(tmp_path, *ON_RAY, LENGTH, f"hydra.run.dir={run}")
-    while not (run / "metrics.jsonl").exists() or not metrics_of(run):
-        assert process.is_alive()
-        time.sleep(0.05)
+    wait_for_lines(run, 1, process.is_alive)
     second_node.kill()
     killed, before = time.monotonic(), len(metrics_of(run))
     while len(metrics_of(run)) < before + 2:
@@ -207,9 +206,7 @@ def test_without_a_cluster_it_starts_one_that_ends_with_it_and_is_deaf_to_signal
     with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")  # not one that runs beside
         process = start_training(*ON_RAY, f"hydra.run.dir={run}", stderr=subprocess.PIPE)
-        while not (run / "metrics.jsonl").exists() or not metrics_of(run):
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_for_lines(run, 1, lambda: process.poll() is None)
         found = processes(folder)
         assert len(raylets(folder)) == 1
         os.killpg(process.pid, signal.SIGTERM)  # to every process, as a cluster's scheduler does

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from conftest import (
     run_script,
     settings,
     start_training,
+    wait_for_lines,
 )
 
 from icm import checkpoint
@@ -267,14 +267,6 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
-def wait_for_lines(folder: Path, number: int, is_running: Callable[[], bool]) -> None:
-    """Until a training has logged so many."""
-    log = folder / "metrics.jsonl"
-    while not (log.is_file() and len(metrics_of(folder)) >= number):
-        assert is_running()
-        time.sleep(0.1)
-
-
 def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
     """A training in a session of its own, as of a terminal, that has begun to log."""
     hangup = signal.SIG_IGN if nohup else signal.SIG_DFL
@@ -311,7 +303,7 @@ def test_a_signal_saves_and_ends_with_its_status(
         worker.send_signal(number)
     process.join(60)
     process.kill()  # nothing happens to one that has ended
-    assert (tmp_path / "status").read_text() == str(status)
+    assert process.exitcode == status
     assert "Traceback" not in (tmp_path / "stderr").read_text()
     assert not psutil.wait_procs(workers, timeout=10)[1]
     step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
