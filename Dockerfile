@@ -1,4 +1,5 @@
-# Trains by default:      docker run --gpus all -v "$PWD/runs:/app/runs" icm
+# Trains by default:      mkdir -p runs && docker run --gpus all -v "$PWD/runs:/app/runs" icm
+#                         (writes as user 1000: where you are another, chown 1000 runs)
 # Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
 # A Ray cluster:          deploy/ray-compose.yaml
 #

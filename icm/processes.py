@@ -18,7 +18,8 @@ CLOSING_TIME = 4.0  # seconds in which a process has to end
 # A terminal and a cluster's scheduler send these to every process; the main one alone reacts: it
 # saves and ends the others, and should it be killed, they end with their pipe.
 HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; not on Windows
-SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, HANGUP) if s is not None)
+TIME_IS_UP = getattr(signal, "SIGUSR2", None)  # of Slurm, as submitit asks it to; not on Windows
+SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, HANGUP, TIME_IS_UP) if s is not None)
 
 
 class Assistants:
@@ -60,7 +61,8 @@ class Assistants:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         serve, arguments = self._given
-        resource_tracker.ensure_running()  # starting it with the first process clears the mask
+        with signals_blocked():  # its own, because starting it lets some through again
+            resource_tracker.ensure_running()
         with signals_blocked():
             process = context.Process(target=_assist, args=(serve, theirs, *arguments), daemon=True)
             process.start()

@@ -51,12 +51,15 @@ def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
 
 def train(config: Config, folder: Path, device: "torch.device") -> float:
     """Build environments and agent, and let them train; see `main`."""
+    import signal
     import sys
 
     from icm.device import busy_cores, describe_device, share_cores
     from icm.envs import action_count, describe_emulator, make_vector_env
+    from icm.errors import UserError
     from icm.factory import build_agent
     from icm.memory import keep_freed
+    from icm.processes import TIME_IS_UP
     from icm.shared_envs import SharedVectorEnv
     from icm.trainer import Trainer
 
@@ -81,6 +84,11 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
     finally:
         envs.close()
     if stopped_by is not None:
+        if stopped_by == TIME_IS_UP and callable(signal.getsignal(stopped_by)):
+            try:
+                signal.raise_signal(stopped_by)  # a launcher's: exits, and the job comes again
+            except Exception as error:
+                raise UserError(f"{folder}: {error} The same command goes on there.") from None
         sys.exit(128 + stopped_by)
     return trainer.exploration.objective()
 

@@ -287,6 +287,7 @@ def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
         (signal.SIGTERM, False, 143),
         (signal.SIGTERM, True, 143),
         (signal.SIGHUP, False, 129),
+        (signal.SIGUSR2, True, 140),
     ],
 )
 def test_a_signal_saves_and_ends_with_its_status(

@@ -1,9 +1,18 @@
 """Runs that go on in their own folders, and many of them at once."""
 
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import SMALL, killed_training, metrics_of, run_script
+from conftest import (
+    SMALL,
+    forked_training,
+    killed_training,
+    metrics_of,
+    run_script,
+    wait_for_lines,
+)
 from omegaconf import OmegaConf
 
 from icm import checkpoint
@@ -68,6 +77,29 @@ def test_a_sweep_that_was_killed_goes_on_with_another_launcher(tmp_path: Path) -
     done = run_script("export.py", f"ckpt={moved}", f"out={out}")
     assert done.returncode == 0, done.stderr
     assert checkpoint.load(out)["step"] == 128
+
+
+def test_a_job_whose_time_is_up_saves_and_comes_again(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    run = folder / "0_"
+    given = ("-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={folder}")
+    launcher = forked_training(tmp_path, *given, *SMALL, "total_steps=512")
+    wait_for_lines(run, 1, launcher.is_alive)
+    (job,) = [
+        each
+        for each in psutil.Process(launcher.pid).children(recursive=True)
+        if "submitit.core._submit" in each.cmdline()
+    ]
+    for each in (job, *job.children(recursive=True)):  # as Slurm does
+        each.send_signal(signal.SIGUSR2)
+    launcher.join(100)
+    launcher.kill()  # nothing happens to one that has ended
+    assert launcher.exitcode == 0, (tmp_path / "stderr").read_text()
+    (output,) = (path.read_text() for path in folder.glob(".submitit/*/*.out"))
+    _, saved, again = output.split("Starting with JobEnvironment")
+    assert "saved step " in saved
+    assert "of running episodes again" in again
+    assert [line["step"] for line in metrics_of(run)] == list(range(32, 513, 32))
 
 
 def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:
