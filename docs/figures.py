@@ -4,7 +4,7 @@
 # ///
 """Draws docs/images from docs/results: `uv run docs/figures.py [EPISODE.mp4]`.
 
-level.png and game.png show the rows of these names, means over their seeds and standard errors.
+level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors.
 Given a video of scripts/play.py, run.png shows frames of it above the curves of the row `level`.
 """
 
@@ -33,6 +33,16 @@ LEVEL_ROWS = {
 GAME_ROWS = {
     "game": ("ICM", "#1f4e8c"),
     "game_random_features": ("random features", "#c8641b"),
+}
+SIGNALS = {
+    "icm": ("ICM", "#1f4e8c"),
+    "random_features": ("random features", "#c8641b"),
+    "disagreement": ("disagreement", "#7a4fa3"),
+}
+NOISES = {
+    "surprise": "without noise: distance, pixels",
+    "noise": "a corner of noise",
+    "switch": "noise that an action switches on",
 }
 FPS = 60
 GAME = 768  # columns of a video's frame that show the game, not the panel beside it
@@ -105,6 +115,17 @@ def compare(
     figure.savefig(DOCS / "images" / file, dpi=100)
 
 
+def compare_noises() -> None:
+    """Draw the distances of each signal without noise, with noise and with a switch for it."""
+    figure, all_axes = plt.subplots(1, 3, figsize=(12.4, 3.6), layout="constrained", sharey=True)
+    for axes, (noise, title) in zip(all_axes, NOISES.items(), strict=True):
+        rows = {f"{noise}_{signal}": style for signal, style in SIGNALS.items()}
+        curves(axes, rows, (DISTANCE[0], title))
+    named = all_axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper left", ncols=len(SIGNALS), frameon=False)
+    figure.savefig(DOCS / "images/noise.png", dpi=100)
+
+
 def show_run(video: Path) -> None:
     """Draw frames of an episode above the curves of the default on 1-1."""
     figure = plt.figure(figsize=(12.4, 5.9))
@@ -132,5 +153,6 @@ def show_run(video: Path) -> None:
 if __name__ == "__main__":
     compare("level.png", LEVEL_ROWS, (DISTANCE, CELLS, GAIN))
     compare("game.png", GAME_ROWS, (PASSED, CELLS, LEVELS))
+    compare_noises()
     for argument in sys.argv[1:]:
         show_run(Path(argument))
