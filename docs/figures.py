@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent
 DISTANCE = ("episode/distance", "distance of an episode, pixels")
@@ -24,19 +25,21 @@ CELLS = ("explore/cells", "cells discovered")
 GAIN = ("icm/inverse_gain", "inverse gain, nats")
 PASSED = ("episode/flag", "share of games past 1-1")
 LEVELS = ("explore/levels", "levels reached")
+ICM = ("ICM", "#1f4e8c")
+RANDOM_FEATURES = ("random features", "#c8641b")
 LEVEL_ROWS = {
-    "level": ("ICM", "#1f4e8c"),
+    "level": ICM,
     "level_dqn": ("ICM, Q-learning", "#3f8f4f"),
-    "level_random_features": ("random features", "#c8641b"),
+    "level_random_features": RANDOM_FEATURES,
     "level_none": ("no curiosity", "#808080"),
 }
 GAME_ROWS = {
-    "game": ("ICM", "#1f4e8c"),
-    "game_random_features": ("random features", "#c8641b"),
+    "game": ICM,
+    "game_random_features": RANDOM_FEATURES,
 }
 SIGNALS = {
-    "icm": ("ICM", "#1f4e8c"),
-    "random_features": ("random features", "#c8641b"),
+    "icm": ICM,
+    "random_features": RANDOM_FEATURES,
     "disagreement": ("disagreement", "#7a4fa3"),
 }
 NOISES = {
@@ -110,8 +113,13 @@ def compare(
     for line, by_minutes in zip(all_axes, (False, True), strict=True):
         for axes, metric in zip(line, metrics, strict=True):
             curves(axes, rows, metric, by_minutes)
-    named = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside upper left", ncols=len(rows), frameon=False)
+    save(figure, all_axes[0, 0], file)
+
+
+def save(figure: Figure, named: Axes, file: str) -> None:
+    """Save a figure under what the lines of one of its plots are called."""
+    lines, names = named.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper left", ncols=len(names), frameon=False)
     figure.savefig(DOCS / "images" / file, dpi=100)
 
 
@@ -121,9 +129,7 @@ def compare_noises() -> None:
     for axes, (noise, title) in zip(all_axes, NOISES.items(), strict=True):
         rows = {f"{noise}_{signal}": style for signal, style in SIGNALS.items()}
         curves(axes, rows, (DISTANCE[0], title))
-    named = all_axes[0].get_legend_handles_labels()
-    figure.legend(*named, loc="outside upper left", ncols=len(SIGNALS), frameon=False)
-    figure.savefig(DOCS / "images/noise.png", dpi=100)
+    save(figure, all_axes[0], "noise.png")
 
 
 def show_run(video: Path) -> None:
