@@ -544,6 +544,30 @@ def test_a_step_of_the_optimizer_has_the_mean_gradient_of_several_batches() -> N
     assert same(weights(one.actor_critic), weights(again.actor_critic))
 
 
+@pytest.mark.parametrize(("accumulate", "kept"), [(4, 2), (2, 0), (1, 0)])
+def test_a_run_goes_on_with_steps_of_another_number_of_batches(accumulate: int, kept: int) -> None:
+    given = "ppo", "agent.epochs=8", "curiosity.inverse_dropout=0.0"
+    first = make_agent(*given, "agent.accumulate=3")
+    live(first, 12)
+    while first.updates % 12 != 5:  # 2 batches wait, whatever its remainder of 4 or 2
+        first.update()
+    second = make_agent(*given, f"agent.accumulate={accumulate}")
+    second.load_state_dict(through_a_file(first.state_dict()))
+    second.load_memory(through_a_file(first.memory_dict()))
+    before = weights(second.actor_critic)
+    if not kept:
+        first.optimizer.zero_grad()
+    for done in range(accumulate - kept):
+        assert same(weights(second.actor_critic), before)
+        loss, _, _ = first.loss_and_parts(first.batch(first.order[done]))
+        loss.backward()
+        second.update()
+    assert not same(weights(second.actor_critic), before)
+    for ours, theirs in zip(second.learned, first.learned, strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad / accumulate)
+
+
 def test_schedules_go_on_with_other_settings_of_the_updates() -> None:
     schedule = ("agent.discount=[[0,0.5],[200,0.75]]", "total_steps=200", "agent.lr_final=0.1")
     first = make_agent("ppo", *schedule)

@@ -125,6 +125,7 @@ class Agent[Batch](ABC):
         self.learn_from = agent.warmup_steps
         self.updates = 0
         self.learned_steps = 0.0  # agent steps that these updates were made for
+        self.waiting = 0  # batches whose gradients wait for more, to make a step of the optimizer
         self.skipped = torch.zeros((), device=device)  # steps that were not finite
         self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
 
@@ -424,11 +425,11 @@ class Agent[Batch](ABC):
         learner["lr"].fill_(self.learning_rate())
         signal["lr"].fill_(self.curiosity.lr)
         self.signal.train()
-        begins = self.updates % self.config.accumulate == 0
+        begins = self.waiting == 0
+        self.waiting = (self.waiting + 1) % self.config.accumulate
+        names, parts = self._steps[begins, self.waiting == 0](batch)
         self.updates += 1
         self.learned_steps += self.config.steps_between_updates
-        completes = self.updates % self.config.accumulate == 0
-        names, parts = self._steps[begins, completes](batch)
         # a copy, because the next replay of a CUDA graph writes to the same memory
         return dict(zip(names, parts.clone(), strict=True))
 
@@ -501,6 +502,7 @@ class Agent[Batch](ABC):
                 "learn_from": self.learn_from,
                 "generator": self.generator.get_state(),
                 "action_generator": self.action_generator.get_state(),
+                "waiting": self.waiting,
                 "gradients": self.waiting_gradients(),
                 **self.policy.state_dict(),
             },
@@ -508,7 +510,7 @@ class Agent[Batch](ABC):
 
     def waiting_gradients(self) -> list[Tensor | None]:
         """Of all that learns, if a step of the optimizer is waiting for more batches."""
-        if self.updates % self.config.accumulate == 0:
+        if self.waiting == 0:
             return []
         gradients = [None if p.grad is None else p.grad.clone() for p in self.learned]
         average_([gradient for gradient in gradients if gradient is not None])
@@ -536,7 +538,11 @@ class Agent[Batch](ABC):
             self.skipped.copy_(state["agent"]["skipped"])
         if "action_generator" in state["agent"]:
             self.action_generator.set_state(state["agent"]["action_generator"])
-        if gradients := state["agent"].get("gradients"):
+        gradients = state["agent"].get("gradients", [])
+        waiting = state["agent"].get("waiting", self.updates % self.config.accumulate)
+        # with another setting these may be too many: the batches in them are lost
+        self.waiting = waiting if gradients and waiting < self.config.accumulate else 0
+        if self.waiting:
             for parameter, gradient in zip(self.learned, gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.to(self.device)
 
