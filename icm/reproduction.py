@@ -40,7 +40,7 @@ METRICS = (
 class Row:
     """See `conf/reproduce.yaml`."""
 
-    train: list[str]
+    train: list[Any]
     evaluate: dict[str, list[str]]
     after: str | None = None  # the row whose checkpoint of the same seed the training continues
 
@@ -76,7 +76,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in row.evaluate}
     for seed in config.seeds:
         name = f"{config.row}_seed{seed}"
-        given = [*row.train, f"seed={seed}", f"device={config.device}"]
+        given = [*flattened(row.train), f"seed={seed}", f"device={config.device}"]
         run = folder / name
         metrics = folder / f"{name}.metrics.jsonl"
         if not metrics.exists():
@@ -95,6 +95,15 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
                 write_lines(out, printed.splitlines()[-1:])
             results[kind].append(json.loads(out.read_text()))
     return results
+
+
+def flattened(settings: list[Any]) -> Iterator[str]:
+    """The settings in lists within lists."""
+    for setting in settings:
+        if isinstance(setting, list):
+            yield from flattened(setting)
+        else:
+            yield str(setting)
 
 
 def summarised(rows: list[dict[str, Any]]) -> Iterator[dict[str, float]]:
