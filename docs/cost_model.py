@@ -3,7 +3,7 @@
 All times are seconds, per agent step unless they say otherwise. What is no measurement says so.
 """
 
-# an AMD EPYC with bf16, see docs/results/bench_bf16_fifth.json
+# an AMD EPYC with bf16 and the default settings of then, see docs/results/bench_bf16_fifth.json
 EMULATION = 2.1e-3  # of a core: FCEUmm, six frames
 LEARNING = 2.15e-3  # of a core: acting, observing, updating
 # two virtual cores of an Intel Xeon without bf16, see docs/scaling.md
