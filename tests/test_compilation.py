@@ -110,7 +110,9 @@ def test_updates_agree_with_plain_float32(
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             smallest = 1e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
-            expected_value = pytest.approx(value, rel=tolerance, abs=smallest * tolerance)
+            # of some 60 transitions one may be on either side of the clip
+            absolute = 1 / 60 if key == "policy/clipped" else smallest * tolerance
+            expected_value = pytest.approx(value, rel=tolerance, abs=absolute)
             assert found[key] == expected_value, key
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
     cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)

@@ -121,7 +121,7 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
 
 
 def test_after_a_flag_an_episode_begins_at_the_start() -> None:
-    level = settings(f"env.emulator={EMULATORS[-1]}", "env.num_envs=2", "env.num_workers=1").env
+    level = replace(settings(f"env.emulator={EMULATORS[-1]}").env, num_envs=2, num_workers=1)
     *before, last = (int(action, 16) for action in FROZEN)  # they lead to the flag of 1-1
     envs = make_vector_env(level, practice=0.5)
     running = {"seeds": [0, FROZEN_SEED], "actions": [[], before]}

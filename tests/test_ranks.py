@@ -30,7 +30,7 @@ COMMON = (
     "compile=off",
     "device=cpu",
 )
-PPO = (*COMMON, "agent.rollout_steps=16", "agent.replayed=4")
+PPO = (*COMMON, "agent.rollout_steps=16", "agent.epochs=3", "agent.accumulate=2")
 DQN = (
     *COMMON,
     "agent=dqn",
