@@ -21,7 +21,8 @@ from icm.soak.forked import run_forked
 NO_COMPILER = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 AGENTS = {
     "dqn": ("agent.batch_size=8", "agent.n_step=1"),  # each one makes compiling longer
-    "ppo": ("agent.rollout_steps=32",),
+    # at twice this rate rounding moves a transition across the clip
+    "ppo": ("agent.rollout_steps=32", "agent.lr=5e-4"),
     "pqn": ("agent.rollout_steps=32",),
 }
 
@@ -110,9 +111,7 @@ def test_updates_agree_with_plain_float32(
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             smallest = 1e-2 if key in ("loss/policy", "q/mean", "value/mean") else 1e-4
-            # of some 60 transitions one may be on either side of the clip
-            absolute = 1 / 60 if key == "policy/clipped" else smallest * tolerance
-            expected_value = pytest.approx(value, rel=tolerance, abs=absolute)
+            expected_value = pytest.approx(value, rel=tolerance, abs=smallest * tolerance)
             assert found[key] == expected_value, key
     assert gradient.norm().item() == pytest.approx(plain.norm().item(), rel=tolerance)
     cosine = torch.cosine_similarity(gradient.double(), plain.double(), dim=0)

@@ -30,7 +30,13 @@ COMMON = (
     "compile=off",
     "device=cpu",
 )
-PPO = (*COMMON, "agent.rollout_steps=16", "agent.epochs=3", "agent.accumulate=2")
+PPO = (
+    *COMMON,
+    "agent.rollout_steps=16",
+    "agent.replayed=4",
+    "agent.epochs=6",
+    "agent.accumulate=2",  # twice as many updates as steps of the optimizer
+)
 DQN = (
     *COMMON,
     "agent=dqn",
