@@ -73,6 +73,8 @@ def gathered(parts: Sequence[Tensor]) -> list[Tensor]:
 
 def all_rows(part: Tensor) -> Tensor:
     """The rows of all ranks, of one tensor."""
+    if WORLD_SIZE == 1:
+        return part
     whole = part.new_empty((len(part) * WORLD_SIZE, *part.shape[1:]))
     with _exchange():
         dist.all_gather_into_tensor(whole, part.contiguous())
@@ -91,7 +93,7 @@ def all_objects(given: Any) -> list[Any]:
 
 def greatest(number: int) -> int:
     """The greatest of what the ranks give."""
-    return number if WORLD_SIZE == 1 else int(all_rows(torch.tensor([number])).max())
+    return int(all_rows(torch.tensor([number])).max())
 
 
 def summed(count: Tensor) -> Tensor:

@@ -129,8 +129,11 @@ def test_compiled_acting_and_judging_agree_with_plain() -> None:
     for compiling in ("on", "off"):
         agent = make_agent("ppo", "precision=float32", f"compile={compiling}")
         policy = agent.probabilities(states, previous, step=100_000)
-        errors, places = agent.judge(states, previous, actions, next_states, policy)
-        found.append((policy, errors.forward, errors.inverse, errors.logits, places))
+        results = [policy]
+        for pair in ((states, next_states), (next_states, states)):  # there and back
+            errors, places = agent.judge(pair[0], previous, actions, pair[1], policy)
+            results += [errors.forward, errors.inverse, errors.logits, places]
+        found.append(results)
     for compiled, plain in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 

@@ -1021,6 +1021,46 @@ def test_observing_stores_but_does_not_learn() -> None:
     assert agent.updates == 0
 
 
+def test_features_of_a_state_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of what a transition leads to: the next one knows them, so does a new process."""
+    agent, other = make_agent(), make_agent()
+    encode, rows = agent.signal.encode, []
+
+    def watch(x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return encode(x)
+
+    monkeypatch.setattr(agent.signal, "encode", watch)
+    played = Game(3, 8)
+    for _ in range(40):
+        step = played.step()
+        other.encoded = []
+        assert same(agent.observe(**step)[0], other.observe(**step)[0])
+    assert rows == [3] * 41  # nothing was known before the first step
+
+    known = agent.encode(step["next_states"])
+    for _ in range(20):
+        agent.update()
+    step = played.step()
+    previous, actions, policy = step["previous"], step["actions"], step["probabilities"]
+    with torch.no_grad():
+        led_to = agent.encode(step["next_states"])
+        wanted = agent.signal(known, actions, led_to, policy, previous).inverse
+        learned = agent.encode(step["states"])
+        as_learned = agent.signal(learned, actions, led_to, policy, previous).inverse
+    assert not torch.allclose(wanted, as_learned, rtol=1e-3)
+    resumed = make_agent()
+    resumed.load_state_dict(through_a_file(agent.state_dict()))
+    for one in (agent, resumed):
+        found, _ = one.judge(step["states"], previous, actions, step["next_states"], policy)
+        torch.testing.assert_close(found.inverse, wanted)
+
+    agent.measure_input()
+    rows.clear()
+    agent.observe(**played.step())
+    assert rows == [3, 3]  # to networks that see all else, states are others
+
+
 def test_terminated_and_truncated_is_terminated() -> None:
     agent = make_agent(env__num_envs=3)
     step = Game(3, 0).step()

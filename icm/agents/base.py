@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from icm.agents.policy import Policy, entropy
-from icm.collectives import average_, gathered, own
+from icm.collectives import all_rows, average_, gathered, own
 from icm.compilation import Compiler
 from icm.config import AgentConfig, CuriosityConfig
 from icm.curiosity import (
@@ -105,6 +105,7 @@ class Agent[Batch](ABC):
         self.interest = Interest(curiosity.surprise_limit, half_life)
         self.scale = RewardScale(num_envs, half_life)
         self.novelty = self.new_novelty(num_envs)
+        self.encoded: list[Tensor] = []  # this rank's latest next states, and their features
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
         # ranks exchange gradients between loss and step
@@ -215,18 +216,23 @@ class Agent[Batch](ABC):
     @torch.no_grad()
     def errors(
         self,
-        states: Tensor,
+        features: Tensor,
         previous: Tensor,
         actions: Tensor,
         next_states: Tensor,
         probabilities: Tensor,
-    ) -> tuple[Errors, Tensor]:
-        """What `judge` returns, of tensors on the device."""
+    ) -> tuple[Errors, Tensor, Tensor]:
+        """What `judge` returns, of tensors on the device, and the features of the next states."""
+        next_features = self.encode(next_states)
         with self._autocast():
-            both = self._input(torch.cat((states, next_states)))
-            features, next_features = self.signal.encode(both).chunk(2)
             errors = self.signal(features, actions, next_features, probabilities, previous)
-            return errors, self.places(next_states)
+            return errors, self.places(next_states), next_features
+
+    @torch.no_grad()
+    def encode(self, states: Tensor) -> Tensor:
+        """The signal's features of uint8 states (batch, C, H, W) on the device."""
+        with self._autocast():
+            return self.signal.encode(self._input(states))
 
     def judge(
         self,
@@ -238,11 +244,19 @@ class Agent[Batch](ABC):
     ) -> tuple[Errors, Tensor]:
         """The signal's errors on transitions, and where these led, see `places`.
 
-        Shapes as in `observe`.
+        Shapes as in `observe`. Where a transition begins, the one before has ended: then the
+        features are known, of phi as it was before it has learned since.
         """
         self.signal.eval()
-        given = map(own, (states, previous, actions, next_states, probabilities))
-        errors, places = self._errors(*self._sent(*given))
+        states, next_states = own(states), own(next_states)
+        if self.encoded and torch.equal(self.encoded[0], states):
+            features = self.encoded[1]
+        else:
+            features = self.encode(*self._sent(states))
+        given = own(previous), own(actions), next_states, own(probabilities)
+        errors, places, next_features = self._errors(features, *self._sent(*given))
+        # a copy, because the next replay of a CUDA graph writes to the same memory
+        self.encoded = [next_states, next_features.clone()]
         found = {name: value for name, value in vars(errors).items() if value is not None}
         *whole, places = gathered([*found.values(), places])
         return Errors(**dict(zip(found, whole, strict=True))), places
@@ -345,6 +359,7 @@ class Agent[Batch](ABC):
     def measure_input(self) -> None:
         """Set the input statistics from the frames in memory (after warm-up: a random agent's)."""
         self.input_norm.measure(self.memory.recent_frames(10_000))
+        self.encoded = []
 
     def begin_lives(self) -> None:
         """Begin new episodes in all environments."""
@@ -504,6 +519,7 @@ class Agent[Batch](ABC):
                 "action_generator": self.action_generator.get_state(),
                 "waiting": self.waiting,
                 "gradients": self.waiting_gradients(),
+                "encoded": [all_rows(tensor.cpu()) for tensor in self.encoded],
                 **self.policy.state_dict(),
             },
         }
@@ -538,6 +554,9 @@ class Agent[Batch](ABC):
             self.skipped.copy_(state["agent"]["skipped"])
         if "action_generator" in state["agent"]:
             self.action_generator.set_state(state["agent"]["action_generator"])
+        encoded = state["agent"].get("encoded")
+        if encoded and len(encoded[0]) == self.num_envs:
+            self.encoded = [own(encoded[0]), own(encoded[1]).to(self.device)]
         gradients = state["agent"].get("gradients", [])
         waiting = state["agent"].get("waiting", self.updates % self.config.accumulate)
         # with another setting these may be too many: the batches in them are lost

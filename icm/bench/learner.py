@@ -52,16 +52,17 @@ def update(agent: Agent) -> dict[str, torch.Tensor]:
 
 
 def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
-    """What `Agent.observe` is given."""
+    """What `Agent.observe` is given, again and again: the next step begins where one leads to."""
     n = agent.num_envs
     never = torch.zeros(n, dtype=torch.bool)
+    states = torch.randint(0, 256, (n, *shape), dtype=torch.uint8)
     return {
-        "states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
+        "states": states,
         "previous": torch.randint(0, actions, (n,)),
         "probabilities": torch.full((n, actions), 1 / actions),
         "values": torch.zeros(n, 1),
         "actions": torch.randint(0, actions, (n,)),
-        "next_states": torch.randint(0, 256, (n, *shape), dtype=torch.uint8),
+        "next_states": states,
         "rewards": torch.zeros(n),
         "terminated": never,
         "truncated": never,
