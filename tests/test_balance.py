@@ -74,8 +74,16 @@ def test_only_free_environments_move() -> None:
     balance.wanted = np.array([6.0, 0.0])
     balance.move(np.zeros(6, np.bool))
     assert sizes(balance) == [3, 3]
-    balance.move(np.arange(6) == 4)
-    assert balance.rows == [[0, 1, 2, 4], [3, 5]]
+    balance.move(np.arange(6) == 1)
+    assert balance.rows == [[5, 4, 3, 1], [2, 0]]
     balance.wanted = np.array([2.0, 4.0])
-    balance.move(np.arange(6) == 2)
-    assert balance.rows == [[0, 1, 4], [3, 5, 2]]
+    balance.move(np.arange(6) == 4)
+    assert balance.rows == [[5, 3, 1], [2, 0, 4]]
+
+
+def test_environments_that_hardly_move_are_where_most_are_wanted() -> None:
+    """Those that practise, the last ones: seldom between episodes, and late workers want few."""
+    balance = Balance(32, 2, 1)
+    balance.wanted = np.array([26.0, 6.0])
+    balance.move(np.arange(32) < 16)
+    assert sizes(balance) == [26, 6]

@@ -108,7 +108,7 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     expected: list[Any],
 ) -> None:
     envs = make_vector_env(ENV, busy_cores=9)
-    assert envs._balance.rows == [[0, 1], [2]]
+    assert envs._balance.rows == [[2, 1], [0]]
     envs._balance.wanted = np.array([0.0, 3.0])
     assert_equal(play(envs), expected)
     assert envs._balance.rows[0] == []
@@ -236,24 +236,24 @@ def test_episodes_that_make_a_worker_fail_are_cut_but_not_again_and_again(
 ) -> None:
     with vector_env() as envs:
         envs.reset(seed=0)
-        *_, terminated, truncated, infos = envs.step(np.array([0, 0, 99]))  # no such action
+        *_, terminated, truncated, infos = envs.step(np.array([99, 0, 0]))  # no such action
         assert not terminated.any()
-        assert truncated.tolist() == [False, False, True]
+        assert truncated.tolist() == [True, False, False]
         assert "episode" not in infos
         assert envs.failures == 2  # it was tried again
         assert capsys.readouterr().err.splitlines() == [
             "worker 1 of the environments failed, and begins anew: KeyError: 99",
             "worker 1 of the environments failed again, its episodes are cut: KeyError: 99",
         ]
-        observations, *_, truncated, _ = envs.step(np.array([0, 0, 99]))  # opens: no action counts
+        observations, *_, truncated, _ = envs.step(np.array([99, 0, 0]))  # opens: no action counts
         assert not truncated.any()
-        assert envs._played[2] == []
-        frames = observations[2]
+        assert envs._played[0] == []
+        frames = observations[0]
         assert (frames == frames[0]).all()  # an episode has begun
         assert frames.any()
         workers = workers_of(envs)
         with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*Traceback.*KeyError: 99"):
-            envs.step(np.array([0, 0, 99]))
+            envs.step(np.array([99, 0, 0]))
         assert envs.closed
         assert not psutil.wait_procs(workers, timeout=10)[1]
 

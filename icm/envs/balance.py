@@ -12,13 +12,14 @@ class Balance:
     episodes move.
 
     Args:
-        num_envs: environments, numbered from 0; evenly divided at first.
+        num_envs: environments, numbered from 0; evenly divided at first, the last ones to the
+            first workers: those that practise are the last, and hardly ever between two episodes.
         num_workers: workers, numbered from 0.
         late: how many of these, the last ones, start late.
     """
 
     def __init__(self, num_envs: int, num_workers: int, late: int) -> None:
-        parts = np.array_split(np.arange(num_envs), num_workers)
+        parts = np.array_split(np.arange(num_envs)[::-1], num_workers)
         self.num_envs = num_envs
         self.rows = [part.tolist() for part in parts]  # of each worker
         self.early = range(num_workers - late)
