@@ -11,11 +11,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
+from icm.envs.snapshots import EVERY
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.99  # share of deaths after which an episode that is practised goes on
-BACK = 16, 81  # agent steps that it goes back, at random: from, below
+BACK = 16, 81  # agent steps that it goes back, at random: from, below; and on to a snapshot
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
 
@@ -243,6 +244,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             if died[row] and (rng := np.random.default_rng(seeds)).random() < PERSISTENCE:
                 kept = max(0, len(self._played[row]) - int(rng.integers(*BACK)))
+                kept -= kept % EVERY  # all would wait for steps that are played again
                 self._played[row] = self._returning[row] = self._played[row][:kept]
             else:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
