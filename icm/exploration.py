@@ -76,6 +76,7 @@ class Region:
 
     picture: Picture = field(default_factory=Picture)
     cells: dict[Cell, Visits] = field(default_factory=dict)
+    lives: int = 0  # that have come here
 
 
 @dataclass
@@ -103,6 +104,8 @@ class Exploration:
         self.best: Recording | None = None
         self.latest: deque[float] = deque(maxlen=LATEST)  # scores, see `Recording`
         self.here: list[Visits | None] = []  # of each environment
+        # where the running life of each has come; None: the next one has not begun
+        self.been: list[set[Place] | None] = []
         self.changed: set[Place] = set()
 
     def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> None:
@@ -111,17 +114,52 @@ class Exploration:
         Args:
             step: agent step at its end.
             infos: of a `WorkerVectorEnv`.
-            ended: whether an episode or a life ended, bool (num_envs,).
+            ended: whether an episode ended, bool (num_envs,).
         """
         for place, block, strip in infos.get("scenery", ()):
             self.regions[place].picture.add(block, strip)
-        for visits, has_ended in zip(self.here, ended.tolist(), strict=False):
-            if visits is not None and has_ended:
+        nowhere = np.zeros(len(ended), bool)
+        over = ended | infos.get("life_lost", nowhere)
+        for visits, is_over in zip(self.here, over.tolist(), strict=False):
+            if visits is not None and is_over:
                 visits.ends += 1
         self.stand(step, infos, len(ended))
         for visits in self.here:
             if visits is not None:
                 visits.count += 1
+        if "cell" in infos:
+            places = [tuple(cell) for cell in infos["cell"][:, :3].tolist()]
+            self._come(places, infos["_cell"], over, ended, infos.get("returned", nowhere))
+
+    def _come(
+        self,
+        places: list[Place],
+        known: np.ndarray,
+        over: np.ndarray,
+        ended: np.ndarray,
+        returned: np.ndarray,
+    ) -> None:
+        """Count the lives that have come to places; all by environment.
+
+        Args:
+            places: where each is, if that is `known`. Where a life is over, but not the episode,
+                the next one is there already.
+            known, over, ended: bool (num_envs,).
+            returned: whether an episode has begun in the middle of the one before: its life came
+                there then.
+        """
+        if len(self.been) != len(places):
+            self.been = [None] * len(places)
+        for row in np.flatnonzero(known).tolist():
+            place, been = places[row], self.been[row]
+            if ended[row]:
+                self.been[row] = None
+                continue
+            if been is None or over[row]:
+                self.been[row] = been = {place} if returned[row] else set()
+            if place not in been:
+                been.add(place)
+                self.regions[place].lives += 1
 
     def stand(self, step: int, infos: dict[str, Any], num_envs: int) -> None:
         """Note where everybody is, without a visit."""
@@ -159,21 +197,41 @@ class Exploration:
         """Mean score of the latest episodes; None of fewer than `LATEST`."""
         return self.objective() if len(self.latest) == LATEST else None
 
-    def news(self) -> dict[str, Region]:
-        """Where somebody has been since the last call.
-
-        Their names are "1-1", or "1-1_area_2" for the second area that was found of a level.
-        """
+    def names(self) -> dict[Place, str]:
+        """Of all places: "1-1", or "1-1_area_2" for the second area that was found of a level."""
         areas: dict[tuple[int, int], int] = defaultdict(int)  # of each level, so far
-        found = {}
-        for place, region in self.regions.items():
+        names = {}
+        for place in self.regions:
             level = place[:2]
             areas[level] += 1
-            name = "{}-{}".format(*level) + (f"_area_{areas[level]}" if areas[level] > 1 else "")
-            if place in self.changed:
-                found[name] = region
+            names[place] = "{}-{}".format(*level)
+            names[place] += f"_area_{areas[level]}" if areas[level] > 1 else ""
+        return names
+
+    def news(self) -> dict[str, Region]:
+        """Where somebody has been since the last call, by name."""
+        found = {n: self.regions[at] for at, n in self.names().items() if at in self.changed}
         self.changed.clear()
         return found
+
+    def places(self) -> list[dict[str, Any]]:
+        """What is known of every place, in the order in which they were discovered.
+
+        `place`: its name; `first`: agent step of the first visit; `lives` that have come there;
+        `ends`: lives and episodes that ended there; `cells` visited.
+        """
+        found = [
+            {
+                "place": name,
+                "first": min(visits.first for visits in region.cells.values()),
+                "lives": region.lives,
+                "ends": sum(visits.ends for visits in region.cells.values()),
+                "cells": len(region.cells),
+            }
+            for at, name in self.names().items()
+            if (region := self.regions[at]).cells
+        ]
+        return sorted(found, key=lambda place: place["first"])
 
     def statistics(self) -> dict[str, float]:
         """The `explore/` metrics; none for an environment without cells."""
@@ -199,6 +257,8 @@ class Exploration:
             "cells": np.array(cells, np.int64).reshape(-1, 5),
             "visits": np.array([(v.first, v.count, v.ends, v.judged) for v in visits], np.int64),
             "surprise": np.array([v.surprise for v in visits], np.float64),
+            "lives": {" ".join(map(str, at)): region.lives for at, region in self.regions.items()},
+            "been": [None if been is None else [*map(list, been)] for been in self.been],
             "pictures": {
                 " ".join(map(str, place)): {
                     "png": cv2.imencode(".png", region.picture.pixels[..., ::-1])[1],
@@ -213,8 +273,8 @@ class Exploration:
         """Restore what `state_dict` gave and a checkpoint kept.
 
         Checkpoints from before there were visits begin without, those from before there were
-        recordings without the best episode, those from before there were scores without these. All
-        visits were taken for judged once.
+        recordings without the best episode, those from before there were scores without these, and
+        those from before lives were counted with none. All visits were taken for judged once.
         """
         self.distance_max = state["distance_max"]
         if state.get("best"):
@@ -239,6 +299,11 @@ class Exploration:
             if known.ndim == 1:  # of columns, before levels could scroll up and down
                 known = np.tile(known, (pixels.shape[0] // CELL, 1))
             self.regions[world, stage, area].picture = Picture(pixels[..., ::-1].copy(), known)
+        for name, lives in state.get("lives", {}).items():
+            world, stage, area = map(int, name.split())
+            self.regions[world, stage, area].lives = lives
+        been = state.get("been", [])
+        self.been = [None if each is None else {*map(tuple, each)} for each in been]
         self.changed.update(self.regions)
 
 

@@ -166,7 +166,7 @@ class Trainer:
                 "respawned": torch.from_numpy(life_lost & ~terminated),
                 "returned": torch.from_numpy(infos.get("returned", nowhere)),
             }
-            self.exploration.visit(self.step + n, infos, ended | life_lost)
+            self.exploration.visit(self.step + n, infos, ended)
             for episode in episodes_in(infos).values():
                 self._episode(self.step + n, episode)
             self.previous = actions.masked_fill(reset, NO_ACTION)
@@ -186,6 +186,7 @@ class Trainer:
         envs, n = self.envs, self.envs.num_envs
         if self.going_on is None:
             observations, infos = envs.reset(seed=self.config.seed + self.step)
+            self.exploration.been.clear()
             self.exploration.visit(self.step, infos, np.zeros(n, bool))
             ended = np.zeros(n, bool)
         else:

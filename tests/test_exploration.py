@@ -10,6 +10,7 @@ import torch
 from conftest import settings
 
 from icm import checkpoint
+from icm.checkpoint import with_tensors
 from icm.envs import make_env
 from icm.envs.mario import CELL, GROUND
 from icm.exploration import Exploration, Picture, Recording
@@ -49,11 +50,44 @@ def test_cells_know_what_happened_in_them() -> None:
     assert at[other] == {"first": 64, "count": 1, "ends": 0, "judged": 1, "surprise": 1.0}
 
 
+def test_places_know_how_many_lives_have_come_there() -> None:
+    found = Exploration()
+    street, room, next_level = (1, 1, 37, 2, 4), (1, 1, 66, 2, 4), (1, 2, 0, 2, 4)
+
+    def visit(step: int, here: Any, there: Any, **more: tuple[int, int]) -> None:
+        given = {name: np.array(flags, bool) for name, flags in more.items()}
+        found.visit(step, infos(here, there) | given, given.pop("ended", np.zeros(2, bool)))
+
+    visit(0, street, street)
+    visit(2, room, street)
+    visit(4, street, street)  # the same life again
+    visit(6, next_level, room)
+    visit(8, street, street, life_lost=(1, 0))  # where the next life of the first one begins
+    assert [
+        (p["place"], p["first"], p["lives"], p["ends"], p["cells"]) for p in found.places()
+    ] == [
+        ("1-1", 0, 3, 0, 1),
+        ("1-1_area_2", 2, 2, 0, 1),
+        ("1-2", 6, 1, 1, 1),
+    ]
+    # episodes end; one begins anew, and one in the middle of the one before
+    visit(10, room, room, ended=(1, 1), life_lost=(1, 1))
+    again = Exploration()
+    again.load_state_dict(with_tensors(found.state_dict()))
+    for each in (found, again):
+        found = each
+        visit(12, room, room, returned=(0, 1))
+        visit(14, next_level, next_level)
+        assert [p["lives"] for p in found.places()] == [3, 3, 3]
+
+
 def test_an_environment_without_cells_has_none() -> None:
     found = Exploration()
     found.visit(0, {}, np.array([False, False]))
     found.judge([1.0, 1.0])
-    found.visit(32, infos((1, 1, 0, 2, 4), (0, 0, 0, 0, 0), present=(True, False)), np.zeros(2))
+    found.visit(
+        32, infos((1, 1, 0, 2, 4), (0, 0, 0, 0, 0), present=(True, False)), np.zeros(2, bool)
+    )
     found.judge([1.0, 1.0])
     assert list(cells_of(found)) == [(1, 1, 0, 2, 4)]
 

@@ -47,7 +47,9 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     assert names == ["maps/1-1.png", "videos/best.gif", "videos/best.mp4"]
     gallery.update(40, 16, found)
     assert not gallery.studio.is_busy
-    found.visit(41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
+    found.visit(
+        41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
+    )
     (last,) = gallery.finish(42, found, None)
     assert last.step == 42
     assert list(last.images) == ["map/1-1"]
@@ -75,7 +77,9 @@ def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=0", *SHORT))
     found = explored()
     gallery.update(10, 10, found)
-    found.visit(11, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1))
+    found.visit(
+        11, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
+    )
     gallery.update(20, 10, found)
     assert list(wait(gallery, found, 20).images) == ["map/1-1"]
     assert list(wait(gallery, found, 21).images) == ["map/1-2"]

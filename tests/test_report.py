@@ -63,6 +63,8 @@ def test_a_training_writes_its_report(trained: Path) -> None:
         "warmup_steps: 32",
         f"resume={trained}/checkpoints/latest.pt",
         'alt="map of 1-1" src="data:image/png;base64,',
+        "<tr><th>place</th><th>first visit</th><th>lives that came there</th>",
+        "<tr><td>1-1</td><td>after 0 agent steps</td>",
     ):
         assert words in text, words
 

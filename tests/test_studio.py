@@ -48,7 +48,7 @@ def test_orders_are_carried_out_elsewhere(tmp_path: Path) -> None:
     assert drawn.images["nice"] == str(min(os.nice(0) + NICENESS, 19)).encode()
     assert drawn.complaints == ["no"]
     assert not studio.is_busy
-    studio.order(8, [partial(report, tmp_path)])
+    studio.order(8, [partial(report, tmp_path, [])])
     drawn = studio.finished(None)
     assert drawn is not None
     (complaint,) = drawn.complaints

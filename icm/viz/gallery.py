@@ -94,7 +94,7 @@ class Gallery:
             drawings.append(partial(clip, self.config.env, best, path))
         log = self.folder / "metrics.jsonl"
         if "report" in self.due and log.is_file() and log.stat().st_size:
-            drawings.append(partial(report, self.folder))
+            drawings.append(partial(report, self.folder, exploration.places()))
         self.due.clear()
         if drawings:
             self.studio.order(step, drawings)

@@ -28,6 +28,7 @@ TEMPLATE = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 ).get_template("report.html.jinja")
+PLACES = "places.json"  # in a run folder: what `Exploration.places` says
 SMOOTH = 5  # log intervals on either side
 SVG_METADATA = ("Creator", "Date", "Format", "Type")  # left out: they name addresses
 
@@ -210,6 +211,7 @@ def write_report(runs: list[Run], out: Path) -> None:
         compared=None if single else compared(kinds),
         charts=list(_charts(kinds)),
         maps=list(_maps(single.folder)) if single else [],
+        places=_places(single.folder) if single else [],
         clip=_clip(single.folder) if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
         checkpoint=shlex.quote(str(latest(single.folder))) if single else None,
@@ -285,6 +287,22 @@ def _clip(folder: Path) -> str | None:
     """The film of a run's best episode, as base64, if there is one."""
     path = folder / "videos" / "best.mp4"
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
+
+
+def _places(folder: Path) -> list[dict[str, str]]:
+    """A table of the places that a run has discovered, in that order."""
+    path = folder / PLACES
+    found = json.loads(path.read_text()) if path.exists() else []
+    return [
+        {
+            "place": place["place"].replace("_", " "),
+            "first visit": f"after {thousands(place['first'])} agent steps",
+            "lives that came there": thousands(place["lives"]),
+            "that ended there": thousands(place["ends"]),
+            "cells": thousands(place["cells"]),
+        }
+        for place in found
+    ]
 
 
 def _maps(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,17 +1,19 @@
 """Draws beside a training what shows what it found."""
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from icm.config import EnvConfig
 from icm.errors import UserError
 from icm.exploration import Recording, Region
+from icm.files import write_bytes
 from icm.processes import Assistants
 
 type Drawing = Callable[[], dict[str, bytes]]
@@ -37,10 +39,11 @@ def clip(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
     return film(config, best, path)
 
 
-def report(folder: Path) -> dict[str, bytes]:
-    """Write the report of a run folder into it; see `icm.viz.report`."""
-    from icm.viz.report import read_run, write_report
+def report(folder: Path, places: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Write the report of a run folder into it, and places.json; see `icm.viz.report`."""
+    from icm.viz.report import PLACES, read_run, write_report
 
+    write_bytes(folder / PLACES, json.dumps(places, indent=1).encode())
     write_report([read_run(folder)], folder / "report.html")
     return {}
 
