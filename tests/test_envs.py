@@ -44,6 +44,36 @@ class Counter(gym.Env[Any, Any]):
 gym.register("Counter-v0", Counter)
 
 
+@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+@pytest.mark.parametrize("dies", [True, False])
+def test_in_super_mario_bros_3_a_death_is_no_end_of_a_level_and_an_entry_is_no_place(
+    dies: bool, emulator: str
+) -> None:
+    env = make_env(replace(ENV, id="SuperMarioBros3-v0", emulator=emulator, noop_max=0))
+    game: Any = env.unwrapped
+    env.reset(seed=0)
+    for step in range(27):
+        env.step(RIGHT + (step % 6 < 4))  # with jumps
+    assert game._x_position > 300  # more than a page
+    if dies:
+        game.ram[0x5EE:0x5F1] = memoryview(bytes([0, 0, 1]))  # time is up
+    else:
+        game.ram[0x14] = 1  # the level is done
+    lost = False
+    while not game._is_on_map:
+        lost |= env.step(0)[-1]["life_lost"]
+    for _ in range(3):
+        lost |= env.step(0)[-1]["life_lost"]
+    assert lost == dies
+    assert game.progress.cleared == (set() if dies else {(1, 1)})
+    if dies:  # back to the start of the map; on it to the right, up and, with A, into the level
+        for action in [0] * 40 + [1] * 4 + [0] * 8 + [11] * 4 + [0] * 8 + [5] + [0] * 40:
+            env.step(action)
+        assert game._is_in_level
+    assert 300 < game.progress.best_x[1, 1] < 400
+    env.close()
+
+
 @pytest.mark.parametrize(
     "env_id",
     [

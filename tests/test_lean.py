@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import settings
 from gym_super_mario_bros.actions import COMPLEX_MOVEMENT
+from gym_super_mario_bros.smb3_env import SuperMarioBros3Env
 from gym_super_mario_bros.smb_env import SuperMarioBrosEnv
 from gymnasium.wrappers import FrameStackObservation
 from nes_py.wrappers import JoypadSpace
@@ -19,7 +20,7 @@ from icm.config import EnvConfig
 from icm.envs import make_env
 from icm.envs.cores import find_core
 from icm.envs.libretro import LibretroEmulator, on_libretro
-from icm.envs.mario import GROUND, StuckLimit
+from icm.envs.mario import GROUND, SMB3_PLACES, StuckLimit
 from icm.envs.wrappers import ActionRepeat, Env, EpisodeStatistics, NoopStart, StickyActions
 from icm.errors import UserError
 
@@ -158,8 +159,15 @@ EMULATORS = ["nes_py"] + ["libretro"] * has_core()
     ],
 )
 def test_an_agent_step_is_the_sum_of_plain_frames(
-    env_id: str, action_repeat: int, sticky_probability: float, noop_max: int, emulator: str
+    env_id: str,
+    action_repeat: int,
+    sticky_probability: float,
+    noop_max: int,
+    emulator: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, corrected in SMB3_PLACES.items():
+        monkeypatch.setattr(SuperMarioBros3Env, name, corrected)
     config = replace(
         ENV,
         id=env_id,

@@ -155,6 +155,8 @@ def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
     for kind, camera, height, view in kinds:
         if issubclass(game, kind):
             own |= {"camera": property(camera), "height": property(height), "view": view}
+    if issubclass(game, SuperMarioBros3Env):
+        own |= SMB3_PLACES
     maker: Any = type(game.__name__, (LeanGame, game), own)
     return replace(spec, entry_point=maker)
 
@@ -175,6 +177,28 @@ def _smb3_camera(game: Any) -> Camera:
     """In Super Mario Bros. 3: address of the area's layout; scrolling."""
     ram = game.ram
     return Camera(256 * ram[0x62] + ram[0x61], 256 * ram[0x12] + ram[0xFD], ram[0xFC])
+
+
+def _smb3_is_on_map(game: Any) -> bool:
+    return game.ram[SMB3_TILESET] == 0 and any(game._map_position)
+
+
+def _smb3_is_in_level(game: Any) -> bool:
+    return game.ram[SMB3_TILESET] > 0 and game._time > 0 and game._x_page < SMB3_PAGES
+
+
+SMB3_TILESET = 0x70A  # of the level that is loaded; 0: the map
+SMB3_PAGES = 16  # of 256 pixels: no level has more. At its start there is still a row of the map
+SMB3_PLACES = {
+    "_is_on_map": property(_smb3_is_on_map),
+    "_is_in_level": property(_smb3_is_in_level),
+}
+"""Where Mario is in Super Mario Bros. 3.
+
+The game's own properties go by the time that is left: when it is up or Mario has died, they take
+the end of a level for the map, and so for a level that is done; and when he enters one, they see
+him at 8192 pixels. Rewards and ends depend on them.
+"""
 
 
 def _smb_height(game: Any) -> int:
