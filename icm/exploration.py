@@ -104,6 +104,7 @@ class Exploration:
         self.best: Recording | None = None
         self.latest: deque[float] = deque(maxlen=LATEST)  # scores, see `Recording`
         self.here: list[Visits | None] = []  # of each environment
+        self.at: list[Place | None] = []
         # where the running life of each has come; None: the next one has not begun
         self.been: list[set[Place] | None] = []
         self.changed: set[Place] = set()
@@ -127,31 +128,23 @@ class Exploration:
         for visits in self.here:
             if visits is not None:
                 visits.count += 1
-        if "cell" in infos:
-            places = [tuple(cell) for cell in infos["cell"][:, :3].tolist()]
-            self._come(places, infos["_cell"], over, ended, infos.get("returned", nowhere))
+        self._come(over, ended, infos.get("returned", nowhere))
 
-    def _come(
-        self,
-        places: list[Place],
-        known: np.ndarray,
-        over: np.ndarray,
-        ended: np.ndarray,
-        returned: np.ndarray,
-    ) -> None:
-        """Count the lives that have come to places; all by environment.
+    def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
+        """Count the lives that have come to where they are now.
 
         Args:
-            places: where each is, if that is `known`. Where a life is over, but not the episode,
-                the next one is there already.
-            known, over, ended: bool (num_envs,).
-            returned: whether an episode has begun in the middle of the one before: its life came
-                there then.
+            over: whether a life is; if its episode goes on, the next one is there already.
+            ended: whether an episode is.
+            returned: whether one has begun in the middle of the one before: its life came there
+                then. All bool (num_envs,).
         """
-        if len(self.been) != len(places):
-            self.been = [None] * len(places)
-        for row in np.flatnonzero(known).tolist():
-            place, been = places[row], self.been[row]
+        if len(self.been) != len(self.at):
+            self.been = [None] * len(self.at)
+        for row, place in enumerate(self.at):
+            been = self.been[row]
+            if place is None:
+                continue
             if ended[row]:
                 self.been[row] = None
                 continue
@@ -164,12 +157,13 @@ class Exploration:
     def stand(self, step: int, infos: dict[str, Any], num_envs: int) -> None:
         """Note where everybody is, without a visit."""
         self.here = [None] * num_envs
+        self.at = [None] * num_envs
         if "cell" not in infos:
             return
         cells = infos["cell"].tolist()
         for row in np.flatnonzero(infos["_cell"]).tolist():
             world, stage, area, x, y = cells[row]
-            place = world, stage, area
+            self.at[row] = place = world, stage, area
             self.here[row] = self.regions[place].cells.setdefault((x, y), Visits(step))
             self.changed.add(place)
 
