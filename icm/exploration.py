@@ -128,7 +128,7 @@ class Exploration:
         for visits in self.here:
             if visits is not None:
                 visits.count += 1
-        self._come(over, ended, infos.get("returned", nowhere))
+        self._come(over, ended, infos["origin"] >= 0 if "origin" in infos else nowhere)
 
     def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
         """Count the lives that have come to where they are now.
@@ -136,8 +136,8 @@ class Exploration:
         Args:
             over: whether a life is; if its episode goes on, the next one is there already.
             ended: whether an episode is.
-            returned: whether one has begun in the middle of the one before: its life came there
-                then. All bool (num_envs,).
+            returned: whether one has begun in the middle of one before: that life came there then.
+                All bool (num_envs,).
         """
         if len(self.been) != len(self.at):
             self.been = [None] * len(self.at)

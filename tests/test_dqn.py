@@ -124,7 +124,7 @@ class Game:
             "truncated": last & ~terminated,
             "reset": reset,
             "respawned": np.zeros(self.num_envs, dtype=bool),
-            "returned": np.zeros(self.num_envs, dtype=bool),
+            "origin": np.full(self.num_envs, -1),
         }
         return {name: torch.from_numpy(value) for name, value in given.items()}
 

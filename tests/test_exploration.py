@@ -55,14 +55,14 @@ def test_places_know_how_many_lives_have_come_there() -> None:
     street, room, next_level = (1, 1, 37, 2, 4), (1, 1, 66, 2, 4), (1, 2, 0, 2, 4)
 
     def visit(step: int, here: Any, there: Any, **more: tuple[int, int]) -> None:
-        given = {name: np.array(flags, bool) for name, flags in more.items()}
+        given = {name: np.array(flags) for name, flags in more.items()}
         found.visit(step, infos(here, there) | given, given.pop("ended", np.zeros(2, bool)))
 
     visit(0, street, street)
     visit(2, room, street)
     visit(4, street, street)  # the same life again
     visit(6, next_level, room)
-    visit(8, street, street, life_lost=(1, 0))  # where the next life of the first one begins
+    visit(8, street, street, life_lost=(True, False))  # where the next life of the first one begins
     assert [
         (p["place"], p["first"], p["lives"], p["ends"], p["cells"]) for p in found.places()
     ] == [
@@ -71,12 +71,12 @@ def test_places_know_how_many_lives_have_come_there() -> None:
         ("1-2", 6, 1, 1, 1),
     ]
     # episodes end; one begins anew, and one in the middle of the one before
-    visit(10, room, room, ended=(1, 1), life_lost=(1, 1))
+    visit(10, room, room, ended=(True, True), life_lost=(True, True))
     again = Exploration()
     again.load_state_dict(with_tensors(found.state_dict()))
     for each in (found, again):
         found = each
-        visit(12, room, room, returned=(0, 1))
+        visit(12, room, room, origin=(-1, 1))
         visit(14, next_level, next_level)
         assert [p["lives"] for p in found.places()] == [3, 3, 3]
 

@@ -292,12 +292,17 @@ def test_a_life_that_goes_on_before_its_death_knows_what_it_has_seen() -> None:
     # all but the first die, and of these the second practises: its episode ends with that
     dead = {"respawned": ~torch.tensor([True, False, False]), "truncated": second}
     agent.observe(**step | dead | {"next_states": step["next_states"].flip(2)})
-    agent.observe(**step | {"reset": second, "returned": second, "respawned": no})
+    own, another = torch.tensor([-1, 1, -1]), torch.tensor([-1, 0, -1])
+    agent.observe(**step | {"reset": second, "origin": own, "respawned": no})
     *known, new = agent.memory.novelty[2].tolist()  # the third has a new life
     assert known == pytest.approx([0, 0], abs=1e-6)
     assert new > 0.5
-    agent.observe(**step | {"reset": second, "returned": no})
+    agent.observe(**step | {"reset": second})
     assert agent.memory.novelty[3].tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+    seen_by_the_first = {"next_states": step["next_states"][[0, 0, 0]]}
+    agent.observe(**step | seen_by_the_first | {"reset": second})
+    agent.observe(**step | seen_by_the_first | {"reset": second, "origin": another})
+    assert agent.memory.novelty[4:6, 1].tolist() == pytest.approx([1, 0], abs=1e-6)
 
 
 def test_advantages_are_normalised_over_real_transitions() -> None:

@@ -59,6 +59,40 @@ def test_going_back_is_playing_again(emulator: str) -> None:
     plain.close()
 
 
+@pytest.mark.parametrize("emulator", EMULATORS)
+def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
+    config = replace(GAME, emulator=emulator)
+    actions = np.random.default_rng(0).choice(12, 60, p=RUNNING).tolist()
+    env, other, plain = make_env(config), make_env(config), make_env(config)
+    snapshots, others = Snapshots(env), Snapshots(other)
+    env.reset(seed=7)
+    snapshots.begin(7)
+    for action in actions:
+        state, *_, info = env.step(action)
+        snapshots.add(action, state, info)
+    other.reset(seed=8)
+    others.begin(8)
+    assert snapshots.know(7, actions[:EVERY])
+    assert not snapshots.know(7, actions[: EVERY - 1])
+    assert not snapshots.know(8, actions[:EVERY])
+    assert not others.know(7, actions[:EVERY])
+    others.take_over(snapshots)
+    found = others.go_back(7, actions[:40])
+    assert found is not None
+    assert found.done == 2 * EVERY
+    replayed(plain, 7, actions[: found.done])
+    state, *_, info = env.step(0)
+    snapshots.add(0, state, info)  # both go on for themselves
+    for number, action in enumerate(actions[found.done :]):
+        assert step(other, action) == step(plain, action)
+        if number == 10:
+            env.close()  # nothing of it is used any more
+    assert snapshots.know(7, actions[: 3 * EVERY])
+    assert not snapshots.know(7, [11 - actions[0], *actions[1:EVERY]])
+    other.close()
+    plain.close()
+
+
 def test_snapshots_are_not_kept_for_ever() -> None:
     env = make_env(replace(GAME, emulator=EMULATORS[-1]))
     snapshots = Snapshots(env)
@@ -119,6 +153,53 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
     for one, other in zip(again, results[150:], strict=True):
         for found, expected in zip(one[:4], other[:4], strict=True):
             assert (found == expected).all()
+
+
+@pytest.mark.parametrize("workers", [1, 3])  # where the snapshots of the other are, and are not
+def test_a_practised_episode_that_is_cut_goes_on_in_one_that_has_come_further(workers: int) -> None:
+    level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
+    way = [int(action, 16) for action in FROZEN]
+    alone = make_env(level)
+    envs = make_vector_env(replace(level, num_envs=3, num_workers=workers), practice=0.67)
+    running = {"seeds": [0, 0, FROZEN_SEED], "actions": [[], [], way[:100]]}
+    envs.restore({"entropy": 0, "begun": [1, 1, 1], **running})
+    done, truncated = 100, np.zeros(3, bool)
+    while not truncated.any():
+        *_, truncated, _ = envs.step(np.array([0, 0, way[done]]))
+        done += 1
+    assert truncated.tolist() == [True, True, False]
+    observations, rewards, _, _, infos = envs.step(np.array([0, 0, way[done]]))
+    assert infos["origin"].tolist() == [-1, 2, -1]
+    assert rewards[1] == 0
+    state = envs.state_dict()
+    begins = state["actions"][1]
+    assert state["seeds"][1] == FROZEN_SEED
+    assert state["actions"][0] == []
+    assert begins == way[: len(begins)]
+    assert len(begins) % EVERY == 0
+    assert 16 <= done - len(begins) < 80 + EVERY
+    for action in (1, 1, 2):  # and is from there on an episode of its own
+        expected, info = replayed(alone, FROZEN_SEED, begins)
+        assert (observations[1] == expected).all()
+        assert (infos["cell"][1] == info["cell"]).all()
+        begins = [*begins, action]
+        observations, *_, infos = envs.step(np.array([0, action, way[done + 1]]))
+    envs.close()
+    alone.close()
+
+
+def test_a_practised_episode_that_is_cut_begins_anew_where_none_has_come_further() -> None:
+    level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=20").env
+    envs = make_vector_env(replace(level, num_envs=2, num_workers=1), practice=0.5)
+    envs.reset(seed=0)
+    truncated = np.zeros(2, bool)
+    while not truncated.any():
+        *_, truncated, _ = envs.step(np.zeros(2, int))
+    assert truncated.tolist() == [True, True]
+    *_, infos = envs.step(np.zeros(2, int))
+    assert "origin" not in infos
+    assert envs.state_dict()["actions"] == [[], []]
+    envs.close()
 
 
 def test_after_a_flag_an_episode_begins_at_the_start() -> None:

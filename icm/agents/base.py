@@ -296,7 +296,7 @@ class Agent[Batch](ABC):
         truncated: Tensor,
         reset: Tensor,
         respawned: Tensor,
-        returned: Tensor,
+        origin: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Store one step of every environment, and judge the signal on it before it learns from it.
 
@@ -309,8 +309,8 @@ class Agent[Batch](ABC):
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
             respawned: bool (num_envs,), whether the next state is where a new life begins: no
                 consequence of the action, so that its surprise is neither rewarded nor learned.
-            returned: bool (num_envs,), whether the episode that a reset opens is the one before,
-                somewhere in its middle: the same life, which knows what it has seen.
+            origin: int64 (num_envs,), -1, or where a reset opens an episode in the middle of one
+                before, the number of its environment: that life goes on, and knows what it saw.
 
         Returns:
             statistics of transitions, of each those that it is of, (transitions,); and the surprise
@@ -318,7 +318,8 @@ class Agent[Batch](ABC):
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
-        opens = reset & ~returned | respawned & ~truncated
+        opens = reset & (origin < 0) | respawned & ~truncated
+        self.novelty.follow(origin)
         novelty = self.novelty(places, opens, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset

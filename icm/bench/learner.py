@@ -68,7 +68,7 @@ def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str,
         "truncated": never,
         "reset": never,
         "respawned": never,
-        "returned": never,
+        "origin": torch.full((n,), -1),
     }
 
 

@@ -74,6 +74,17 @@ class EpisodicNovelty:
         novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
         return novelty.masked_fill(respawned, 0.0)
 
+    def follow(self, origin: Tensor) -> None:
+        """Let lives know what those have seen in the middle of which they go on.
+
+        Args:
+            origin: numbers of the environments of these, int64 (num_envs,), on the CPU; -1: none.
+        """
+        rows = (origin >= 0).nonzero().squeeze(1)
+        if self.scale is not None and len(rows):
+            for known in (self.seen, self.squares, self.count):
+                known[rows] = known[origin[rows]]
+
     def state_dict(self) -> dict[str, Any]:
         """What the running lives have seen, on the CPU."""
         if self.scale is None:

@@ -59,6 +59,17 @@ class Snapshots:
             self._kept.append(self._take(state, info))
             del self._kept[:-MOST]
 
+    def know(self, seed: int, actions: list[int]) -> bool:
+        """Whether there is one on the way that the first actions of an episode lead."""
+        return seed == self._seed and any(
+            actions[: kept.done] == self._actions[: kept.done] for kept in self._kept
+        )
+
+    def take_over(self, others: "Snapshots") -> None:
+        """Have those of another environment like this one; this one has been reset before."""
+        self._seed = others._seed
+        self._actions, self._kept = others._actions.copy(), others._kept.copy()
+
     def go_back(self, seed: int, actions: list[int]) -> Snapshot | None:
         """Let the environment be where the episode was after the first of its actions.
 

@@ -79,6 +79,11 @@ class Stepper:
             snapshots = self._snapshots.get(row)
             if arrays["opening"][row]:
                 seed, actions = int(arrays["seeds"][row]), played.get(row, [])
+                if snapshots and not snapshots.know(seed, actions):  # another's episode
+                    others = (each for each in self._snapshots.values() if each.know(seed, actions))
+                    if other := next(others, None):
+                        env.reset(seed=seed)  # as it may be a new one
+                        snapshots.take_over(other)
                 if snapshots and (found := snapshots.go_back(seed, actions)):
                     state, info, actions = found.state, found.info, actions[found.done :]
                 else:

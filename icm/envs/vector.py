@@ -15,8 +15,9 @@ from icm.envs.snapshots import EVERY
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
-PERSISTENCE = 0.99  # share of deaths after which an episode that is practised goes on
+PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
 BACK = 16, 81  # agent steps that it goes back, at random: from, below; and on to a snapshot
+NO_ORIGIN = -1  # of an episode that begins at its start
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
 
@@ -65,13 +66,17 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again. `returned` says which have gone back, if some have, see below.
+    play it again. `origin`, if some practise, see below.
 
     In environments that practise, a life is an episode, which ends truncated, and after most of
     them the next one begins in the middle of it, some steps before the death: it is the same
-    episode again, with the same seed, up to there (`returned`). So what is hard is met more often
-    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore). Their
-    episodes are not passed on, for they tell nothing of how far an agent comes from the start.
+    episode again, with the same seed, up to there. After the others, and where an episode was cut,
+    it begins in the middle of one of those that practise and have come further, in agent steps; if
+    there is none, at the start. So what is hard is met more often, and many are soon where one has
+    come (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+    `origin`, int64 (num_envs,), is the number of the environment whose episode has been gone on
+    with, -1 if none has. Their episodes are not passed on, for they tell nothing of how far an
+    agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -114,6 +119,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
+        self._origin = np.full(num_envs, NO_ORIGIN)  # whose actions these are
 
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
@@ -139,7 +145,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._entropy = seed
             self._begun[:] = 0
         self._resting.clear()
-        self._open(np.ones(self.num_envs, np.bool), np.zeros(self.num_envs, np.bool))
+        nobody = np.zeros(self.num_envs, np.bool)
+        self._open(~nobody, nobody, nobody)
         self._start(options)
         observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
@@ -192,7 +199,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         arrays["actions"][:] = actions
         # without cells nobody knows what an end is
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
-        self._open(arrays["terminated"] | arrays["truncated"], died & arrays["practises"])
+        ended = arrays["terminated"] | arrays["truncated"]
+        self._open(ended, died & arrays["practises"], arrays["truncated"] & arrays["practises"])
         for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start(None)
@@ -223,8 +231,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
         if self._returning:
-            infos["returned"] = np.zeros(self.num_envs, np.bool)
-            infos["returned"][list(self._returning)] = True
+            infos["origin"] = np.where(self._origin < 0, NO_ORIGIN, self._first + self._origin)
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
@@ -233,27 +240,42 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._workers.end()
 
-    def _open(self, opening: np.ndarray, died: np.ndarray) -> None:
+    def _open(self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
 
-        Where `died`, bool (num_envs,), says so, too, most go back in the one before instead.
+        Where the one before is practised and has `died` or was `cut`, bool (num_envs,), most begin
+        in the middle of it or of another.
         """
         self._returning = {}
+        self._origin[:] = NO_ORIGIN
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
-            if died[row] and (rng := np.random.default_rng(seeds)).random() < PERSISTENCE:
-                kept = max(0, len(self._played[row]) - int(rng.integers(*BACK)))
-                kept -= kept % EVERY  # all would wait for steps that are played again
-                self._played[row] = self._returning[row] = self._played[row][:kept]
+            rng = np.random.default_rng(seeds)
+            if died[row] and rng.random() < PERSISTENCE:
+                origin = row
             else:
+                origin = self._further(row, rng) if died[row] or cut[row] else NO_ORIGIN
+            if origin == NO_ORIGIN:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
                 self._played[row] = []
+            else:
+                kept = max(0, len(self._played[origin]) - int(rng.integers(*BACK)))
+                kept -= kept % EVERY  # all would wait for steps that are played again
+                self._arrays["seeds"][row] = self._arrays["seeds"][origin]
+                self._played[row] = self._returning[row] = self._played[origin][:kept]
+                self._origin[row] = origin
         self._begun += opening
         self._arrays["opening"][:] = opening
         free = opening.copy()
         free[list(self._returning)] = False  # a new worker would have to play all again
         self._balance.move(free)
+
+    def _further(self, row: int, rng: np.random.Generator) -> int:
+        """One of those that practise and have played for longer, at random; NO_ORIGIN: none has."""
+        played = np.array([len(actions) for actions in self._played])
+        further = np.flatnonzero(self._arrays["practises"] & (played > played[row]))
+        return int(rng.choice(further)) if len(further) else NO_ORIGIN
 
     def _start(self, options: dict[str, Any] | None) -> None:
         """Begin a step."""
