@@ -128,7 +128,7 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
                 assert begins == []
                 continue
             assert len(begins) % EVERY == 0  # where there is a snapshot
-            assert not begins or 16 <= len(before["actions"][row]) - len(begins) < 80 + EVERY
+            assert not begins or 4 <= len(before["actions"][row]) - len(begins) < 40 + EVERY
             assert begins == before["actions"][row][: len(begins)]
             expected, info = replayed(alone, state["seeds"][row], begins)
             assert (observations[row] == expected).all()
@@ -177,7 +177,7 @@ def test_a_practised_episode_that_is_cut_goes_on_in_one_that_has_come_further(wo
     assert state["actions"][0] == []
     assert begins == way[: len(begins)]
     assert len(begins) % EVERY == 0
-    assert 16 <= done - len(begins) < 80 + EVERY
+    assert 4 <= done - len(begins) < 40 + EVERY
     for action in (1, 1, 2):  # and is from there on an episode of its own
         expected, info = replayed(alone, FROZEN_SEED, begins)
         assert (observations[1] == expected).all()

@@ -10,7 +10,7 @@ from nes_py import NESEnv
 from icm.envs.mario import Progress
 from icm.envs.wrappers import Env
 
-EVERY = 16  # agent steps of an episode from one snapshot to the next
+EVERY = 8  # agent steps of an episode from one snapshot to the next
 MOST = 32  # snapshots of an episode, the latest; with its picture one has 0.2 MB
 
 PLAIN = (int, float, str, tuple, dict, np.generic, np.random.Generator, Progress)

@@ -16,7 +16,7 @@ from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
-BACK = 16, 81  # agent steps that it goes back, at random: from, below; and on to a snapshot
+BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 NO_ORIGIN = -1  # of an episode that begins at its start
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
