@@ -77,7 +77,7 @@ def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
     assert not snapshots.know(8, actions[:EVERY])
     assert not others.know(7, actions[:EVERY])
     others.take_over(snapshots)
-    found = others.go_back(7, actions[:40])
+    found = others.go_back(7, actions[: 3 * EVERY - 1])
     assert found is not None
     assert found.done == 2 * EVERY
     replayed(plain, 7, actions[: found.done])
