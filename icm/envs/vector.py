@@ -71,9 +71,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     In environments that practise, a life is an episode, which ends truncated, and after most of
     them the next one begins in the middle of it, some steps before the death: it is the same
     episode again, with the same seed, up to there. After the others, and where an episode was cut,
-    it begins in the middle of one of those that practise and have come further, in agent steps; if
-    there is none, at the start. So what is hard is met more often, and many are soon where one has
-    come (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+    it begins in the middle of that of another one that practises, and has come further, in agent
+    steps, if one has. So what is hard is met more often, and many are soon where one has come
+    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
     `origin`, int64 (num_envs,), is the number of the environment whose episode has been gone on
     with, -1 if none has. Their episodes are not passed on, for they tell nothing of how far an
     agent comes from the start.
@@ -255,7 +255,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             if died[row] and rng.random() < PERSISTENCE:
                 origin = row
             else:
-                origin = self._further(row, rng) if died[row] or cut[row] else NO_ORIGIN
+                origin = self._another(row, rng) if died[row] or cut[row] else NO_ORIGIN
             if origin == NO_ORIGIN:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
                 self._played[row] = []
@@ -271,11 +271,17 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         free[list(self._returning)] = False  # a new worker would have to play all again
         self._balance.move(free)
 
-    def _further(self, row: int, rng: np.random.Generator) -> int:
-        """One of those that practise and have played for longer, at random; NO_ORIGIN: none has."""
+    def _another(self, row: int, rng: np.random.Generator) -> int:
+        """One of the others that practise, at random; NO_ORIGIN: there is none.
+
+        One that has played for longer, if there is one.
+        """
+        others = self._arrays["practises"].copy()
+        others[row] = False
         played = np.array([len(actions) for actions in self._played])
-        further = np.flatnonzero(self._arrays["practises"] & (played > played[row]))
-        return int(rng.choice(further)) if len(further) else NO_ORIGIN
+        further = others & (played > played[row])
+        among = np.flatnonzero(further if further.any() else others)
+        return int(rng.choice(among)) if len(among) else NO_ORIGIN
 
     def _start(self, options: dict[str, Any] | None) -> None:
         """Begin a step."""
