@@ -156,25 +156,27 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])  # where the snapshots of the other are, and are not
-def test_a_practised_episode_that_is_cut_goes_on_in_one_that_has_come_further(workers: int) -> None:
+@pytest.mark.parametrize("played", [0, 140])  # less and more than the other: there is no other
+def test_after_a_practised_episode_is_cut_another_goes_on(workers: int, played: int) -> None:
     level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
     way = [int(action, 16) for action in FROZEN]
     alone = make_env(level)
     envs = make_vector_env(replace(level, num_envs=3, num_workers=workers), practice=0.67)
-    running = {"seeds": [0, 0, FROZEN_SEED], "actions": [[], [], way[:100]]}
+    running = {"seeds": [0, FROZEN_SEED, FROZEN_SEED], "actions": [[], way[:played], way[:100]]}
     envs.restore({"entropy": 0, "begun": [1, 1, 1], **running})
     done, truncated = 100, np.zeros(3, bool)
-    while not truncated.any():
-        *_, truncated, _ = envs.step(np.array([0, 0, way[done]]))
+    while not truncated[1]:
+        *_, truncated, infos = envs.step(np.array([0, 0, way[done]]))
         done += 1
-    assert truncated.tolist() == [True, True, False]
+    assert not infos["life_lost"].any()
+    assert not truncated[2]
+    assert done < len(way)
     observations, rewards, _, _, infos = envs.step(np.array([0, 0, way[done]]))
     assert infos["origin"].tolist() == [-1, 2, -1]
     assert rewards[1] == 0
     state = envs.state_dict()
     begins = state["actions"][1]
     assert state["seeds"][1] == FROZEN_SEED
-    assert state["actions"][0] == []
     assert begins == way[: len(begins)]
     assert len(begins) % EVERY == 0
     assert 4 <= done - len(begins) < 40 + EVERY
@@ -188,7 +190,7 @@ def test_a_practised_episode_that_is_cut_goes_on_in_one_that_has_come_further(wo
     alone.close()
 
 
-def test_a_practised_episode_that_is_cut_begins_anew_where_none_has_come_further() -> None:
+def test_a_practised_episode_that_is_cut_begins_anew_where_no_other_is_practised() -> None:
     level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=20").env
     envs = make_vector_env(replace(level, num_envs=2, num_workers=1), practice=0.5)
     envs.reset(seed=0)
