@@ -1358,7 +1358,7 @@ def interact(agent: Agent, world: Any, steps: int) -> Iterator[Tensor]:
             truncated,
             reset,
             torch.zeros(n, dtype=torch.bool),
-            torch.zeros(n, dtype=torch.bool),
+            torch.full((n,), -1),
         )
         previous = actions.masked_fill(reset, NO_ACTION)
         reset = world.ended
