@@ -72,10 +72,10 @@ def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
         snapshots.add(action, state, info)
     other.reset(seed=8)
     others.begin(8)
-    assert snapshots.know(7, actions[:EVERY])
-    assert not snapshots.know(7, actions[: EVERY - 1])
-    assert not snapshots.know(8, actions[:EVERY])
-    assert not others.know(7, actions[:EVERY])
+    assert snapshots.reach(7, actions[:EVERY]) == EVERY
+    assert snapshots.reach(7, actions[: EVERY - 1]) == 0
+    assert snapshots.reach(8, actions[:EVERY]) == 0
+    assert others.reach(7, actions[:EVERY]) == 0
     others.take_over(snapshots)
     found = others.go_back(7, actions[: 3 * EVERY - 1])
     assert found is not None
@@ -87,8 +87,8 @@ def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
         assert step(other, action) == step(plain, action)
         if number == 10:
             env.close()  # nothing of it is used any more
-    assert snapshots.know(7, actions[: 3 * EVERY])
-    assert not snapshots.know(7, [11 - actions[0], *actions[1:EVERY]])
+    assert snapshots.reach(7, actions[: 3 * EVERY]) == 3 * EVERY
+    assert snapshots.reach(7, [11 - actions[0], *actions[1:EVERY]]) == 0
     other.close()
     plain.close()
 
@@ -156,7 +156,7 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])  # where the snapshots of the other are, and are not
-@pytest.mark.parametrize("played", [0, 140])  # less and more than the other: there is no other
+@pytest.mark.parametrize("played", [0, 140])  # less than the other, and more
 def test_after_a_practised_episode_is_cut_another_goes_on(workers: int, played: int) -> None:
     level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
     way = [int(action, 16) for action in FROZEN]

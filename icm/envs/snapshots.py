@@ -59,11 +59,12 @@ class Snapshots:
             self._kept.append(self._take(state, info))
             del self._kept[:-MOST]
 
-    def know(self, seed: int, actions: list[int]) -> bool:
-        """Whether there is one on the way that the first actions of an episode lead."""
-        return seed == self._seed and any(
-            actions[: kept.done] == self._actions[: kept.done] for kept in self._kept
-        )
+    def reach(self, seed: int, actions: list[int]) -> int:
+        """How many of an episode's first actions led to the latest one on their way; 0: none."""
+        if seed != self._seed:
+            return 0
+        done = (kept.done for kept in reversed(self._kept))
+        return next((n for n in done if actions[:n] == self._actions[:n]), 0)
 
     def take_over(self, others: "Snapshots") -> None:
         """Have those of another environment like this one; this one has been reset before."""
@@ -80,13 +81,11 @@ class Snapshots:
         Returns:
             the latest snapshot on that way; None if there is none.
         """
-        if seed != self._seed:
+        reach = self.reach(seed, actions)
+        if not reach:
             return None
-        # no later one is on this way, nor will be again
-        while self._kept and actions[: (done := self._kept[-1].done)] != self._actions[:done]:
+        while self._kept[-1].done > reach:  # not on this way, nor will it be again
             self._kept.pop()
-        if not self._kept:
-            return None
         snapshot = self._kept[-1]
         self._actions = actions[: snapshot.done]
         self._game.load_state(snapshot.emulator)

@@ -24,7 +24,7 @@ GIVEN: Fields = {
     "actions": ((), np.int64),
     "seeds": ((), np.int64),  # of the running episodes
     "opening": ((), np.bool),  # whether the next step begins an episode
-    "practises": ((), np.bool),  # whether episodes may begin with actions of the one before
+    "practises": ((), np.bool),  # whether episodes may begin with actions of one before
 }
 """What a worker is given, of one row."""
 
@@ -79,11 +79,12 @@ class Stepper:
             snapshots = self._snapshots.get(row)
             if arrays["opening"][row]:
                 seed, actions = int(arrays["seeds"][row]), played.get(row, [])
-                if snapshots and not snapshots.know(seed, actions):  # another's episode
-                    others = (each for each in self._snapshots.values() if each.know(seed, actions))
-                    if other := next(others, None):
+                if snapshots and snapshots.reach(seed, actions) < len(actions):
+                    known = [snapshots, *self._snapshots.values()]
+                    best = max(known, key=lambda each: each.reach(seed, actions))
+                    if best is not snapshots:
                         env.reset(seed=seed)  # as it may be a new one
-                        snapshots.take_over(other)
+                        snapshots.take_over(best)
                 if snapshots and (found := snapshots.go_back(seed, actions)):
                     state, info, actions = found.state, found.info, actions[found.done :]
                 else:

@@ -66,7 +66,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again. `origin`, if some practise, see below.
+    play it again. `origin`, if one has gone on in the middle of an episode: see below.
 
     In environments that practise, a life is an episode, which ends truncated, and after most of
     them the next one begins in the middle of it, some steps before the death: it is the same
@@ -75,8 +75,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     steps, if one has. So what is hard is met more often, and many are soon where one has come
     (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
     `origin`, int64 (num_envs,), is the number of the environment whose episode has been gone on
-    with, -1 if none has. Their episodes are not passed on, for they tell nothing of how far an
-    agent comes from the start.
+    with, -1 if none has. `episode` is of those alone that do not practise: the others tell nothing
+    of how far an agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -119,7 +119,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
-        self._origin = np.full(num_envs, NO_ORIGIN)  # whose actions these are
+        self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
 
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
@@ -231,7 +231,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
         if self._returning:
-            infos["origin"] = np.where(self._origin < 0, NO_ORIGIN, self._first + self._origin)
+            infos["origin"] = self._origin.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
@@ -264,7 +264,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 kept -= kept % EVERY  # all would wait for steps that are played again
                 self._arrays["seeds"][row] = self._arrays["seeds"][origin]
                 self._played[row] = self._returning[row] = self._played[origin][:kept]
-                self._origin[row] = origin
+                self._origin[row] = self._first + origin
         self._begun += opening
         self._arrays["opening"][:] = opening
         free = opening.copy()
