@@ -119,9 +119,10 @@ class RunFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the class. Hydra only warns of exceptions here, so a mistake exits at once."""
         try:
-            if config.resume is not None:
-                adopt_settings(config)
+            content = None if config.resume is None else adopt_settings(config)
             settings = parse_config(config)
+            if content is not None:
+                must_go_on(content, settings)
             if RANK > 0:
                 self.folder = tempfile.TemporaryDirectory(prefix="icm-rank-")
                 with read_write(config):
@@ -170,12 +171,15 @@ def record(settings: DictConfig, folder: Path) -> None:
             OmegaConf.save(content, (folder / SETTINGS).with_name(f"{name}.yaml"))
 
 
-def adopt_settings(config: DictConfig) -> None:
+def adopt_settings(config: DictConfig) -> dict[str, Any]:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
     But not where environments live: that is another matter on every machine.
 
     Of a damaged `latest.pt` those of the newest whole checkpoint beside it, which is then `resume`.
+
+    Returns:
+        the content of the checkpoint.
 
     Raises:
         UserError: another group (`preset=…`) is chosen, or the checkpoint cannot be read.
@@ -199,6 +203,24 @@ def adopt_settings(config: DictConfig) -> None:
         for key, value in merged.items():
             config[key] = value
         config.resume = str(path)
+    return content
+
+
+def must_go_on(content: dict[str, Any], config: Config) -> None:
+    """Refuse to resume a checkpoint, of this content, with settings that cannot go on with it."""
+    path, step, warmup = config.resume, content["step"], config.agent.warmup_steps
+    if "optimizers" not in content:
+        raise UserError(f"{path}: exported for playing; resume what it was exported from")
+    if step >= config.total_steps:
+        raise UserError(
+            f"total_steps={config.total_steps}: {path} is at step {step} already; "
+            "give a greater total_steps to go on"
+        )
+    if (before := content["config"]["agent"]["warmup_steps"]) != warmup:
+        raise UserError(
+            f"agent.warmup_steps={warmup}: {path} was made with {before}, which has to stay: "
+            "it may be over"
+        )
 
 
 def claim_folder(config: DictConfig, settings: Config) -> None:

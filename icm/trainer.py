@@ -236,27 +236,15 @@ class Trainer:
         a new one for as many steps as a warm-up has before it learns.
 
         Raises:
-            UserError: the checkpoint cannot be read, is complete, or does not fit.
+            UserError: the checkpoint cannot be read, or does not fit.
         """
         content, memory = with_memory(path)
         remove_leftovers(path.parent)
-        if "optimizers" not in content:
-            raise UserError(f"{path}: exported for playing; resume what it was exported from")
         self.step = content["step"]
-        if self.step >= self.config.total_steps:
-            raise UserError(
-                f"total_steps={self.config.total_steps}: {path} is at step {self.step} already; "
-                "give a greater total_steps to go on"
-            )
         before, now = flat(content["config"]), flat(asdict(self.config))
         for name in sorted(before.keys() & now.keys() - {"resume"}):
             if before[name] != now[name]:
                 print(f"changed: {name}={now[name]}, was {before[name]}")
-        if before["agent.warmup_steps"] != (steps := self.config.agent.warmup_steps):
-            raise UserError(
-                f"agent.warmup_steps={steps}: {path} was made with {before['agent.warmup_steps']}, "
-                "which has to stay: it may be over"
-            )
         best = self.folder / "checkpoints" / "best.pt"
         if best.exists():  # it goes on in its own folder
             try:

@@ -17,7 +17,6 @@ from icm import checkpoint
 from icm.config import Config
 from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
-from icm.errors import UserError
 from icm.factory import build_agent
 from icm.files import latest
 from icm.trainer import Trainer
@@ -322,12 +321,6 @@ def test_in_another_environment_new_episodes_begin(
     remembered = checkpoint.load_file(memory(second))
     assert remembered["lives"]["count"].tolist() == [1, 1]
     assert remembered["reset"][remembered["head"] - 2].all()
-
-
-def test_another_warm_up_is_refused(tmp_path: Path, trained_until: Callable[..., Path]) -> None:
-    first = trained_until(64, "ppo")
-    with pytest.raises(UserError, match=r"agent\.warmup_steps=9: .* was made with 32"):
-        train(config_of("ppo", "agent.warmup_steps=9"), tmp_path / "second", 0, latest(first))
 
 
 def test_on_another_core_new_episodes_begin(

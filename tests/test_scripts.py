@@ -471,6 +471,7 @@ def test_an_exported_checkpoint_is_small_and_plays_but_is_not_resumed(
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     done = run_script("train.py", f"resume={out}", "total_steps=200", folder)
     assert_refused(done, str(out), "exported for playing")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_shows_the_real_keys() -> None:
@@ -669,7 +670,7 @@ def test_players_refuse(script: str, arguments: list[str], words: list[str], tra
     assert_refused(run_script(script, *arguments), *words)
 
 
-def test_a_finished_run_and_a_changed_group_are_not_resumed(trained: Path, tmp_path: Path) -> None:
+def test_what_cannot_go_on_is_not_resumed(trained: Path, tmp_path: Path) -> None:
     latest = trained / "checkpoints" / "latest.pt"
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     for same in ((), ("preset=default", "agent=dqn", "curiosity=icm")):
@@ -679,6 +680,10 @@ def test_a_finished_run_and_a_changed_group_are_not_resumed(trained: Path, tmp_p
     assert_refused(done, "preset=tutorial")
     done = run_script("train.py", f"resume={latest}", "agent=pqn", folder)
     assert_refused(done, "agent=pqn", "keeps the groups")
+    longer = ("agent=dqn", "total_steps=128", "agent.warmup_steps=9")
+    done = run_script("train.py", f"resume={latest}", *longer, folder)
+    assert_refused(done, "agent.warmup_steps=9", "was made with 32")
+    assert not (tmp_path / "run").exists()
 
 
 def test_default_settings_are_valid() -> None:
