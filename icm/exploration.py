@@ -128,7 +128,7 @@ class Exploration:
         for visits in self.here:
             if visits is not None:
                 visits.count += 1
-        self._come(over, ended, infos["origin"] >= 0 if "origin" in infos else nowhere)
+        self._come(over, ended, infos.get("returned", nowhere))
 
     def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
         """Count the lives that have come to where they are now.

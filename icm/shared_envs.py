@@ -38,6 +38,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             [
                 ("observations", space.dtype, space.shape),
                 *((name, dtype, shape) for name, (shape, dtype) in RESULTS.items()),
+                ("returned", np.bool),
                 ("origin", np.int64),
                 ("failures", np.int64),  # of the rank
                 ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
@@ -98,6 +99,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name, info in (("cells", "cell"), ("has_cell", "_cell")):
             rows[name] = infos.get(info, 0)
         rows["life_lost"] = infos.get("life_lost", False)
+        rows["returned"] = infos.get("returned", False)
         rows["origin"] = infos.get("origin", NO_ORIGIN)
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
@@ -105,8 +107,8 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
-        if (whole["origin"] != NO_ORIGIN).any():
-            found["origin"] = whole["origin"].copy()
+        if whole["returned"].any():
+            found |= {name: whole[name].copy() for name in ("returned", "origin")}
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:

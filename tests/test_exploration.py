@@ -76,7 +76,7 @@ def test_places_know_how_many_lives_have_come_there() -> None:
     again.load_state_dict(with_tensors(found.state_dict()))
     for each in (found, again):
         found = each
-        visit(12, room, room, origin=(-1, 1))
+        visit(12, room, room, returned=(False, True))
         visit(14, next_level, next_level)
         assert [p["lives"] for p in found.places()] == [3, 3, 3]
 

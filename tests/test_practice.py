@@ -5,13 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import settings
 from test_lean import EMULATORS, RUNNING
 from test_libretro import FROZEN, FROZEN_SEED
 
 from icm.envs import make_env, make_vector_env
-from icm.envs.snapshots import EVERY, MOST, Snapshots
+from icm.envs.snapshots import EVERY, RECENT, SELDOM, Snapshots
+from icm.envs.vector import WorkerVectorEnv
 from icm.envs.wrappers import Env
 
 GAME = replace(
@@ -72,11 +74,11 @@ def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
         snapshots.add(action, state, info)
     other.reset(seed=8)
     others.begin(8)
-    assert snapshots.reach(7, actions[:EVERY]) == EVERY
-    assert snapshots.reach(7, actions[: EVERY - 1]) == 0
-    assert snapshots.reach(8, actions[:EVERY]) == 0
-    assert others.reach(7, actions[:EVERY]) == 0
-    others.take_over(snapshots)
+    assert snapshots.trail.reach(7, actions[:EVERY]) == EVERY
+    assert snapshots.trail.reach(7, actions[: EVERY - 1]) == 0
+    assert snapshots.trail.reach(8, actions[:EVERY]) == 0
+    assert others.trail.reach(7, actions[:EVERY]) == 0
+    others.take_over(snapshots.trail)
     found = others.go_back(7, actions[: 3 * EVERY - 1])
     assert found is not None
     assert found.done == 2 * EVERY
@@ -87,21 +89,25 @@ def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
         assert step(other, action) == step(plain, action)
         if number == 10:
             env.close()  # nothing of it is used any more
-    assert snapshots.reach(7, actions[: 3 * EVERY]) == 3 * EVERY
-    assert snapshots.reach(7, [11 - actions[0], *actions[1:EVERY]]) == 0
+    assert snapshots.trail.reach(7, actions[: 3 * EVERY]) == 3 * EVERY
+    assert snapshots.trail.reach(7, [11 - actions[0], *actions[1:EVERY]]) == 0
     other.close()
     plain.close()
 
 
-def test_snapshots_are_not_kept_for_ever() -> None:
+def test_of_long_ago_few_snapshots_are_kept() -> None:
     env = make_env(replace(GAME, emulator=EMULATORS[-1]))
     snapshots = Snapshots(env)
     state, info = env.reset(seed=0)
     snapshots.begin(0)
-    for _ in range((MOST + 2) * EVERY):
+    length = 2 * SELDOM + RECENT + EVERY
+    for _ in range(length):
         snapshots.add(0, state, info)
-    assert len(snapshots._kept) == MOST
-    assert snapshots.go_back(0, [0] * 2 * EVERY) is None
+    recent = [*range(length - RECENT + EVERY, length + 1, EVERY)]
+    assert [each.done for each in snapshots.trail.kept] == [SELDOM, 2 * SELDOM, *recent]
+    found = snapshots.go_back(0, [0] * (2 * SELDOM - 1))
+    assert found is not None
+    assert found.done == SELDOM
     env.close()
 
 
@@ -155,39 +161,109 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
             assert (found == expected).all()
 
 
-@pytest.mark.parametrize("workers", [1, 3])  # where the snapshots of the other are, and are not
-@pytest.mark.parametrize("played", [0, 140])  # less than the other, and more
-def test_after_a_practised_episode_is_cut_another_goes_on(workers: int, played: int) -> None:
-    level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
-    way = [int(action, 16) for action in FROZEN]
-    alone = make_env(level)
-    envs = make_vector_env(replace(level, num_envs=3, num_workers=workers), practice=0.67)
-    running = {"seeds": [0, FROZEN_SEED, FROZEN_SEED], "actions": [[], way[:played], way[:100]]}
-    envs.restore({"entropy": 0, "begun": [1, 1, 1], **running})
+WAY = [int(action, 16) for action in FROZEN]  # leads to the flag of 1-1
+TOGETHER, APART = [[0, 1, 2]], [[0, 1], [2]]
+LEVEL = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
+
+
+def until_one_is_cut(
+    parts: list[list[int]], played: int = 0, begun: int = 1, collector: str = "local"
+) -> tuple[WorkerVectorEnv, int]:
+    """Three environments, these in each worker, of which 1 and 2 practise; and a number on WAY.
+
+    1 has gone so far on it, and then stood until it was cut; the next action of 2 is that of the
+    number.
+    """
+    config = replace(LEVEL, num_envs=3, num_workers=len(parts))
+    envs = make_vector_env(config, collector=collector, practice=0.67)
+    envs._balance.rows = [part.copy() for part in parts]
+    running = {"seeds": [0, FROZEN_SEED, FROZEN_SEED], "actions": [[], WAY[:played], WAY[:100]]}
+    envs.restore({"entropy": 0, "begun": [1, begun, 1], **running})
     done, truncated = 100, np.zeros(3, bool)
     while not truncated[1]:
-        *_, truncated, infos = envs.step(np.array([0, 0, way[done]]))
+        *_, truncated, infos = envs.step(np.array([0, 0, WAY[done]]))
         done += 1
     assert not infos["life_lost"].any()
     assert not truncated[2]
-    assert done < len(way)
-    observations, rewards, _, _, infos = envs.step(np.array([0, 0, way[done]]))
-    assert infos["origin"].tolist() == [-1, 2, -1]
+    assert done < len(WAY)
+    return envs, done
+
+
+def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
+    """How many actions were done at the snapshots that its worker has for others."""
+    home = next(worker for worker, rows in enumerate(envs._balance.rows) if row in rows)
+    trail = envs._workers.trail(home, row, done, 20.0)
+    assert trail is not None
+    return [each.done for each in trail.kept]
+
+
+@pytest.mark.parametrize("parts", [TOGETHER, APART], ids=["together", "apart"])
+@pytest.mark.parametrize("played", [0, 130])  # less than the other, and more
+@pytest.mark.parametrize(("begun", "knows"), [(1, True), (7, False)])  # by its random numbers
+def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
+    parts: list[list[int]], played: int, begun: int, knows: bool
+) -> None:
+    alone = make_env(LEVEL)
+    envs, done = until_one_is_cut(parts, played, begun)
+    observations, rewards, _, _, infos = envs.step(np.array([0, 0, WAY[done]]))
+    assert infos["returned"].tolist() == [False, True, False]
+    assert infos["origin"].tolist() == [-1, 2 if knows else -1, -1]
     assert rewards[1] == 0
     state = envs.state_dict()
     begins = state["actions"][1]
     assert state["seeds"][1] == FROZEN_SEED
-    assert begins == way[: len(begins)]
-    assert len(begins) % EVERY == 0
-    assert 4 <= done - len(begins) < 40 + EVERY
+    assert begins == WAY[: len(begins)]
+    if knows:  # a little before where the other is
+        assert len(begins) % EVERY == 0
+        assert 4 <= done - len(begins) < 40 + EVERY
+    else:
+        assert len(begins) == SELDOM  # 0 and 128 would have been as likely
     for action in (1, 1, 2):  # and is from there on an episode of its own
         expected, info = replayed(alone, FROZEN_SEED, begins)
         assert (observations[1] == expected).all()
         assert (infos["cell"][1] == info["cell"]).all()
         begins = [*begins, action]
-        observations, *_, infos = envs.step(np.array([0, action, way[done + 1]]))
+        observations, *_, infos = envs.step(np.array([0, action, WAY[done + 1]]))
     envs.close()
     alone.close()
+
+
+@pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
+def test_a_worker_lends_snapshots_to_another() -> None:
+    envs, done = until_one_is_cut(APART)
+    envs.step(np.array([0, 0, WAY[done]]))
+    begins = len(envs.state_dict()["actions"][1])
+    assert begins > SELDOM
+    assert trail_of(envs, 1, begins) == [SELDOM, begins]
+    assert trail_of(envs, 1, EVERY) == []  # it did not play there again
+    assert trail_of(envs, 2, EVERY) == [EVERY]
+    assert trail_of(envs, 0, EVERY) == []  # does not practise
+    envs.close()
+
+
+@pytest.mark.parametrize("fate", ["is gone", "hangs"])
+def test_without_a_snapshot_of_a_worker_that_failed_the_way_is_played_again(
+    fate: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    envs, done = until_one_is_cut(APART)
+    expected, expected_done = until_one_is_cut(TOGETHER)
+    assert done == expected_done
+    home = next(worker for worker, rows in enumerate(envs._balance.rows) if 2 in rows)
+    workers: Any = envs._workers
+    process = psutil.Process(workers.processes[home].pid)
+    if fate == "is gone":
+        process.kill()
+    else:
+        envs._patience = 3.0
+        process.suspend()
+    for action in WAY[done : done + 3]:
+        found, wanted = (each.step(np.array([0, 1, action])) for each in (envs, expected))
+        for one, other in zip(found[:4], wanted[:4], strict=True):
+            assert (one == other).all()
+    assert envs.failures == 1
+    assert capsys.readouterr().err.count("begins anew") == 1
+    envs.close()
+    expected.close()
 
 
 def test_a_practised_episode_that_is_cut_begins_anew_where_no_other_is_practised() -> None:
@@ -206,7 +282,7 @@ def test_a_practised_episode_that_is_cut_begins_anew_where_no_other_is_practised
 
 def test_after_a_flag_an_episode_begins_at_the_start() -> None:
     level = replace(settings(f"env.emulator={EMULATORS[-1]}").env, num_envs=2, num_workers=1)
-    *before, last = (int(action, 16) for action in FROZEN)  # they lead to the flag of 1-1
+    *before, last = WAY
     envs = make_vector_env(level, practice=0.5)
     running = {"seeds": [0, FROZEN_SEED], "actions": [[], before]}
     envs.restore({"entropy": 0, "begun": [1, 1], **running})

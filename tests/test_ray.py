@@ -26,11 +26,14 @@ from conftest import (
     whole_training,
 )
 from omegaconf import OmegaConf
+from test_lean import EMULATORS
+from test_practice import APART, WAY, trail_of, until_one_is_cut
 from test_vector import ENV, assert_equal
 
 from icm import checkpoint
 from icm.config import parse_config
 from icm.envs import make_vector_env
+from icm.envs.snapshots import EVERY, SELDOM
 from icm.errors import UserError
 from icm.soak.program import facts
 
@@ -156,6 +159,18 @@ def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
         envs.close()
         local.close()
     assert not psutil.wait_procs(actors(folder), timeout=20)[1]
+
+
+@pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
+@pytest.mark.usefixtures("cluster")
+def test_an_actor_lends_snapshots_to_another() -> None:
+    envs, done = until_one_is_cut(APART, collector="ray")
+    envs.step(np.array([0, 0, WAY[done]]))
+    begins = len(envs.state_dict()["actions"][1])
+    assert begins > SELDOM
+    assert trail_of(envs, 1, begins) == [SELDOM, begins]
+    assert trail_of(envs, 1, EVERY) == []  # it did not play there again
+    envs.close()
 
 
 def test_a_training_goes_on_when_a_node_is_killed_and_its_checkpoint_works_everywhere(

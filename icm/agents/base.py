@@ -309,8 +309,8 @@ class Agent[Batch](ABC):
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
             respawned: bool (num_envs,), whether the next state is where a new life begins: no
                 consequence of the action, so that its surprise is neither rewarded nor learned.
-            origin: int64 (num_envs,), -1, or where a reset opens an episode in the middle of one
-                before, the number of its environment: that life goes on, and knows what it saw.
+            origin: int64 (num_envs,), -1, or where a reset opens an episode that goes on with that
+                of an environment, the number of this: that life goes on, and knows what it saw.
 
         Returns:
             statistics of transitions, of each those that it is of, (transitions,); and the surprise

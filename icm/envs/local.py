@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from icm.envs.stepper import NOTHING, Answer, Fields, Stepper
+from icm.envs.snapshots import Trail
+from icm.envs.stepper import NOTHING, Answer, Fields, Order, Stepper
 from icm.envs.wrappers import Env
 from icm.processes import CLOSING_TIME, Assistants
 
@@ -39,8 +40,24 @@ class LocalWorkers(Assistants):
         self.number, self.late = number, late
         super().__init__(number, _work, make, memory)
 
+    def send(self, worker: int, order: Order) -> None:
+        """See `Workers`."""
+        super().send(worker, (Stepper.step, order))
+
+    def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
+        """See `Workers`."""
+        super().send(worker, (Stepper.trail, row, done))
+        found = self._hear(worker, patience)
+        if isinstance(found, Trail):
+            return found
+        self.processes[worker].kill()  # or it might answer this where something else is asked
+        return None
+
     def listen(self, worker: int, patience: float) -> Answer | str:
         """See `Workers`."""
+        return self._hear(worker, patience)
+
+    def _hear(self, worker: int, patience: float) -> Any:
         pipe, process = self.pipes[worker], self.processes[worker]
         try:
             # twice, because of processes that were paused together the time is over when they go on
@@ -64,4 +81,5 @@ def _work(pipe: Connection, make: Callable[[], Env], memory: Memory) -> None:
     stepper = Stepper(make, arrays_in(memory))
     pipe.send(NOTHING)
     while True:
-        pipe.send(stepper.step(pipe.recv()))
+        task, *arguments = pipe.recv()
+        pipe.send(task(stepper, *arguments))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from icm.envs.snapshots import Trail
 from icm.envs.stepper import GIVEN, RESULTS, Answer, Fields, Order, Stepper
 from icm.envs.wrappers import Env
 from icm.errors import UserError
@@ -119,6 +120,13 @@ class RayWorkers:
         states[others] = _read(states, others, results["whole"])
         return answer
 
+    def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
+        """See `Workers`."""
+        try:
+            return ray.get(self._actors[worker].trail.remote(row, done), timeout=patience)
+        except RayError:  # that it takes too long, too
+            return None
+
     def restart(self, worker: int) -> None:
         """See `Workers`."""
         ray.kill(self._actors[worker])
@@ -215,7 +223,11 @@ class _Actor:
 
     def begin(self) -> Heard | str:
         """As `step`, of no row."""
-        return self.step((set(), None, {}), _pack(self._arrays, [], GIVEN))
+        return self.step((set(), None, {}, {}), _pack(self._arrays, [], GIVEN))
+
+    def trail(self, row: int, done: int) -> Trail:
+        """See `Stepper`."""
+        return self._stepper.trail(row, done)
 
     def step(self, order: Order, given: Rows) -> Heard | str:
         """Step rows, which are given sorted; what it gives is a traceback if it fails."""

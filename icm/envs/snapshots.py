@@ -1,17 +1,19 @@
 """Going back in a running episode without playing it again from its beginning."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from nes_py import NESEnv
 
+from icm.envs import libretro
 from icm.envs.mario import Progress
 from icm.envs.wrappers import Env
 
 EVERY = 8  # agent steps of an episode from one snapshot to the next
-MOST = 32  # snapshots of an episode, the latest; with its picture one has 0.2 MB
+RECENT = 256  # agent steps before that
+SELDOM = 64  # and so many from one to the next; of FCEUmm a snapshot has 30 kB
 
 PLAIN = (int, float, str, tuple, dict, np.generic, np.random.Generator, Progress)
 """What a game of nes-py changes in itself when it steps; its emulator has a state of its own."""
@@ -29,6 +31,35 @@ class Snapshot:
     info: dict[str, Any]
 
 
+@dataclass
+class Trail:
+    """Snapshots on the way of an episode."""
+
+    seed: int = -1  # of the episode; -1: there is none
+    actions: list[int] = field(default_factory=list)  # so far
+    kept: list[Snapshot] = field(default_factory=list)
+
+    def reach(self, seed: int, actions: list[int]) -> int:
+        """How many of an episode's first actions led to the latest snapshot on its way; 0: none."""
+        if seed != self.seed:
+            return 0
+        done = (kept.done for kept in reversed(self.kept))
+        return next((n for n in done if actions[:n] == self.actions[:n]), 0)
+
+    def sendable(self, done: int) -> "Trail":
+        """What leads another process to where so many actions were done, and the seldom ones.
+
+        Nothing of nes-py's own emulator, whose states cannot leave their process.
+        """
+        kept = [
+            each
+            for each in self.kept
+            if each.done == done or (each.done < done and not each.done % SELDOM)
+            if isinstance(each.emulator, libretro.Snapshot)
+        ]
+        return Trail(self.seed, self.actions[:done], kept)
+
+
 class Snapshots:
     """Those of the running episode of one environment.
 
@@ -44,32 +75,25 @@ class Snapshots:
             if getattr(type(layer), "changing", ()):
                 self._wrappers.append(layer)
             layer = layer.env
-        self._seed = -1
-        self._actions: list[int] = []
-        self._kept: list[Snapshot] = []
+        self.trail = Trail()
 
     def begin(self, seed: int) -> None:
         """An episode begins."""
-        self._seed, self._actions, self._kept = seed, [], []
+        self.trail = Trail(seed)
 
     def add(self, action: int, state: np.ndarray, info: dict[str, Any]) -> None:
         """A step of it was made."""
-        self._actions.append(action)
-        if len(self._actions) % EVERY == 0 and isinstance(self._game, NESEnv):
-            self._kept.append(self._take(state, info))
-            del self._kept[:-MOST]
+        trail = self.trail
+        trail.actions.append(action)
+        done = len(trail.actions)
+        if done % EVERY == 0 and isinstance(self._game, NESEnv):
+            trail.kept.append(self._take(state, info))
+            old = done - RECENT
+            trail.kept = [each for each in trail.kept if each.done > old or not each.done % SELDOM]
 
-    def reach(self, seed: int, actions: list[int]) -> int:
-        """How many of an episode's first actions led to the latest one on their way; 0: none."""
-        if seed != self._seed:
-            return 0
-        done = (kept.done for kept in reversed(self._kept))
-        return next((n for n in done if actions[:n] == self._actions[:n]), 0)
-
-    def take_over(self, others: "Snapshots") -> None:
-        """Have those of another environment like this one; this one has been reset before."""
-        self._seed = others._seed
-        self._actions, self._kept = others._actions.copy(), others._kept.copy()
+    def take_over(self, trail: Trail) -> None:
+        """Have the snapshots of another environment like this; this one has been reset before."""
+        self.trail = Trail(trail.seed, trail.actions.copy(), trail.kept.copy())
 
     def go_back(self, seed: int, actions: list[int]) -> Snapshot | None:
         """Let the environment be where the episode was after the first of its actions.
@@ -81,13 +105,14 @@ class Snapshots:
         Returns:
             the latest snapshot on that way; None if there is none.
         """
-        reach = self.reach(seed, actions)
+        trail = self.trail
+        reach = trail.reach(seed, actions)
         if not reach:
             return None
-        while self._kept[-1].done > reach:  # not on this way, nor will it be again
-            self._kept.pop()
-        snapshot = self._kept[-1]
-        self._actions = actions[: snapshot.done]
+        while trail.kept[-1].done > reach:  # not on this way, nor will it be again
+            trail.kept.pop()
+        snapshot = trail.kept[-1]
+        trail.actions = actions[: snapshot.done]
         self._game.load_state(snapshot.emulator)
         game, wrappers = copy.deepcopy((snapshot.game, snapshot.wrappers))
         vars(self._game).update(game)
@@ -100,4 +125,4 @@ class Snapshots:
         wrappers = [{name: getattr(w, name) for name in w.changing} for w in self._wrappers]
         game, wrappers = copy.deepcopy((game, wrappers))
         emulator = self._game.dump_state()
-        return Snapshot(len(self._actions), emulator, game, wrappers, state, info)
+        return Snapshot(len(self.trail.actions), emulator, game, wrappers, state, info)

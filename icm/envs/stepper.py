@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from icm.envs.snapshots import Snapshots
+from icm.envs.snapshots import Snapshots, Trail
 from icm.envs.wrappers import Env
 
 type Fields = dict[str, tuple[tuple[int, ...], Any]]
 """Shape and type of arrays by name; a row is an environment."""
 
-type Order = tuple[set[int], dict[str, Any] | None, dict[int, list[int]]]
-"""Rows to step, options of episodes that open, and actions to play in these at once."""
+type Order = tuple[set[int], dict[str, Any] | None, dict[int, list[int]], dict[int, Trail]]
+"""Rows to step, options of episodes that open, actions to play in these at once, and what
+snapshots other workers have of some of these."""
 
 type Answer = tuple[list[tuple[int, dict[str, Any]]], list[Any], float]
 """Ended episodes (row, statistics), scenery, and the seconds that the step took."""
@@ -61,7 +62,7 @@ class Stepper:
 
     def step(self, order: Order) -> Answer:
         """Step the rows that it is told to, of which some may be new, and others gone."""
-        rows, options, played = order
+        rows, options, played, lent = order
         envs, arrays = self._envs, self._arrays
         start = time.perf_counter()
         for row in envs.keys() - rows:
@@ -79,10 +80,11 @@ class Stepper:
             snapshots = self._snapshots.get(row)
             if arrays["opening"][row]:
                 seed, actions = int(arrays["seeds"][row]), played.get(row, [])
-                if snapshots and snapshots.reach(seed, actions) < len(actions):
-                    known = [snapshots, *self._snapshots.values()]
-                    best = max(known, key=lambda each: each.reach(seed, actions))
-                    if best is not snapshots:
+                if snapshots and snapshots.trail.reach(seed, actions) < len(actions):
+                    known = [snapshots.trail, *(each.trail for each in self._snapshots.values())]
+                    known += [lent[row]] if row in lent else []
+                    best = max(known, key=lambda trail: trail.reach(seed, actions))
+                    if best is not snapshots.trail:
                         env.reset(seed=seed)  # as it may be a new one
                         snapshots.take_over(best)
                 if snapshots and (found := snapshots.go_back(seed, actions)):
@@ -110,3 +112,8 @@ class Stepper:
             if "episode" in info:
                 episodes.append((row, info["episode"]))
         return episodes, scenery, time.perf_counter() - start
+
+    def trail(self, row: int, done: int) -> Trail:
+        """What of the snapshots of an environment leads to where so many actions were done."""
+        snapshots = self._snapshots.get(row)
+        return snapshots.trail.sendable(done) if snapshots else Trail()

@@ -11,11 +11,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
-from icm.envs.snapshots import EVERY
+from icm.envs.snapshots import EVERY, SELDOM, Trail
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
+REPETITION = 0.5  # share of the other beginnings that are somewhere on the way of another one
 BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 NO_ORIGIN = -1  # of an episode that begins at its start
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
@@ -41,6 +42,12 @@ class Workers(Protocol):
         """The answer to what was sent last, or to having been started; a str if it failed.
 
         That is its traceback or a line that says why, also if `patience` seconds were not enough.
+        """
+
+    def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
+        """What of an environment's snapshots leads to where `done` actions were done.
+
+        Of a worker that is not stepping. None: it failed, and so will the next step.
         """
 
     def restart(self, worker: int, /) -> None:
@@ -71,12 +78,14 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     In environments that practise, a life is an episode, which ends truncated, and after most of
     them the next one begins in the middle of it, some steps before the death: it is the same
     episode again, with the same seed, up to there. After the others, and where an episode was cut,
-    it begins in the middle of that of another one that practises, and has come further, in agent
-    steps, if one has. So what is hard is met more often, and many are soon where one has come
-    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
-    `origin`, int64 (num_envs,), is the number of the environment whose episode has been gone on
-    with, -1 if none has. `episode` is of those alone that do not practise: the others tell nothing
-    of how far an agent comes from the start.
+    it begins in the middle of that of another one that practises: some steps before where that is,
+    and it is one that has come further, in agent steps, if one has; or, as often, anywhere on its
+    way, as if nothing of it had been seen. So what is hard is met more often, many are soon where
+    one has come (returning to where one was, by restoring the emulator: Ecoffet et al. 2021,
+    Go-Explore), and the way there is not forgotten. `returned`, bool (num_envs,), tells who has
+    begun in the middle; `origin`, int64 (num_envs,), the number of the environment whose episode
+    has been gone on with, knowing what it has seen, -1 if none has. `episode` is of those alone
+    that do not practise: the others tell nothing of how far an agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -120,6 +129,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
+        self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
         self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
@@ -231,6 +241,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
         if self._returning:
+            infos["returned"] = np.isin(np.arange(self.num_envs), list(self._returning))
             infos["origin"] = self._origin.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
@@ -246,33 +257,53 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Where the one before is practised and has `died` or was `cut`, bool (num_envs,), most begin
         in the middle of it or of another.
         """
-        self._returning = {}
+        self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
+        home = {row: worker for worker, rows in enumerate(self._balance.rows) for row in rows}
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             rng = np.random.default_rng(seeds)
-            if died[row] and rng.random() < PERSISTENCE:
-                origin = row
-            else:
-                origin = self._another(row, rng) if died[row] or cut[row] else NO_ORIGIN
-            if origin == NO_ORIGIN:
+            middle = self._middle(row, bool(died[row]), rng) if died[row] or cut[row] else None
+            if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
                 self._played[row] = []
-            else:
-                kept = max(0, len(self._played[origin]) - int(rng.integers(*BACK)))
-                kept -= kept % EVERY  # all would wait for steps that are played again
-                self._arrays["seeds"][row] = self._arrays["seeds"][origin]
-                self._played[row] = self._returning[row] = self._played[origin][:kept]
-                self._origin[row] = self._first + origin
+                continue
+            other, done, knows = middle
+            self._arrays["seeds"][row] = self._arrays["seeds"][other]
+            self._played[row] = self._returning[row] = self._played[other][:done]
+            if knows:
+                self._origin[row] = self._first + other
+            if home[row] != home[other]:
+                trail = self._workers.trail(home[other], other, done, self._patience)
+                self._lent |= {} if trail is None else {row: trail}
         self._begun += opening
         self._arrays["opening"][:] = opening
         free = opening.copy()
         free[list(self._returning)] = False  # a new worker would have to play all again
         self._balance.move(free)
 
-    def _another(self, row: int, rng: np.random.Generator) -> int:
-        """One of the others that practise, at random; NO_ORIGIN: there is none.
+    def _middle(
+        self, row: int, died: bool, rng: np.random.Generator
+    ) -> tuple[int, int, bool] | None:
+        """Where in an episode the next one begins that is practised; None: at a start of its own.
+
+        Returns:
+            the environment whose episode it is, how many of its actions are done by then, and
+            whether what that has seen is known. There is a snapshot there, or all would wait for
+            steps that are played again.
+        """
+        other = row if died and rng.random() < PERSISTENCE else self._another(row, rng)
+        if other is None:
+            return None
+        done = len(self._played[other])
+        if other != row and rng.random() < REPETITION:
+            return other, SELDOM * int(rng.integers(done // SELDOM + 1)), False
+        done = max(0, done - int(rng.integers(*BACK)))
+        return other, done - done % EVERY, True
+
+    def _another(self, row: int, rng: np.random.Generator) -> int | None:
+        """One of the others that practise, at random, if there is one.
 
         One that has played for longer, if there is one.
         """
@@ -281,7 +312,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         played = np.array([len(actions) for actions in self._played])
         further = others & (played > played[row])
         among = np.flatnonzero(further if further.any() else others)
-        return int(rng.choice(among)) if len(among) else NO_ORIGIN
+        return int(rng.choice(among)) if len(among) else None
 
     def _start(self, options: dict[str, Any] | None) -> None:
         """Begin a step."""
@@ -299,7 +330,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
             actions = {row: played[row] for row in rows & played.keys()}
-            self._workers.send(worker, (rows, options, actions))
+            lent = {row: self._lent[row] for row in rows & self._lent.keys()}
+            self._workers.send(worker, (rows, options, actions, lent))
 
     def _receive(
         self, patience: float
