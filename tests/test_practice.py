@@ -134,7 +134,9 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
                 assert begins == []
                 continue
             assert len(begins) % EVERY == 0  # where there is a snapshot
-            assert not begins or 4 <= len(before["actions"][row]) - len(begins) < 40 + EVERY
+            assert state["resumed"][row] == len(begins)
+            if begins and before["resumed"][row] - len(begins) not in (0, EVERY):
+                assert 4 <= len(before["actions"][row]) - len(begins) < 40 + EVERY
             assert begins == before["actions"][row][: len(begins)]
             expected, info = replayed(alone, state["seeds"][row], begins)
             assert (observations[row] == expected).all()
@@ -162,6 +164,25 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
 
 
 WAY = [int(action, 16) for action in FROZEN]  # leads to the flag of 1-1
+
+
+def test_short_lives_do_not_lead_ever_further_back() -> None:
+    config = replace(GAME, emulator=EMULATORS[-1], num_envs=2, num_workers=1)
+    envs = make_vector_env(config, practice=0.5)
+    envs.reset(seed=0)
+    before, died, steps_back = envs.state_dict(), False, list[int]()
+    while len(steps_back) < 20:
+        *_, truncated, _ = envs.step(np.ones(2, int))  # to the right, into the first enemy
+        state = envs.state_dict()
+        if died and state["seeds"][1] == before["seeds"][1]:
+            steps_back.append(before["resumed"][1] - state["resumed"][1])
+            assert len(before["actions"][1]) < 80
+        died, before = truncated[1], state
+    assert max(steps_back) == EVERY
+    assert steps_back.count(EVERY) < len(steps_back) / 2
+    envs.close()
+
+
 TOGETHER, APART = [[0, 1, 2]], [[0, 1], [2]]
 LEVEL = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
 

@@ -73,19 +73,20 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again. `origin`, if one has gone on in the middle of an episode: see below.
+    play it again. `returned` and `origin`, if one has begun in the middle of another: see below.
 
     In environments that practise, a life is an episode, which ends truncated, and after most of
-    them the next one begins in the middle of it, some steps before the death: it is the same
-    episode again, with the same seed, up to there. After the others, and where an episode was cut,
-    it begins in the middle of that of another one that practises: some steps before where that is,
-    and it is one that has come further, in agent steps, if one has; or, as often, anywhere on its
-    way, as if nothing of it had been seen. So what is hard is met more often, many are soon where
-    one has come (returning to where one was, by restoring the emulator: Ecoffet et al. 2021,
-    Go-Explore), and the way there is not forgotten. `returned`, bool (num_envs,), tells who has
-    begun in the middle; `origin`, int64 (num_envs,), the number of the environment whose episode
-    has been gone on with, knowing what it has seen, -1 if none has. `episode` is of those alone
-    that do not practise: the others tell nothing of how far an agent comes from the start.
+    them the next one begins in the middle of it, some steps before the death, but hardly before
+    where this one began: it is the same episode again, with the same seed, up to there. After the
+    others, and where an episode was cut, it begins in the middle of that of another one that
+    practises: some steps before where that is, and it is one that has come further, in agent steps,
+    if one has; or, as often, anywhere on its way, as if nothing of it had been seen. So what is
+    hard is met more often, many are soon where one has come (returning to where one was, by
+    restoring the emulator: Ecoffet et al. 2021, Go-Explore), and the way there is not forgotten.
+    `returned`, bool (num_envs,), tells who has begun in the middle; `origin`, int64 (num_envs,),
+    the number of the environment whose episode has been gone on with, knowing what it has seen, -1
+    if none has. `episode` is of those alone that do not practise: the others tell nothing of how
+    far an agent comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -126,6 +127,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
+        self._resumed = np.zeros(num_envs, np.int64)  # how many of these they began with
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
@@ -174,6 +176,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "begun": self._begun.tolist(),
             "seeds": self._arrays["seeds"].tolist(),
             "actions": [actions.copy() for actions in self._played],
+            "resumed": self._resumed.tolist(),
         }
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -190,6 +193,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["seeds"][:] = state["seeds"]
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
+        self._resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
         self._send(range(self._workers.number), None, dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
@@ -267,9 +271,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             middle = self._middle(row, bool(died[row]), rng) if died[row] or cut[row] else None
             if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
-                self._played[row] = []
+                self._played[row], self._resumed[row] = [], 0
                 continue
             other, done, knows = middle
+            self._resumed[row] = done
             self._arrays["seeds"][row] = self._arrays["seeds"][other]
             self._played[row] = self._returning[row] = self._played[other][:done]
             if knows:
@@ -300,7 +305,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if other != row and rng.random() < REPETITION:
             return other, SELDOM * int(rng.integers(done // SELDOM + 1)), False
         done = max(0, done - int(rng.integers(*BACK)))
-        return other, done - done % EVERY, True
+        done -= done % EVERY
+        if other == row:  # or where lives are short it would be ever further back
+            done = max(done, int(self._resumed[row]) - EVERY * int(rng.integers(2)))
+        return other, done, True
 
     def _another(self, row: int, rng: np.random.Generator) -> int | None:
         """One of the others that practise, at random, if there is one.
