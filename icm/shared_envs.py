@@ -72,13 +72,14 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def state_dict(self) -> dict[str, Any]:
         """That of a `WorkerVectorEnv` with all environments."""
         parts = all_objects(self.envs.state_dict())
-        names = "begun", "seeds", "actions"
+        names = parts[0].keys() - {"entropy"}
         whole = {name: [value for part in parts for value in part[name]] for name in names}
         return {"entropy": parts[0]["entropy"], **whole}
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """Play running episodes again, see `WorkerVectorEnv.restore`."""
-        part = {name: state[name][self.rows] for name in ("begun", "seeds", "actions")}
+        names = state.keys() - {"entropy"}
+        part = {name: state[name][self.rows] for name in names}
         observations, ended, infos = self.envs.restore({"entropy": state["entropy"], **part})
         whole, infos = self._whole(infos, observations=observations, terminated=ended)
         return whole["observations"].copy(), whole["terminated"].copy(), infos
