@@ -218,8 +218,8 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
     return [each.done for each in trail.kept]
 
 
-@pytest.mark.parametrize("parts", [TOGETHER, APART], ids=["together", "apart"])
-@pytest.mark.parametrize("played", [0, 130])  # less than the other, and more
+# it has played for less than the other, and for more
+@pytest.mark.parametrize(("parts", "played"), [(APART, 0), (TOGETHER, 130)])
 @pytest.mark.parametrize(("begun", "knows"), [(1, True), (7, False)])  # by its random numbers
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     parts: list[list[int]], played: int, begun: int, knows: bool
