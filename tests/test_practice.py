@@ -1,5 +1,6 @@
 """Environments that practise: after a death they go back in the same episode."""
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -212,15 +213,19 @@ def until_one_is_cut(
 
 def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
     """How many actions were done at the snapshots that its worker has for others."""
-    home = next(worker for worker, rows in enumerate(envs._balance.rows) if row in rows)
-    trail = envs._workers.trail(home, row, done, 20.0)
+    trail = envs._workers.trail(envs._balance.home(row), row, done, 20.0)
     assert trail is not None
     return [each.done for each in trail.kept]
 
 
-# it has played for less than the other, and for more
-@pytest.mark.parametrize(("parts", "played"), [(APART, 0), (TOGETHER, 130)])
-@pytest.mark.parametrize(("begun", "knows"), [(1, True), (7, False)])  # by its random numbers
+@pytest.mark.parametrize(
+    ("parts", "played", "begun", "knows"),  # whether it knows, by the random numbers of `begun`
+    [
+        *itertools.product((TOGETHER, APART), (0, 130), (1,), (True,)),
+        (TOGETHER, 0, 7, False),
+        (APART, 130, 7, False),
+    ],
+)
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     parts: list[list[int]], played: int, begun: int, knows: bool
 ) -> None:
@@ -269,9 +274,8 @@ def test_without_a_snapshot_of_a_worker_that_failed_the_way_is_played_again(
     envs, done = until_one_is_cut(APART)
     expected, expected_done = until_one_is_cut(TOGETHER)
     assert done == expected_done
-    home = next(worker for worker, rows in enumerate(envs._balance.rows) if 2 in rows)
     workers: Any = envs._workers
-    process = psutil.Process(workers.processes[home].pid)
+    process = psutil.Process(workers.processes[envs._balance.home(2)].pid)
     if fate == "is gone":
         process.kill()
     else:

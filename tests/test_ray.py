@@ -151,7 +151,7 @@ def test_a_cluster_gives_the_same_also_if_actors_die_or_hang(
         assert envs.failures == 4
         envs.step(np.zeros(4, int))
         # where there is time for the new episode
-        (worker,) = (number for number, rows in enumerate(envs._balance.rows) if 0 in rows)
+        worker = envs._balance.home(0)
         with pytest.raises(RuntimeError, match=rf"(?s)worker {worker} .*Traceback.*KeyError: 99"):
             envs.step(np.array([99, 0, 0, 0]))
         assert envs.closed

@@ -28,6 +28,10 @@ class Balance:
         self._leads: list[float] = []
         self._costs: list[list[float]] = []
 
+    def home(self, row: int) -> int:
+        """The worker that steps an environment."""
+        return next(worker for worker, rows in enumerate(self.rows) if row in rows)
+
     def measured(self, lead: float, seconds: list[float]) -> None:
         """Take in one step.
 

@@ -47,7 +47,7 @@ class LocalWorkers(Assistants):
     def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
         """See `Workers`."""
         super().send(worker, (Stepper.trail, row, done))
-        found = self._hear(worker, patience)
+        found: Any = self.listen(worker, patience)
         if isinstance(found, Trail):
             return found
         self.processes[worker].kill()  # or it might answer this where something else is asked
@@ -55,9 +55,6 @@ class LocalWorkers(Assistants):
 
     def listen(self, worker: int, patience: float) -> Answer | str:
         """See `Workers`."""
-        return self._hear(worker, patience)
-
-    def _hear(self, worker: int, patience: float) -> Any:
         pipe, process = self.pipes[worker], self.processes[worker]
         try:
             # twice, because of processes that were paused together the time is over when they go on

@@ -263,7 +263,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
-        home = {row: worker for worker, rows in enumerate(self._balance.rows) for row in rows}
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
@@ -279,8 +278,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._played[row] = self._returning[row] = self._played[other][:done]
             if knows:
                 self._origin[row] = self._first + other
-            if home[row] != home[other]:
-                trail = self._workers.trail(home[other], other, done, self._patience)
+            home = self._balance.home(other)
+            if home != self._balance.home(row):
+                trail = self._workers.trail(home, other, done, self._patience)
                 self._lent |= {} if trail is None else {row: trail}
         self._begun += opening
         self._arrays["opening"][:] = opening
