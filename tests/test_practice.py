@@ -130,15 +130,20 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
         observations, rewards, terminated, truncated, infos = results[-1]
         state = envs.state_dict()
         for row in np.flatnonzero(ended).tolist():
-            begins = state["actions"][row]
-            if row == 0 or state["seeds"][row] != before["seeds"][row]:
+            begins, seed = state["actions"][row], state["seeds"][row]
+            if row == 3:  # repeats the way of one of the others
+                ways = zip(state["seeds"][1:3], state["actions"][1:3], strict=True)
+                assert (seed, begins) in [(each, way[: len(begins)]) for each, way in ways]
+                assert len(begins) % SELDOM == 0
+            elif row == 0 or seed != before["seeds"][row]:
                 assert begins == []
                 continue
+            else:
+                if begins and before["resumed"][row] - len(begins) not in (0, EVERY):
+                    assert 4 <= len(before["actions"][row]) - len(begins) < 40 + EVERY
+                assert begins == before["actions"][row][: len(begins)]
             assert len(begins) % EVERY == 0  # where there is a snapshot
             assert state["resumed"][row] == len(begins)
-            if begins and before["resumed"][row] - len(begins) not in (0, EVERY):
-                assert 4 <= len(before["actions"][row]) - len(begins) < 40 + EVERY
-            assert begins == before["actions"][row][: len(begins)]
             expected, info = replayed(alone, state["seeds"][row], begins)
             assert (observations[row] == expected).all()
             assert (infos["cell"][row] == info["cell"]).all()
@@ -189,26 +194,35 @@ LEVEL = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
 
 
 def until_one_is_cut(
-    parts: list[list[int]], played: int = 0, begun: int = 1, collector: str = "local"
+    parts: list[list[int]], played: int = 0, cut: int = 1, collector: str = "local"
 ) -> tuple[WorkerVectorEnv, int]:
     """Three environments, these in each worker, of which 1 and 2 practise; and a number on WAY.
 
-    1 has gone so far on it, and then stood until it was cut; the next action of 2 is that of the
-    number.
+    `cut` is one of these. It has gone so far on it, and then stood until it was cut; the next action
+    of the other one is that of the number.
     """
     config = replace(LEVEL, num_envs=3, num_workers=len(parts))
     envs = make_vector_env(config, collector=collector, practice=0.67)
     envs._balance.rows = [part.copy() for part in parts]
-    running = {"seeds": [0, FROZEN_SEED, FROZEN_SEED], "actions": [[], WAY[:played], WAY[:100]]}
-    envs.restore({"entropy": 0, "begun": [1, begun, 1], **running})
+    actions = [[], WAY[:100], WAY[:100]]
+    actions[cut] = WAY[:played]
+    seeds = [0, FROZEN_SEED, FROZEN_SEED]
+    envs.restore({"entropy": 0, "begun": [1, 1, 1], "seeds": seeds, "actions": actions})
     done, truncated = 100, np.zeros(3, bool)
-    while not truncated[1]:
-        *_, truncated, infos = envs.step(np.array([0, 0, WAY[done]]))
+    while not truncated[cut]:
+        *_, truncated, infos = envs.step(given(cut, WAY[done]))
         done += 1
     assert not infos["life_lost"].any()
-    assert not truncated[2]
+    assert not truncated[3 - cut]
     assert done < len(WAY)
     return envs, done
+
+
+def given(cut: int, action: int, other: int = 0) -> np.ndarray:
+    """Actions of three environments, of which `cut` stands, or does what another action is."""
+    actions = np.zeros(3, int)
+    actions[3 - cut], actions[cut] = action, other
+    return actions
 
 
 def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
@@ -218,40 +232,47 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
     return [each.done for each in trail.kept]
 
 
-@pytest.mark.parametrize(
-    ("parts", "played", "begun", "knows"),  # whether it knows, by the random numbers of `begun`
-    [
-        *itertools.product((TOGETHER, APART), (0, 130), (1,), (True,)),
-        (TOGETHER, 0, 7, False),
-        (APART, 130, 7, False),
-    ],
-)
+@pytest.mark.parametrize("parts", [TOGETHER, APART])
+@pytest.mark.parametrize("played", [0, 130])
+@pytest.mark.parametrize("cut", [1, 2])
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
-    parts: list[list[int]], played: int, begun: int, knows: bool
+    parts: list[list[int]], played: int, cut: int
 ) -> None:
     alone = make_env(LEVEL)
-    envs, done = until_one_is_cut(parts, played, begun)
-    observations, rewards, _, _, infos = envs.step(np.array([0, 0, WAY[done]]))
-    assert infos["returned"].tolist() == [False, True, False]
-    assert infos["origin"].tolist() == [-1, 2 if knows else -1, -1]
-    assert rewards[1] == 0
+    envs, done = until_one_is_cut(parts, played, cut)
+    observations, rewards, _, _, infos = envs.step(given(cut, WAY[done]))
+    assert np.flatnonzero(infos["returned"]).tolist() == [cut]
+    assert infos["origin"].tolist() == [-1, 2 if cut == 1 else -1, -1]
+    assert rewards[cut] == 0
     state = envs.state_dict()
-    begins = state["actions"][1]
-    assert state["seeds"][1] == FROZEN_SEED
+    begins = state["actions"][cut]
+    assert state["seeds"][cut] == FROZEN_SEED
     assert begins == WAY[: len(begins)]
-    if knows:  # a little before where the other is
+    if cut == 1:  # a little before where the other is
         assert len(begins) % EVERY == 0
         assert 4 <= done - len(begins) < 40 + EVERY
-    else:
-        assert len(begins) == SELDOM  # 0 and 128 would have been as likely
+    else:  # it repeats the way: anywhere on it
+        assert len(begins) in range(0, done, SELDOM)
     for action in (1, 1, 2):  # and is from there on an episode of its own
         expected, info = replayed(alone, FROZEN_SEED, begins)
-        assert (observations[1] == expected).all()
-        assert (infos["cell"][1] == info["cell"]).all()
+        assert (observations[cut] == expected).all()
+        assert (infos["cell"][cut] == info["cell"]).all()
         begins = [*begins, action]
-        observations, *_, infos = envs.step(np.array([0, action, WAY[done + 1]]))
+        observations, *_, infos = envs.step(given(cut, WAY[done + 1], action))
     envs.close()
     alone.close()
+
+
+def test_the_way_is_repeated_from_ever_other_places() -> None:
+    envs, done = until_one_is_cut(TOGETHER, cut=2)
+    places = set()
+    for action in WAY[done:-1]:
+        *_, infos = envs.step(given(2, action))
+        if "returned" in infos and infos["returned"][2]:
+            places.add(len(envs.state_dict()["actions"][2]))
+    assert len(places) > 2
+    assert all(place % SELDOM == 0 for place in places)
+    envs.close()
 
 
 @pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")

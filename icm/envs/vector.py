@@ -16,7 +16,7 @@ from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
 PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
-REPETITION = 0.5  # share of the other beginnings that are somewhere on the way of another one
+REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
 BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 NO_ORIGIN = -1  # of an episode that begins at its start
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
@@ -80,9 +80,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     where this one began: it is the same episode again, with the same seed, up to there. After the
     others, and where an episode was cut, it begins in the middle of that of another one that
     practises: some steps before where that is, and it is one that has come further, in agent steps,
-    if one has; or, as often, anywhere on its way, as if nothing of it had been seen. So what is
-    hard is met more often, many are soon where one has come (returning to where one was, by
-    restoring the emulator: Ecoffet et al. 2021, Go-Explore), and the way there is not forgotten.
+    if one has. So what is hard is met more often, and many are soon where one has come (returning
+    to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+
+    That the way there is not forgotten, every second one that practises repeats it: its episodes
+    begin anywhere on the way of one that does not, as if nothing of it had been seen.
+
     `returned`, bool (num_envs,), tells who has begun in the middle; `origin`, int64 (num_envs,),
     the number of the environment whose episode has been gone on with, knowing what it has seen, -1
     if none has. `episode` is of those alone that do not practise: the others tell nothing of how
@@ -140,6 +143,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._workers = start(fields_of(env, num_envs))
         self._arrays = self._workers.arrays
         self._arrays["practises"][num_envs - practising :] = True
+        self._repeats = np.zeros(num_envs, np.bool)  # which of these repeat the way of the others
+        self._repeats[num_envs - int(REPEATING * practising) :] = True
         self._balance = Balance(num_envs, self._workers.number, self._workers.late)
         for worker in range(self._workers.number):
             self._sure(worker, self._workers.listen(worker, 20 * patience))
@@ -298,13 +303,14 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             whether what that has seen is known. There is a snapshot there, or all would wait for
             steps that are played again.
         """
+        if self._repeats[row]:
+            first = int(rng.choice(np.flatnonzero(self._arrays["practises"] & ~self._repeats)))
+            places = len(self._played[first]) // SELDOM + 1
+            return first, SELDOM * int(rng.integers(places)), False
         other = row if died and rng.random() < PERSISTENCE else self._another(row, rng)
         if other is None:
             return None
-        done = len(self._played[other])
-        if other != row and rng.random() < REPETITION:
-            return other, SELDOM * int(rng.integers(done // SELDOM + 1)), False
-        done = max(0, done - int(rng.integers(*BACK)))
+        done = max(0, len(self._played[other]) - int(rng.integers(*BACK)))
         done -= done % EVERY
         if other == row:  # or where lives are short it would be ever further back
             done = max(done, int(self._resumed[row]) - EVERY * int(rng.integers(2)))
