@@ -159,6 +159,8 @@ class ICMConfig(PredictorConfig):
     normalize_features: bool
     policy_prior: bool
     inverse_dropout: float
+    # checkpoints from before this setting were made with this value
+    inverse_layer_norm: bool = False
 
 
 @dataclass

@@ -95,7 +95,14 @@ def build_signal(
     return ICM(
         phi,
         fnet(),
-        InverseNet(phi.num_features, num_actions, hidden, config.inverse_dropout, told),
+        InverseNet(
+            phi.num_features,
+            num_actions,
+            hidden,
+            config.inverse_dropout,
+            told,
+            config.inverse_layer_norm,
+        ),
         beta=config.beta,
         eta=config.eta,
         reduction=config.reduction,

@@ -222,6 +222,10 @@ class InverseNet(nn.Module):
     `dropout` hides features, each in both states, which keeps it from learning transitions by
     heart; 0 is the tutorial's model. Hidden independently, few features would be left in both,
     and it may learn nothing for 100 000 agent steps: what an action did shows in their difference.
+
+    `layer_norm` normalises what the hidden units are given (Ba et al. 2016), so that some are active
+    in every transition. Without, they may one after the other fall silent in all of them, and then
+    none ever learns again: before it knows anything, an inverse model errs least if it is silent.
     """
 
     def __init__(
@@ -231,10 +235,12 @@ class InverseNet(nn.Module):
         hidden: int = 256,
         dropout: float = 0.0,
         previous_action: bool = False,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_previous = num_actions if previous_action else 0
         self.dropout = nn.Dropout(dropout)
+        self.layer_norm = layer_norm
         self.linear1 = nn.Linear(2 * num_features + self.num_previous, hidden)
         self.linear2 = nn.Linear(hidden, num_actions)
 
@@ -245,7 +251,10 @@ class InverseNet(nn.Module):
         # drawn for all ranks, so that every part of the batch has its own
         shown = own(self.dropout(features.new_ones(len(features) * WORLD_SIZE, features.shape[1])))
         both = torch.cat((features * shown, next_features * shown), dim=1)
-        return self.linear2(F.relu(self.linear1(with_previous(both, previous, self.num_previous))))
+        hidden = self.linear1(with_previous(both, previous, self.num_previous))
+        if self.layer_norm:
+            hidden = F.layer_norm(hidden, hidden.shape[1:])
+        return self.linear2(F.relu(hidden))
 
 
 class Qnetwork(_ConvBody):

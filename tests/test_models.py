@@ -302,6 +302,31 @@ def test_inverse_model_with_dropout() -> None:
     assert not torch.allclose(found, plain(before, after), atol=1e-2)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_hidden_units_of_the_inverse_model_fall_silent_without_layer_norm(layer_norm: bool) -> None:
+    """Where the action cannot be known, as to one that knows nothing yet."""
+    torch.manual_seed(0)
+    inverse = InverseNet(32, 4, 64, dropout=0.5, layer_norm=layer_norm)
+    active = []
+
+    def count(_: nn.Module, given: tuple[Tensor]) -> None:
+        active.append((given[0] > 0).float().mean().item())
+
+    inverse.linear2.register_forward_pre_hook(count)
+    optimizer = torch.optim.Adam(inverse.parameters(), lr=1e-2)
+    for _ in range(300):
+        before, after = F.elu(torch.randn(2, 64, 32) - 0.5)
+        loss = F.cross_entropy(inverse(before, after), torch.randint(4, (64,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert active[0] > 0.4
+    if layer_norm:
+        assert active[-1] > 0.4
+    else:
+        assert active[-1] < 0.2
+
+
 def weights(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
     return layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
 
