@@ -223,9 +223,9 @@ class InverseNet(nn.Module):
     heart; 0 is the tutorial's model. Hidden independently, few features would be left in both,
     and it may learn nothing for 100 000 agent steps: what an action did shows in their difference.
 
-    `layer_norm` normalises what the hidden units are given (Ba et al. 2016), so that some are active
-    in every transition. Without, they may one after the other fall silent in all of them, and then
-    none ever learns again: before it knows anything, an inverse model errs least if it is silent.
+    `layer_norm` normalises what the hidden units are given (Ba et al. 2016), so that some are
+    active in every transition. Without, one after the other may fall silent in all of them, and
+    learns no more: before it knows anything, an inverse model errs least if it is silent.
     """
 
     def __init__(

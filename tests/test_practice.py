@@ -1,6 +1,5 @@
 """Environments that practise: after a death they go back in the same episode."""
 
-import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -198,8 +197,8 @@ def until_one_is_cut(
 ) -> tuple[WorkerVectorEnv, int]:
     """Three environments, these in each worker, of which 1 and 2 practise; and a number on WAY.
 
-    `cut` is one of these. It has gone so far on it, and then stood until it was cut; the next action
-    of the other one is that of the number.
+    `cut` is one of these. It has gone so far on it, and then stood until it was cut; the next
+    action of the other one is that of the number.
     """
     config = replace(LEVEL, num_envs=3, num_workers=len(parts))
     envs = make_vector_env(config, collector=collector, practice=0.67)
