@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import threading
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -33,10 +34,15 @@ class Assistants:
         number: how many.
         serve: what each does, given its end of the pipe and `arguments`; must be picklable.
         arguments: for `serve`; picklable, or made by `multiprocessing` for sharing.
+        patience: seconds after which a process is killed that does not take in what it is sent, or
+            does not finish what it has begun to send.
     """
 
-    def __init__(self, number: int, serve: Callable[..., None], *arguments: Any) -> None:
+    def __init__(
+        self, number: int, serve: Callable[..., None], *arguments: Any, patience: float = 20.0
+    ) -> None:
         self._given = serve, arguments
+        self._patience = patience
         self.pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
         # runs at the latest when Python ends, before it waits for processes
@@ -48,8 +54,28 @@ class Assistants:
 
     def send(self, number: int, order: Any, /) -> None:
         """Send to a process; no error if it is gone: that is known when its answer is received."""
-        with suppress(ConnectionError):
+        with suppress(ConnectionError), self._guard(number):
             self.pipes[number].send(order)
+
+    def receive(self, number: int) -> Any:
+        """What a process has begun to send.
+
+        Raises:
+            EOFError, OSError: it ended before it had sent all of it.
+        """
+        with self._guard(number):
+            return self.pipes[number].recv()
+
+    @contextmanager
+    def _guard(self, number: int) -> Generator[None]:
+        """Kill a process for which this one waits too long: a message may be longer than a pipe."""
+        guard = threading.Timer(self._patience, self.processes[number].kill)
+        guard.daemon = True
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
 
     def restart(self, number: int) -> None:
         """Kill a process, and put a new one in its place."""

@@ -108,7 +108,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
-        if whole["returned"].any():
+        if whole["returned"].any() or (whole["origin"] != NO_ORIGIN).any():
             found |= {name: whole[name].copy() for name in ("returned", "origin")}
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):

@@ -240,11 +240,12 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     alone = make_env(LEVEL)
     envs, done = until_one_is_cut(parts, played, cut)
     observations, rewards, _, _, infos = envs.step(given(cut, WAY[done]))
-    assert np.flatnonzero(infos["returned"]).tolist() == [cut]
     assert infos["origin"].tolist() == [-1, 2 if cut == 1 else -1, -1]
     assert rewards[cut] == 0
     state = envs.state_dict()
     begins = state["actions"][cut]
+    # at the start, it begins as others do
+    assert np.flatnonzero(infos["returned"]).tolist() == ([cut] if begins else [])
     assert state["seeds"][cut] == FROZEN_SEED
     assert begins == WAY[: len(begins)]
     if cut == 1:  # a little before where the other is
@@ -280,10 +281,42 @@ def test_a_worker_lends_snapshots_to_another() -> None:
     envs.step(np.array([0, 0, WAY[done]]))
     begins = len(envs.state_dict()["actions"][1])
     assert begins > SELDOM
-    assert trail_of(envs, 1, begins) == [SELDOM, begins]
+    assert trail_of(envs, 1, begins) == [SELDOM, begins - EVERY, begins]  # one for the next death
     assert trail_of(envs, 1, EVERY) == []  # it did not play there again
     assert trail_of(envs, 2, EVERY) == [EVERY]
     assert trail_of(envs, 0, EVERY) == []  # does not practise
+    envs.close()
+
+
+@pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
+def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -> None:
+    """Environment 1 goes on where 2 is, and 3, in the other worker, repeats the way of 1."""
+    config = replace(LEVEL, num_envs=4, num_workers=2)
+    envs = make_vector_env(config, practice=0.75)
+    envs._balance.rows = [[0, 1, 2], [3]]
+    actions = [[], [], WAY[:200], []]
+    seeds = [0, 5, FROZEN_SEED, 6]
+    envs.restore({"entropy": 0, "begun": [1, 1, 1, 1], "seeds": seeds, "actions": actions})
+    done, truncated = 200, np.zeros(4, bool)
+    while not truncated.any():
+        *_, truncated, _ = envs.step(np.array([0, 0, WAY[done], 0]))
+        done += 1
+    assert truncated.tolist() == [True, True, False, True]
+
+    def chosen(entropy: int) -> bool:
+        rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(3, 1)))
+        return bool(rng.choice([1, 2]) == 1 and rng.integers(done // SELDOM) > 0)
+
+    envs._entropy = next(filter(chosen, range(100)))
+    observations, *_, infos = envs.step(np.array([0, 0, WAY[done], 0]))
+    assert np.flatnonzero(infos["returned"]).tolist() == [1, 3]
+    assert infos["origin"].tolist() == [-1, 2, -1, -1]
+    begins = envs.state_dict()["actions"][3]
+    assert len(begins) >= SELDOM
+    assert envs._lent[3].reach(FROZEN_SEED, begins) == len(begins)
+    alone = make_env(LEVEL)
+    assert (observations[3] == replayed(alone, FROZEN_SEED, begins)[0]).all()
+    alone.close()
     envs.close()
 
 

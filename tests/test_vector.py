@@ -189,9 +189,18 @@ def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:
     with vector_env(ONE_WORKER) as envs:
         envs.reset(seed=5)
         assert envs.step(np.array([3, 3, 3]))[-1]["scenery"] == []
-    with vector_env(scenery=True) as envs:
-        envs.reset(seed=5)
-        steps = [envs.step(np.array([3, 3, 3]))[-1]["scenery"] for _ in range(5)]
+    found = []
+    for parts in ([[0], [1, 2]], [[2, 0], [1]]):
+        with vector_env(scenery=True) as envs:
+            envs._balance.rows = parts
+            envs.reset(seed=5)
+            found.append([envs.step(np.array([3, 3, 3]))[-1]["scenery"] for _ in range(5)])
+    steps, others = found
+    # in the same order whoever steps them: what is shown first stays
+    for one, other in zip(steps, others, strict=True):
+        for (*place, strip), (*same_place, same_strip) in zip(one, other, strict=True):
+            assert place == same_place
+            assert (strip == same_strip).all()
     seen = [scenery for scenery in steps if scenery]
     assert len(seen) == 1  # what the first screen shows, and there is nothing new so soon
     assert [(place[:2], block, strip.shape) for place, block, strip in seen[0]] == [

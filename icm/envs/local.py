@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from multiprocessing.connection import Connection
 from typing import Any
@@ -50,7 +51,11 @@ class LocalWorkers(Assistants):
         found: Any = self.listen(worker, patience)
         if isinstance(found, Trail):
             return found
-        self.processes[worker].kill()  # or it might answer this where something else is asked
+        # or it might answer this where something else is asked
+        self.processes[worker].kill()
+        self.processes[worker].join()
+        with suppress(EOFError, OSError):
+            self.receive(worker)
         return None
 
     def listen(self, worker: int, patience: float) -> Answer | str:
@@ -59,8 +64,8 @@ class LocalWorkers(Assistants):
         try:
             # twice, because of processes that were paused together the time is over when they go on
             if pipe.poll(patience / 2) or pipe.poll(patience / 2):
-                return pipe.recv()
-        except (EOFError, ConnectionError):
+                return self.receive(worker)
+        except (EOFError, OSError):
             process.join(CLOSING_TIME)
             return f"it ended with exit code {process.exitcode}"
         return f"it did not answer for {patience:g} seconds"

@@ -47,14 +47,16 @@ class Trail:
         return next((n for n in done if actions[:n] == self.actions[:n]), 0)
 
     def sendable(self, done: int) -> "Trail":
-        """What leads another process to where so many actions were done, and the seldom ones.
+        """What leads another process to where so many actions were done, or to one snapshot before.
+
+        And the seldom ones, for what begins further back.
 
         Nothing of nes-py's own emulator, whose states cannot leave their process.
         """
         kept = [
             each
             for each in self.kept
-            if each.done == done or (each.done < done and not each.done % SELDOM)
+            if each.done in (done, done - EVERY) or (each.done < done and not each.done % SELDOM)
             if isinstance(each.emulator, libretro.Snapshot)
         ]
         return Trail(self.seed, self.actions[:done], kept)

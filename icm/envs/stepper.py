@@ -16,8 +16,8 @@ type Order = tuple[set[int], dict[str, Any] | None, dict[int, list[int]], dict[i
 """Rows to step, options of episodes that open, actions to play in these at once, and what
 snapshots other workers have of some of these."""
 
-type Answer = tuple[list[tuple[int, dict[str, Any]]], list[Any], float]
-"""Ended episodes (row, statistics), scenery, and the seconds that the step took."""
+type Answer = tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, Any]], float]
+"""Ended episodes (row, statistics), scenery (row, picture), and the seconds that the step took."""
 
 NOTHING: Answer = [], [], 0.0
 
@@ -73,20 +73,14 @@ class Stepper:
             if arrays["practises"][row]:
                 self._snapshots[row] = Snapshots(envs[row])
         episodes: list[tuple[int, dict[str, Any]]] = []
-        scenery: list[Any] = []
+        scenery: list[tuple[int, Any]] = []
+        self._find(played, lent)
         for row, env in envs.items():
             reward: Any = 0.0
             terminated = truncated = False
             snapshots = self._snapshots.get(row)
             if arrays["opening"][row]:
                 seed, actions = int(arrays["seeds"][row]), played.get(row, [])
-                if snapshots and snapshots.trail.reach(seed, actions) < len(actions):
-                    known = [snapshots.trail, *(each.trail for each in self._snapshots.values())]
-                    known += [lent[row]] if row in lent else []
-                    best = max(known, key=lambda trail: trail.reach(seed, actions))
-                    if best is not snapshots.trail:
-                        env.reset(seed=seed)  # as it may be a new one
-                        snapshots.take_over(best)
                 if snapshots and (found := snapshots.go_back(seed, actions)):
                     state, info, actions = found.state, found.info, actions[found.done :]
                 else:
@@ -108,10 +102,27 @@ class Stepper:
                 arrays["cells"][row] = info["cell"]
                 arrays["life_lost"][row] = info["life_lost"]
             if "scenery" in info:
-                scenery.append(info["scenery"])
+                scenery.append((row, info["scenery"]))
             if "episode" in info:
                 episodes.append((row, info["episode"]))
         return episodes, scenery, time.perf_counter() - start
+
+    def _find(self, played: dict[int, list[int]], lent: dict[int, Trail]) -> None:
+        """Let rows that begin in the middle of an episode have what leads furthest on its way.
+
+        Before any of them goes back, and so loses what others begin with.
+        """
+        known = [snapshots.trail for snapshots in self._snapshots.values()]
+        for row, snapshots in self._snapshots.items():
+            if not self._arrays["opening"][row]:
+                continue
+            seed, actions = int(self._arrays["seeds"][row]), played.get(row, [])
+            # its own one before those that lead as far
+            among = [snapshots.trail, *known, *([lent[row]] if row in lent else [])]
+            best = max(among, key=lambda trail: trail.reach(seed, actions))
+            if best is not snapshots.trail:
+                self._envs[row].reset(seed=seed)  # as it may be a new one
+                snapshots.take_over(best)
 
     def trail(self, row: int, done: int) -> Trail:
         """What of the snapshots of an environment leads to where so many actions were done."""

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ PERSISTENCE = 0.95  # share of deaths after which an episode that is practised g
 REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
 BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 NO_ORIGIN = -1  # of an episode that begins at its start
+SLOWEST = 50.0  # agent steps per second that an emulator plays again at least
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
 
@@ -99,8 +101,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         make: builds one environment, which says what all are like.
         num_envs: how many, at least 1.
         start: starts workers, given the arrays that they need; from 1 to `num_envs` of them.
-        patience: seconds for a step; starting, a reset, which may build environments, and playing
-            again may take twenty times as long.
+        patience: seconds for a step; starting and a reset, which may build environments, may take
+            twenty times as long, and playing again what it needs at `SLOWEST`.
         first: number of the first environment, if these are a part of more.
         practising: how many environments practise, the last ones.
 
@@ -199,8 +201,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
         self._resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
-        self._send(range(self._workers.number), None, dict(enumerate(self._played)))
-        self._receive(20 * self._patience)
+        played = dict(enumerate(self._played))
+        self._send(range(self._workers.number), None, played)
+        self._receive(20 * self._patience, played)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
         return self._arrays["observations"].copy(), ended, infos_of(self._arrays)
 
@@ -241,7 +244,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """See `step_wait`."""
         lead = time.perf_counter() - self._started
         self._send(self._balance.late, self._options, self._returning)
-        episodes, scenery, seconds = self._receive(patience)
+        episodes, scenery, seconds = self._receive(patience, self._returning)
         self._balance.measured(lead, seconds)
         self._arrays["rewards"][list(self._returning)] = 0.0  # of what was played again
         infos = infos_of(self._arrays)
@@ -250,7 +253,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
         if self._returning:
-            infos["returned"] = np.isin(np.arange(self.num_envs), list(self._returning))
+            middle = [row for row, actions in self._returning.items() if actions]
+            infos["returned"] = np.isin(np.arange(self.num_envs), middle)
             infos["origin"] = self._origin.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
@@ -268,6 +272,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
+        sources: dict[int, int] = {}  # of those that have begun here: whose way it is
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
@@ -275,17 +280,20 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             middle = self._middle(row, bool(died[row]), rng) if died[row] or cut[row] else None
             if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
-                self._played[row], self._resumed[row] = [], 0
+                self._played[row], self._resumed[row], sources[row] = [], 0, row
                 continue
             other, done, knows = middle
+            source = sources.get(other, other)
             self._resumed[row] = done
             self._arrays["seeds"][row] = self._arrays["seeds"][other]
             self._played[row] = self._returning[row] = self._played[other][:done]
             if knows:
-                self._origin[row] = self._first + other
-            home = self._balance.home(other)
+                begun = other in sources
+                self._origin[row] = self._origin[other] if begun else self._first + other
+            sources[row] = source
+            home = self._balance.home(source)
             if home != self._balance.home(row):
-                trail = self._workers.trail(home, other, done, self._patience)
+                trail = self._workers.trail(home, source, done, self._patience)
                 self._lent |= {} if trail is None else {row: trail}
         self._begun += opening
         self._arrays["opening"][:] = opening
@@ -347,14 +355,19 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             lent = {row: self._lent[row] for row in rows & self._lent.keys()}
             self._workers.send(worker, (rows, options, actions, lent))
 
+    def _time_for(self, worker: int, least: float, played: Mapping[int, list[int]]) -> float:
+        """Seconds for a worker that plays some of these actions again."""
+        again = sum(len(played.get(row, ())) for row in self._balance.rows[worker])
+        return least + again / SLOWEST
+
     def _receive(
-        self, patience: float
+        self, patience: float, played: Mapping[int, list[int]]
     ) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
         answers: dict[int, Answer] = {}
         failed: list[int] = []
         for worker in range(self._workers.number):
-            answer = self._workers.listen(worker, patience)
+            answer = self._workers.listen(worker, self._time_for(worker, patience, played))
             if isinstance(answer, str):
                 self._say(f"worker {worker} of the environments failed, and begins anew", answer)
                 failed.append(worker)
@@ -370,7 +383,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         arrays = self._arrays
         lost = arrays["life_lost"] & ~arrays["terminated"]
         arrays["truncated"] |= lost & arrays["practises"]
-        return episodes, scenery, seconds
+        # the first picture of a place stays, whoever's worker was told first
+        return episodes, [picture for _, picture in sorted(scenery, key=itemgetter(0))], seconds
 
     def _say(self, what: str, reason: str) -> None:
         """Count a failure, and tell it."""
@@ -392,7 +406,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._send([worker], self._options, {row: self._played[row] for row in rows})
         answers = {}
         for worker in failed:
-            answer = self._workers.listen(worker, 20 * self._patience)
+            patience = self._time_for(worker, 20 * self._patience, dict(enumerate(self._played)))
+            answer = self._workers.listen(worker, patience)
             answers[worker] = self._cut(worker, answer) if isinstance(answer, str) else answer
         return answers
 

@@ -32,7 +32,7 @@ class Gallery:
         self.filmed: Recording | None = None
 
     def update(self, step: int, num_envs: int, exploration: Exploration) -> Drawn | None:
-        """Begin to draw what is due; waits for no drawing.
+        """Begin to draw what is due; waits for no drawing, but once for the process to start.
 
         Args:
             step: agent steps by now.

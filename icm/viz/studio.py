@@ -19,6 +19,7 @@ from icm.processes import Assistants
 type Drawing = Callable[[], dict[str, bytes]]
 """Writes files, and returns those that TensorBoard shows, PNG or GIF, by their names there."""
 
+STARTING = 600.0  # seconds that a process may need to start, for which a first order waits
 NICENESS = 19  # a seventieth of a core that a training wants, too
 
 
@@ -71,7 +72,7 @@ class Studio:
     def order(self, step: int, drawings: list[Drawing]) -> None:
         """Begin with drawings, in order; they are pickled. The studio must not be busy."""
         if self.assistants is None:
-            self.assistants = Assistants(1, _draw)
+            self.assistants = Assistants(1, _draw, patience=STARTING)
         self.assistants.send(0, (step, drawings))
         self.is_busy = True
 
@@ -84,8 +85,8 @@ class Studio:
             return None
         self.is_busy = False
         try:
-            answer = pipe.recv()
-        except (EOFError, ConnectionError):
+            answer = self.assistants.receive(0)
+        except (EOFError, OSError):
             answer = "its process was killed"
         if isinstance(answer, str):  # a traceback; the next order finds a new process
             self.close()

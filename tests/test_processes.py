@@ -1,0 +1,57 @@
+"""Processes beside the main one, of which none can keep it waiting."""
+
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+
+import psutil
+import pytest
+
+from icm.processes import Assistants
+
+LONG = bytes(4_000_000)  # more than a pipe holds
+
+
+def speak(pipe: Connection) -> None:
+    """Send a long message for each that comes."""
+    while pipe.recv():
+        pipe.send(LONG)
+
+
+def stopped(assistants: Assistants) -> psutil.Process:
+    process = psutil.Process(assistants.processes[0].pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    return process
+
+
+def test_long_messages_arrive() -> None:
+    assistants = Assistants(1, speak, patience=60.0)
+    for _ in range(2):
+        assistants.send(0, LONG)
+        assert assistants.receive(0) == LONG
+    assistants.end()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_one_that_does_not_take_in_what_it_is_sent_is_killed() -> None:
+    assistants = Assistants(1, speak, patience=0.5)
+    process = stopped(assistants)
+    assistants.send(0, LONG)
+    psutil.wait_procs([process], timeout=10)
+    with pytest.raises((EOFError, OSError)):
+        assistants.receive(0)
+    assistants.end()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_one_that_does_not_finish_what_it_has_begun_to_send_is_killed() -> None:
+    assistants = Assistants(1, speak, patience=1.0)
+    assistants.send(0, b"short")
+    assert assistants.pipes[0].poll(30)
+    stopped(assistants)
+    with pytest.raises((EOFError, OSError)):
+        assistants.receive(0)
+    assistants.end()
