@@ -109,6 +109,19 @@ class Exploration:
         self.been: list[set[Place] | None] = []
         self.changed: set[Place] = set()
 
+    def move(self, before: str, now: str) -> None:
+        """Go on in an environment of other settings, given both ids.
+
+        Places of another game are others, even if they are called the same.
+        """
+        self.best = None  # it would go otherwise here
+        self.latest.clear()
+        if before != now:
+            self.distance_max = 0.0
+        if before.partition("-")[0] != now.partition("-")[0]:
+            self.regions.clear()
+            self.changed.clear()
+
     def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> None:
         """Take in a vector step.
 

@@ -225,7 +225,8 @@ class InverseNet(nn.Module):
 
     `layer_norm` normalises what the hidden units are given (Ba et al. 2016), so that some are
     active in every transition. Without, one after the other may fall silent in all of them, and
-    learns no more: before it knows anything, an inverse model errs least if it is silent.
+    learns no more: features have a mean that is far from 0, through which one step of Adam moves
+    what all units are given, and a model that knows nothing yet errs least if it is silent.
     """
 
     def __init__(

@@ -87,6 +87,7 @@ class Trainer:
         self.tracker = Tracker(self.folder, self.step, asdict(self.config))
         if self.going_on is not None:
             self.tracker.load_state_dict(self.going_on["interval"])
+            self.tracker.last = self.going_on["metrics"]
         self.display = Display(self.step, total)
         try:
             with self._stopping_on_signals():
@@ -231,9 +232,10 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue a checkpoint as if the run had never stopped.
 
-        That needs the same environments, and the memory of the same step beside the checkpoint. In
-        others, new episodes begin; without the memory, or for one of another size, the agent fills
-        a new one for as many steps as a warm-up has before it learns.
+        That needs the same environments and seed, and the memory of the same step beside the
+        checkpoint. In others, or with another seed, new episodes begin; without the memory, or for
+        one of another size, the agent fills a new one for as many steps as a warm-up has before it
+        learns.
 
         Raises:
             UserError: the checkpoint cannot be read, or does not fit.
@@ -251,7 +253,11 @@ class Trainer:
                 self.best_average = restored(checkpoint.load(best)["exploration"]).objective()
             except UserError as error:
                 print(f"{error}; the next best average replaces it", file=sys.stderr)
+        same_seed = before["seed"] == now["seed"]
         with checkpoint.restoring(path):
+            if not same_seed:
+                for name in ("generator", "action_generator"):
+                    content["agent"].pop(name, None)
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
             workers = {"num_workers": None}  # results do not depend on them
@@ -261,11 +267,11 @@ class Trainer:
                 print(f"changed: the libretro core is {self.core}, was {was}")
                 same_env = False
             if not same_env:
-                self.exploration.best = None  # it would go otherwise here
-                self.exploration.latest.clear()
-            torch.set_rng_state(content["rng"]["torch"])
-            if self.agent.device.type == "cuda" and content["rng"]["cuda"]:
-                torch.cuda.set_rng_state(content["rng"]["cuda"][0], self.agent.device)
+                self.exploration.move(before["env.id"], now["env.id"])
+            if same_seed:
+                torch.set_rng_state(content["rng"]["torch"])
+                if self.agent.device.type == "cuda" and content["rng"]["cuda"]:
+                    torch.cuda.set_rng_state(content["rng"]["cuda"][0], self.agent.device)
         resized = any(
             before[name] != now[name] for name in ("env.num_envs", "agent.replay_capacity")
         )
@@ -279,8 +285,8 @@ class Trainer:
             self.agent.load_memory(memory)
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
-        if same_env and no_less and "episodes" in content:
-            self.going_on = {name: content[name] for name in ("episodes", "interval")}
+        if same_env and same_seed and no_less and "episodes" in content:
+            self.going_on = {name: content[name] for name in ("episodes", "interval", "metrics")}
             played = content["episodes"]["actions"]
             # checkpoints from before these do not have them
             last = torch.tensor([actions[-1] if actions else NO_ACTION for actions in played])

@@ -208,6 +208,20 @@ def test_news_are_the_places_visited_since_the_last_call() -> None:
     assert found.news() == {"1-1_area_2": found.regions[1, 1, 66]}
 
 
+def test_another_game_is_still_to_be_found_and_another_level_of_it_is_not() -> None:
+    found = explored(20)
+    found.finish(20, episode(123, [4, 3]))
+    found.move("SuperMarioBros-1-1-v0", "SuperMarioBros-1-1-v0")  # with other settings
+    assert found.best is None
+    assert found.distance_max == 123.0
+    found.move("SuperMarioBros-1-1-v0", "SuperMarioBros-1-2-v0")
+    assert found.distance_max == 0.0
+    assert found.statistics()["explore/cells"] > 0
+    found.move("SuperMarioBros-1-2-v0", "SuperMarioBros2-v0")
+    assert not found.regions
+    assert found.news() == {}
+
+
 def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
     found = explored(20)
     found.judge([0.25])

@@ -239,6 +239,31 @@ def test_rollouts_of_other_settings_are_not_gone_on_with(
     assert content["agent"]["order"].shape[1] == config.agent.batch_size
 
 
+def test_with_another_seed_a_run_goes_on_otherwise(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
+    config = config_of("ppo", "seed=7")
+    first = trained_until(100, "ppo")
+    second, again = (
+        train(config, tmp_path / name, resume=latest(first)) for name in ("second", "again")
+    )
+    assert_same(latest(second), latest(again))
+    now, before = (checkpoint.load(latest(run)) for run in (second, trained_until(0, "ppo")))
+    assert now["episodes"]["entropy"] == 7 + 100
+    assert now["agent"]["updates"] == before["agent"]["updates"]
+    for name in ("generator", "action_generator"):
+        assert (now["agent"][name] != before["agent"][name]).any()
+
+
+def test_the_latest_metrics_are_those_from_before_until_there_are_newer_ones(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
+    first = trained_until(100, "ppo")
+    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first))
+    before, now = (checkpoint.load(latest(run))["metrics"] for run in (first, second))
+    assert now == before != {}
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_at_which_steps_it_saves_changes_nothing(
     learner: str, tmp_path: Path, trained_until: Callable[..., Path]

@@ -350,7 +350,9 @@ class Agent[Batch](ABC):
             inverse = errors.inverse.cpu()
             samples["icm/inverse_accuracy"] = hits[judged].float()
             samples["icm/inverse_heldout"] = inverse[judged]
-            samples["icm/inverse_gain"] = (undecided - inverse)[judged]
+            # not the entropy, which is the mean of this: the gain would vary twice as much
+            chosen = probabilities.gather(1, actions.unsqueeze(1)).squeeze(1)
+            samples["icm/inverse_gain"] = (-chosen.log() - inverse)[judged]
         return samples, surprise.masked_fill(~judged, torch.nan)
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
@@ -546,15 +548,15 @@ class Agent[Batch](ABC):
         moments = state["optimizers"]["adam"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.updates = state["agent"]["updates"]
-        self.generator.set_state(state["agent"]["generator"])
         # checkpoints from before these do not have them
         made_for = self.updates * self.config.steps_between_updates
         self.learned_steps = state["agent"].get("learned_steps", made_for)
         self.learn_from = state["agent"].get("learn_from", self.learn_from)
         if "skipped" in state["agent"]:
             self.skipped.copy_(state["agent"]["skipped"])
-        if "action_generator" in state["agent"]:
-            self.action_generator.set_state(state["agent"]["action_generator"])
+        for name in ("generator", "action_generator"):
+            if name in state["agent"]:
+                getattr(self, name).set_state(state["agent"][name])
         encoded = state["agent"].get("encoded")
         if encoded and len(encoded[0]) == self.num_envs:
             self.encoded = [own(encoded[0]), own(encoded[1]).to(self.device)]

@@ -18,7 +18,7 @@ class Disagreement(Signal):
 
     Args:
         phi: encoder that never learns; its features are normalised to mean 0 and variance 1.
-        ensemble: forward models; each learns from a random half of the transitions.
+        ensemble: forward models; each learns from a random half of every batch.
     """
 
     def __init__(self, phi: Phi, ensemble: list[Fnet]) -> None:
