@@ -1,3 +1,4 @@
+# Once:                   docker build --tag icm .
 # Trains by default:      mkdir -p runs && docker run --gpus all -v "$PWD/runs:/app/runs" icm
 #                         (writes as user 1000: where you are another, chown 1000 runs)
 # Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
@@ -17,9 +18,11 @@ WORKDIR /app
 
 # dependencies first: they change less often than the code
 COPY --chown=icm:icm pyproject.toml README.md LICENSE ./
-# of the package, such as [ray]
-ARG EXTRAS=
-RUN mkdir icm && touch icm/__init__.py && pip install --no-cache-dir --editable ".$EXTRAS" && rm -r icm
+# of the package, such as [fast,ray]
+ARG EXTRAS=[fast]
+# uv reads in pyproject.toml which version of pyglet is right for nes-py and stable-retro
+RUN pip install --no-cache-dir uv && mkdir icm && touch icm/__init__.py \
+    && uv pip install --system --no-cache --editable ".$EXTRAS" && rm -r icm
 COPY --chown=icm:icm icm ./icm
 COPY --chown=icm:icm conf ./conf
 COPY --chown=icm:icm scripts ./scripts

@@ -2,9 +2,10 @@
 # requires-python = ">=3.13"
 # dependencies = ["matplotlib", "numpy", "imageio[ffmpeg]"]
 # ///
-"""Draws docs/images from docs/results: `uv run docs/figures.py [EPISODE.mp4]`.
+"""Draws the curves of docs/images: `uv run docs/figures.py [EPISODE.mp4]`.
 
-level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors.
+level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors
+of the raw files in docs/results.
 Given a video of scripts/play.py, run.png shows frames of it above the curves of the row `level`.
 """
 
@@ -33,10 +34,7 @@ LEVEL_ROWS = {
     "level_random_features": RANDOM_FEATURES,
     "level_none": ("no curiosity", "#808080"),
 }
-GAME_ROWS = {
-    "game": ICM,
-    "game_random_features": RANDOM_FEATURES,
-}
+GAME_ROWS = {"game": ICM}
 SIGNALS = {
     "icm": ICM,
     "random_features": RANDOM_FEATURES,

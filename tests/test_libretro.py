@@ -1,6 +1,6 @@
 """The libretro emulator on real cores, against nes-py, on the real games.
 
-The core is the one of stable-retro, which `uv sync` installs; one of RetroArch's is tested too.
+The core is the one of stable-retro, which the group dev installs; one of RetroArch's is tested too.
 """
 
 import ctypes
