@@ -1,10 +1,12 @@
 """Processes beside the main one: deaf to its signals, and gone when it is gone."""
 
+import math
 import multiprocessing
 import os
 import signal
 import stat
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -43,14 +45,19 @@ class Assistants:
     ) -> None:
         self._given = serve, arguments
         self._patience = patience
+        self._deadlines = [math.inf] * number  # until when what waits for each has to be over
+        self._over = threading.Event()
         self.pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
         # runs at the latest when Python ends, before it waits for processes
-        self.end = Finalize(self, _end, (self.pipes, self.processes), exitpriority=0)
+        given = self.pipes, self.processes, self._over
+        self.end = Finalize(self, _end, given, exitpriority=0)
         for _ in range(number):
             pipe, process = self._start()
             self.pipes.append(pipe)
             self.processes.append(process)
+        watched = self.processes, self._deadlines, self._over
+        threading.Thread(target=_watch, args=watched, daemon=True).start()
 
     def send(self, number: int, order: Any, /) -> None:
         """Send to a process; no error if it is gone: that is known when its answer is received."""
@@ -69,18 +76,17 @@ class Assistants:
     @contextmanager
     def _guard(self, number: int) -> Generator[None]:
         """Kill a process for which this one waits too long: a message may be longer than a pipe."""
-        guard = threading.Timer(self._patience, self.processes[number].kill)
-        guard.daemon = True
-        guard.start()
+        self._deadlines[number] = time.monotonic() + self._patience
         try:
             yield
         finally:
-            guard.cancel()
+            self._deadlines[number] = math.inf
 
     def restart(self, number: int) -> None:
         """Kill a process, and put a new one in its place."""
+        self.pipes[number].close()
         self.processes[number].kill()
-        _end([self.pipes[number]], [self.processes[number]])
+        self.processes[number].join()
         self.pipes[number], self.processes[number] = self._start()
 
     def _start(self) -> tuple[Connection, SpawnProcess]:
@@ -124,7 +130,16 @@ def leave_terminal() -> None:
             discard(output)
 
 
-def _end(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
+def _watch(processes: list[SpawnProcess], deadlines: list[float], over: threading.Event) -> None:
+    """Kill those whose deadline is over, until all is."""
+    while not over.wait(1.0):
+        for process, deadline in zip(processes, deadlines, strict=True):
+            if time.monotonic() > deadline:
+                process.kill()
+
+
+def _end(pipes: list[Connection], processes: list[SpawnProcess], over: threading.Event) -> None:
+    over.set()
     for pipe in pipes:
         pipe.close()
     for process in processes:
