@@ -915,7 +915,7 @@ def test_observed_statistics() -> None:
     seen = {0: 0, 3: 0}
     for _ in range(25):
         step = played.step()
-        surprises, new, losses, hits, entropies = [], [], [], [], []
+        surprises, new, losses, hits, entropies, gains = [], [], [], [], [], []
         for env in range(3):
             now, after = (
                 agent.signal.encode(agent.input_norm(step[name][env : env + 1]))
@@ -932,6 +932,7 @@ def test_observed_statistics() -> None:
             hits.append(float(logits.index(max(logits)) == int(action)))
             p = step["probabilities"][env].tolist()
             entropies.append(-sum(x * math.log(x) for x in p))
+            gains.append(-math.log(p[int(action)]) - losses[-1])
         found, surprised = agent.observe(**step)
         valid = [not r for r in step["reset"].tolist()]
         real = [v and not r for v, r in zip(valid, step["respawned"].tolist(), strict=True)]
@@ -948,7 +949,7 @@ def test_observed_statistics() -> None:
             "reward/extrinsic": step["rewards"].tolist(),
             "icm/inverse_accuracy": hits,
             "icm/inverse_heldout": losses,
-            "icm/inverse_gain": [e - x for e, x in zip(entropies, losses, strict=True)],
+            "icm/inverse_gain": gains,
             "policy/entropy": entropies,
         }
         assert found.keys() == expected.keys()
