@@ -143,6 +143,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.failures = 0
         self._steps, self._cut_at = 0, -CALM  # vector steps so far; the last one that cut episodes
         self._workers = start(fields_of(env, num_envs))
+        self._again = [0] * self._workers.number  # actions that each was sent to play again
         self._arrays = self._workers.arrays
         self._arrays["practises"][num_envs - practising :] = True
         self._repeats = np.zeros(num_envs, np.bool)  # which of these repeat the way of the others
@@ -201,9 +202,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
         self._resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
-        played = dict(enumerate(self._played))
-        self._send(range(self._workers.number), None, played)
-        self._receive(20 * self._patience, played)
+        self._send(range(self._workers.number), None, dict(enumerate(self._played)))
+        self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
         return self._arrays["observations"].copy(), ended, infos_of(self._arrays)
 
@@ -244,7 +244,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """See `step_wait`."""
         lead = time.perf_counter() - self._started
         self._send(self._balance.late, self._options, self._returning)
-        episodes, scenery, seconds = self._receive(patience, self._returning)
+        episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
         self._arrays["rewards"][list(self._returning)] = 0.0  # of what was played again
         infos = infos_of(self._arrays)
@@ -353,21 +353,21 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             rows = set(self._balance.rows[worker]) - self._resting
             actions = {row: played[row] for row in rows & played.keys()}
             lent = {row: self._lent[row] for row in rows & self._lent.keys()}
+            self._again[worker] = sum(map(len, actions.values()))
             self._workers.send(worker, (rows, options, actions, lent))
 
-    def _time_for(self, worker: int, least: float, played: Mapping[int, list[int]]) -> float:
-        """Seconds for a worker that plays some of these actions again."""
-        again = sum(len(played.get(row, ())) for row in self._balance.rows[worker])
-        return least + again / SLOWEST
+    def _listen(self, worker: int, patience: float) -> Answer | str:
+        """The answer to what was sent last; who plays again what it was sent has more time."""
+        return self._workers.listen(worker, patience + self._again[worker] / SLOWEST)
 
     def _receive(
-        self, patience: float, played: Mapping[int, list[int]]
+        self, patience: float
     ) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
         """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
         answers: dict[int, Answer] = {}
         failed: list[int] = []
         for worker in range(self._workers.number):
-            answer = self._workers.listen(worker, self._time_for(worker, patience, played))
+            answer = self._listen(worker, patience)
             if isinstance(answer, str):
                 self._say(f"worker {worker} of the environments failed, and begins anew", answer)
                 failed.append(worker)
@@ -406,8 +406,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._send([worker], self._options, {row: self._played[row] for row in rows})
         answers = {}
         for worker in failed:
-            patience = self._time_for(worker, 20 * self._patience, dict(enumerate(self._played)))
-            answer = self._workers.listen(worker, patience)
+            answer = self._listen(worker, 20 * self._patience)
             answers[worker] = self._cut(worker, answer) if isinstance(answer, str) else answer
         return answers
 
