@@ -350,7 +350,7 @@ class Agent[Batch](ABC):
             inverse = errors.inverse.cpu()
             samples["icm/inverse_accuracy"] = hits[judged].float()
             samples["icm/inverse_heldout"] = inverse[judged]
-            # not the entropy, which is the mean of this: the gain would vary twice as much
+            # not the entropy, which is the mean of this: the gain would vary more
             chosen = probabilities.gather(1, actions.unsqueeze(1)).squeeze(1)
             samples["icm/inverse_gain"] = (-chosen.log() - inverse)[judged]
         return samples, surprise.masked_fill(~judged, torch.nan)
