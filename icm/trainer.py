@@ -137,7 +137,7 @@ class Trainer:
         while self.step < total:
             with clock.phase("act"):
                 actions, probabilities, values = agent.act(states, self.previous, self.step)
-            envs.step_async(actions.numpy())
+            envs.step_async(actions.numpy(), agent.novelty.met.numpy())
             # while the emulators run
             with clock.phase("observe"):
                 self._observe()

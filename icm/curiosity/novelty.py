@@ -32,12 +32,16 @@ class EpisodicNovelty:
         num_features: length F of the features.
         scale: see above; None: every state is new, and features are not needed.
         device: where all of it is kept.
+
+    Attributes:
+        met: novelty that the running lives have met in sum, float32 (num_envs,), on the CPU.
     """
 
     def __init__(
         self, num_envs: int, num_features: int, scale: float | None, device: torch.device
     ) -> None:
         self.scale = scale
+        self.met = torch.zeros(num_envs)
         if scale is None:
             return
         self.seen = torch.zeros(num_envs, CAPACITY, num_features, device=device)
@@ -58,8 +62,14 @@ class EpisodicNovelty:
             float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: nothing is to be
             learned of how these follow.
         """
+        novelty = self._novelty(features, opens).masked_fill(respawned, 0.0)
+        self.met = self.met.masked_fill(opens, 0.0) + novelty
+        return novelty
+
+    def _novelty(self, features: Tensor, opens: Tensor) -> Tensor:
+        """Novelty of all states, however they have come about."""
         if self.scale is None:
-            return torch.ones(len(opens)).masked_fill(respawned, 0.0)
+            return torch.ones(len(opens))
         self.count[opens] = 0
         self.squares.masked_fill_(opens.to(self.squares.device).unsqueeze(1), torch.inf)
         filled = min(max(int(self.count.max()), 1), CAPACITY)
@@ -71,8 +81,7 @@ class EpisodicNovelty:
         at = torch.arange(len(opens)), self.count % CAPACITY
         self.seen[at], self.squares[at] = features, square
         self.count += 1
-        novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
-        return novelty.masked_fill(respawned, 0.0)
+        return (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
 
     def follow(self, origin: Tensor) -> None:
         """Let lives know what those have seen in the middle of which they go on.
@@ -81,22 +90,29 @@ class EpisodicNovelty:
             origin: numbers of the environments of these, int64 (num_envs,), on the CPU; -1: none.
         """
         rows = (origin >= 0).nonzero().squeeze(1)
-        if self.scale is not None and len(rows):
-            for known in (self.seen, self.squares, self.count):
-                known[rows] = known[origin[rows]]
+        if not len(rows):
+            return
+        known = [self.met]
+        if self.scale is not None:
+            known += [self.seen, self.squares, self.count]
+        for each in known:
+            each[rows] = each[origin[rows]]
 
     def state_dict(self) -> dict[str, Any]:
         """What the running lives have seen, on the CPU."""
         if self.scale is None:
-            return {}
+            return {"met": self.met.clone()}
         filled = min(int(self.count.max()), CAPACITY)
         squares = self.squares[:, :filled].clone()
         of_lives_before = squares.isinf().unsqueeze(2)
         seen = self.seen[:, :filled].masked_fill(of_lives_before, 0.0)
-        return {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
+        known = {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
+        return {**known, "met": self.met.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with these lives."""
+        if "met" in state:  # checkpoints from before have none
+            self.met = state["met"].clone()
         if self.scale is None:
             return
         filled = state["seen"].shape[1]

@@ -81,9 +81,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     them the next one begins in the middle of it, some steps before the death, but hardly before
     where this one began: it is the same episode again, with the same seed, up to there. After the
     others, and where an episode was cut, it begins in the middle of that of another one that
-    practises: some steps before where that is, and it is one that has come further, in agent steps,
-    if one has. So what is hard is met more often, and many are soon where one has come (returning
-    to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+    practises: some steps before where that is, and it is one that has met more that is new, as the
+    caller says, if one has. So what is hard is met more often, and many are soon where one has come
+    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
 
     That the way there is not forgotten, every second one that practises repeats it: its episodes
     begin anywhere on the way of one that does not, as if nothing of it had been seen.
@@ -136,6 +136,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
+        self._met = np.zeros(num_envs)  # how much that is new these episodes have met
         self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
         self._options: dict[str, Any] | None = None
@@ -211,12 +212,19 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments with their actions, int (num_envs,); see `step_wait`."""
-        self.step_async(actions)
+        self.step_async(actions, np.zeros(self.num_envs))
         return self.step_wait()
 
-    def step_async(self, actions: np.ndarray) -> None:
-        """Let the workers step, but the late ones, while this process does something else."""
+    def step_async(self, actions: np.ndarray, met: np.ndarray) -> None:
+        """Let the workers step, but the late ones, while this process does something else.
+
+        Args:
+            actions: int (num_envs,).
+            met: how much that is new the running lives have met, float (num_envs,): one that was
+                cut while it practises is left for those that have met more.
+        """
         self._steps += 1
+        self._met = met
         arrays = self._arrays
         arrays["actions"][:] = actions
         # without cells nobody knows what an end is
@@ -327,12 +335,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _another(self, row: int, rng: np.random.Generator) -> int | None:
         """One of the others that practise, at random, if there is one.
 
-        One that has played for longer, if there is one.
+        One that has met more that is new, if there is one: who has only played for longer may have
+        waited.
         """
         others = self._arrays["practises"].copy()
         others[row] = False
-        played = np.array([len(actions) for actions in self._played])
-        further = others & (played > played[row])
+        further = others & (self._met > self._met[row])
         among = np.flatnonzero(further if further.any() else others)
         return int(rng.choice(among)) if len(among) else None
 
