@@ -1,11 +1,12 @@
 # Once:                   docker build --tag icm .
-# Trains by default:      mkdir -p runs && docker run --gpus all -v "$PWD/runs:/app/runs" icm
-#                         (writes as user 1000: where you are another, chown 1000 runs)
+# Trains by default:      mkdir -p runs && docker run -v "$PWD/runs:/app/runs" icm
+#                         (writes as user 1000: where you are another, chown 1000 runs;
+#                         with --gpus all on the GPU; on x86-64 faster with scripts/train.py env.emulator=libretro)
 # Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
 # A Ray cluster:          deploy/ray-compose.yaml
 #
-# The PyTorch wheel brings its own CUDA libraries; the host needs the NVIDIA driver and its container
-# toolkit. Without a GPU the same image trains on the CPU.
+# The PyTorch wheel brings its own CUDA libraries; for --gpus the host needs the NVIDIA driver and its
+# container toolkit.
 FROM python:3.13-slim
 
 # nes-py is built from C++ where no wheel fits the platform

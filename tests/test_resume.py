@@ -274,6 +274,23 @@ def test_at_which_steps_it_saves_changes_nothing(
     assert metrics_of(seldom) == metrics_of(often)
 
 
+def test_where_it_practises_neither_saving_nor_stopping_changes_anything(tmp_path: Path) -> None:
+    given = (
+        "practice=0.88",
+        "env.num_envs=8",
+        "env.stuck_steps=8",
+        "total_steps=1600",
+        "agent.replay_capacity=600",
+    )
+    config = config_of("ppo", *given)
+    whole = train(config, tmp_path / "whole")
+    often = train(config, tmp_path / "often", kind=EagerTrainer)
+    assert_same(latest(whole), latest(often))
+    first = train(config, tmp_path / "first", stops_at=600)
+    second = train(config, tmp_path / "second", resume=latest(first))
+    assert_same(latest(whole), latest(second))
+
+
 def test_another_number_of_workers_changes_nothing(
     tmp_path: Path, trained_until: Callable[..., Path]
 ) -> None:

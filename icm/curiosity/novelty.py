@@ -34,7 +34,8 @@ class EpisodicNovelty:
         device: where all of it is kept.
 
     Attributes:
-        met: novelty that the running lives have met in sum, float32 (num_envs,), on the CPU.
+        met: novelty that the running lives have met in sum, float32 (num_envs,), on the CPU; 0
+            without a scale, where waiting would be as new as moving on.
     """
 
     def __init__(
@@ -62,14 +63,8 @@ class EpisodicNovelty:
             float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: nothing is to be
             learned of how these follow.
         """
-        novelty = self._novelty(features, opens).masked_fill(respawned, 0.0)
-        self.met = self.met.masked_fill(opens, 0.0) + novelty
-        return novelty
-
-    def _novelty(self, features: Tensor, opens: Tensor) -> Tensor:
-        """Novelty of all states, however they have come about."""
         if self.scale is None:
-            return torch.ones(len(opens))
+            return torch.ones(len(opens)).masked_fill(respawned, 0.0)
         self.count[opens] = 0
         self.squares.masked_fill_(opens.to(self.squares.device).unsqueeze(1), torch.inf)
         filled = min(max(int(self.count.max()), 1), CAPACITY)
@@ -81,7 +76,10 @@ class EpisodicNovelty:
         at = torch.arange(len(opens)), self.count % CAPACITY
         self.seen[at], self.squares[at] = features, square
         self.count += 1
-        return (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
+        novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
+        novelty = novelty.masked_fill(respawned, 0.0)
+        self.met = self.met.masked_fill(opens, 0.0) + novelty
+        return novelty
 
     def follow(self, origin: Tensor) -> None:
         """Let lives know what those have seen in the middle of which they go on.
@@ -90,29 +88,23 @@ class EpisodicNovelty:
             origin: numbers of the environments of these, int64 (num_envs,), on the CPU; -1: none.
         """
         rows = (origin >= 0).nonzero().squeeze(1)
-        if not len(rows):
-            return
-        known = [self.met]
-        if self.scale is not None:
-            known += [self.seen, self.squares, self.count]
-        for each in known:
-            each[rows] = each[origin[rows]]
+        if self.scale is not None and len(rows):
+            for known in (self.seen, self.squares, self.count, self.met):
+                known[rows] = known[origin[rows]]
 
     def state_dict(self) -> dict[str, Any]:
         """What the running lives have seen, on the CPU."""
         if self.scale is None:
-            return {"met": self.met.clone()}
+            return {}
         filled = min(int(self.count.max()), CAPACITY)
         squares = self.squares[:, :filled].clone()
         of_lives_before = squares.isinf().unsqueeze(2)
         seen = self.seen[:, :filled].masked_fill(of_lives_before, 0.0)
-        known = {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
-        return {**known, "met": self.met.clone()}
+        sums = {"count": self.count.clone(), "met": self.met.clone()}
+        return {"seen": seen.cpu(), "squares": squares.cpu(), **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with these lives."""
-        if "met" in state:  # checkpoints from before have none
-            self.met = state["met"].clone()
         if self.scale is None:
             return
         filled = state["seen"].shape[1]
@@ -120,3 +112,5 @@ class EpisodicNovelty:
         self.squares[:, :filled] = state["squares"]
         self.squares[:, filled:] = torch.inf
         self.count = state["count"].clone()
+        # checkpoints from before have none
+        self.met = state.get("met", self.count.float()).clone()

@@ -29,8 +29,9 @@ def find_core(core: str) -> Path:
         return path
     raise UserError(
         "env.core=auto: found no core; `uv run --extra fast` or "
-        "`pip install --no-deps stable-retro==1.0.1` installs FCEUmm, RetroArch has QuickNES; "
-        "env.core=PATH names a core elsewhere, env.emulator=nes_py needs none"
+        "`pip install --no-deps stable-retro==1.0.1` installs FCEUmm (Linux on x86-64, macOS on "
+        "ARM), RetroArch has QuickNES; env.core=PATH names a core elsewhere, "
+        "env.emulator=nes_py needs none"
     )
 
 

@@ -82,8 +82,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     where this one began: it is the same episode again, with the same seed, up to there. After the
     others, and where an episode was cut, it begins in the middle of that of another one that
     practises: some steps before where that is, and it is one that has met more that is new, as the
-    caller says, if one has. So what is hard is met more often, and many are soon where one has come
-    (returning to where one was, by restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+    caller says, or as much in more agent steps, if there is one. So what is hard is met more often,
+    and many are soon where one has come (returning to where one was, by restoring the emulator:
+    Ecoffet et al. 2021, Go-Explore).
 
     That the way there is not forgotten, every second one that practises repeats it: its episodes
     begin anywhere on the way of one that does not, as if nothing of it had been seen.
@@ -136,7 +137,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
-        self._met = np.zeros(num_envs)  # how much that is new these episodes have met
         self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
         self._options: dict[str, Any] | None = None
@@ -167,7 +167,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._begun[:] = 0
         self._resting.clear()
         nobody = np.zeros(self.num_envs, np.bool)
-        self._open(~nobody, nobody, nobody)
+        self._open(~nobody, nobody, nobody, np.zeros(self.num_envs))
         self._start(options)
         observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
@@ -220,17 +220,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Args:
             actions: int (num_envs,).
-            met: how much that is new the running lives have met, float (num_envs,): one that was
-                cut while it practises is left for those that have met more.
+            met: how much that is new the running lives have met, float (num_envs,).
         """
         self._steps += 1
-        self._met = met
         arrays = self._arrays
         arrays["actions"][:] = actions
         # without cells nobody knows what an end is
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
-        self._open(ended, died & arrays["practises"], arrays["truncated"] & arrays["practises"])
+        practised = arrays["practises"]
+        self._open(ended, died & practised, arrays["truncated"] & practised, met)
         for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start(None)
@@ -272,11 +271,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._workers.end()
 
-    def _open(self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray) -> None:
+    def _open(
+        self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray, met: np.ndarray
+    ) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
 
         Where the one before is practised and has `died` or was `cut`, bool (num_envs,), most begin
-        in the middle of it or of another.
+        in the middle of it or of another. See `step_async` of `met`.
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
@@ -285,7 +286,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             rng = np.random.default_rng(seeds)
-            middle = self._middle(row, bool(died[row]), rng) if died[row] or cut[row] else None
+            practised = died[row] or cut[row]
+            middle = self._middle(row, bool(died[row]), met, rng) if practised else None
             if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
                 self._played[row], self._resumed[row], sources[row] = [], 0, row
@@ -310,7 +312,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._balance.move(free)
 
     def _middle(
-        self, row: int, died: bool, rng: np.random.Generator
+        self, row: int, died: bool, met: np.ndarray, rng: np.random.Generator
     ) -> tuple[int, int, bool] | None:
         """Where in an episode the next one begins that is practised; None: at a start of its own.
 
@@ -323,7 +325,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             first = int(rng.choice(np.flatnonzero(self._arrays["practises"] & ~self._repeats)))
             places = len(self._played[first]) // SELDOM + 1
             return first, SELDOM * int(rng.integers(places)), False
-        other = row if died and rng.random() < PERSISTENCE else self._another(row, rng)
+        other = row if died and rng.random() < PERSISTENCE else self._another(row, met, rng)
         if other is None:
             return None
         done = max(0, len(self._played[other]) - int(rng.integers(*BACK)))
@@ -332,15 +334,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             done = max(done, int(self._resumed[row]) - EVERY * int(rng.integers(2)))
         return other, done, True
 
-    def _another(self, row: int, rng: np.random.Generator) -> int | None:
+    def _another(self, row: int, met: np.ndarray, rng: np.random.Generator) -> int | None:
         """One of the others that practise, at random, if there is one.
 
-        One that has met more that is new, if there is one: who has only played for longer may have
-        waited.
+        One that has come further, if one has: who has played for longer may only have waited.
         """
         others = self._arrays["practises"].copy()
         others[row] = False
-        further = others & (self._met > self._met[row])
+        played = np.array([len(actions) for actions in self._played])
+        longer = (met == met[row]) & (played > played[row])
+        further = others & ((met > met[row]) | longer)
         among = np.flatnonzero(further if further.any() else others)
         return int(rng.choice(among)) if len(among) else None
 
