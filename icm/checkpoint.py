@@ -105,7 +105,7 @@ def restoring(path: Path) -> Generator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # a content that is no state leads to many kinds
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: incomplete or of another version ({what})") from None
 

@@ -326,6 +326,6 @@ def orthogonal(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, newest: nn.Module, tau: float) -> None:
+def soft_update(average: nn.Module, newest: nn.Module, tau: float) -> None:
     """Move the weights of `average` by the share `tau` towards those of its twin `newest`."""
     torch._foreach_lerp_([*average.parameters()], [*newest.parameters()], tau)

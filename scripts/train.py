@@ -23,6 +23,7 @@ def main(settings: "DictConfig") -> float:
     from icm.collectives import all_objects, together
     from icm.device import resolve_device
     from icm.files import lock
+    from icm.run_folder import record
 
     config = parse_config(settings)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -32,16 +33,16 @@ def main(settings: "DictConfig") -> float:
         if objective is not None:
             print(f"complete: {folder}")
             return objective
-        cli.record(settings, folder)
+        record(settings, folder)
         return train(config, folder, device)
 
 
 def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
     """The checkpoint to continue, and the result if that is complete; of a folder with a run."""
-    from icm import cli
     from icm.exploration import restored
+    from icm.run_folder import own_checkpoint
 
-    own = cli.own_checkpoint(config, folder)
+    own = own_checkpoint(config, folder)
     if own is None:
         return config.resume, None
     path, content = own

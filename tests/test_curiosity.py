@@ -601,7 +601,7 @@ def test_a_life_that_goes_on_with_another_has_met_what_that_has() -> None:
         novelty(torch.stack([state, torch.zeros(3)]), no, no)
     met = novelty.met.tolist()
     assert met == pytest.approx([3, 1], rel=1e-3)
-    novelty.follow(torch.tensor([-1, 0]))
+    novelty.inherit(torch.tensor([-1, 0]))
     assert novelty.met.tolist() == [met[0]] * 2
     again = EpisodicNovelty(2, 3, 0.5, CPU)
     again.load_state_dict(novelty.state_dict())

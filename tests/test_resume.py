@@ -17,6 +17,7 @@ from icm import checkpoint
 from icm.config import Config
 from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
+from icm.errors import UserError
 from icm.factory import build_agent
 from icm.files import latest
 from icm.trainer import Trainer
@@ -386,3 +387,39 @@ def test_a_damaged_best_checkpoint_keeps_nothing_from_going_on(
     train(config_of("ppo"), run, resume=latest(run))
     assert "best.pt" in capsys.readouterr().err
     assert checkpoint.load(latest(run))["step"] == TOTAL
+
+
+def without_agent(content: dict[str, Any]) -> None:
+    del content["agent"]
+
+
+def with_an_empty_picture(content: dict[str, Any]) -> None:
+    for picture in content["exploration"]["pictures"].values():
+        picture["png"] = picture["png"][:0]
+
+
+def with_frames_of_noise(memory: dict[str, Any]) -> None:
+    memory["frames"][20:] ^= 0x55
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("latest.pt", without_agent),
+        ("latest.pt", with_an_empty_picture),
+        ("replay_", with_frames_of_noise),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_one_line(
+    name: str,
+    change: Callable[[dict[str, Any]], None],
+    tmp_path: Path,
+    trained_until: Callable[..., Path],
+) -> None:
+    run = shutil.copytree(trained_until(100, "ppo"), tmp_path / "run")
+    (path,) = (run / "checkpoints").glob(f"{name}*")
+    content = checkpoint.load_file(path)
+    change(content)
+    checkpoint.save(path, content)
+    with pytest.raises(UserError, match=rf"{path.name}: incomplete or of another version"):
+        train(config_of("ppo"), tmp_path / "second", resume=latest(run))

@@ -552,7 +552,7 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    from icm.cli import new_folder
+    from icm.run_folder import new_folder
 
     taken = [new_folder(tmp_path / "run") for _ in range(3)]
     assert taken == [tmp_path / name for name in ("run", "run_2", "run_3")]

@@ -319,7 +319,7 @@ class Agent[Batch](ABC):
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
         opens = reset & (origin < 0) | respawned & ~truncated
-        self.novelty.follow(origin)
+        self.novelty.inherit(origin)
         novelty = self.novelty(places, opens, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset

@@ -26,7 +26,7 @@ from icm.agents.policy import ValuePolicy
 from icm.config import DQNConfig
 from icm.curiosity import MaskedMean
 from icm.device import sent
-from icm.models import Qnetwork, follow
+from icm.models import Qnetwork, soft_update
 from icm.replay import Replay, Sequences
 
 
@@ -140,7 +140,7 @@ class DQN(Agent[Batch]):
     def update_targets(self) -> None:
         """See `Agent.update_targets`."""
         super().update_targets()
-        follow(self.target, self.qnetwork, self.config.target_tau)
+        soft_update(self.target, self.qnetwork, self.config.target_tau)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """lambda * L_Q + (1 - beta) L_I + beta L_F (Pathak et al. 2017, eq. 7), and its parts."""

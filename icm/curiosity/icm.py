@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from icm.collectives import mean_of_ranks
 from icm.curiosity.signal import Errors, MaskedMean, Signal
-from icm.models import Fnet, InverseNet, Phi, follow
+from icm.models import Fnet, InverseNet, Phi, soft_update
 
 
 class ICM(Signal):
@@ -152,7 +152,7 @@ class ICM(Signal):
     def update_target(self, batches: int) -> None:
         """Let the target phi, if there is one, follow phi by so many batches."""
         if self.target_phi is not None and self.target_tau is not None:
-            follow(self.target_phi, self.phi, 1 - (1 - self.target_tau) ** batches)
+            soft_update(self.target_phi, self.phi, 1 - (1 - self.target_tau) ** batches)
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class EpisodicNovelty:
         self.met = self.met.masked_fill(opens, 0.0) + novelty
         return novelty
 
-    def follow(self, origin: Tensor) -> None:
+    def inherit(self, origin: Tensor) -> None:
         """Let lives know what those have seen in the middle of which they go on.
 
         Args:

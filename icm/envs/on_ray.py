@@ -223,7 +223,7 @@ class _Actor:
 
     def begin(self) -> Heard | str:
         """As `step`, of no row."""
-        return self.step((set(), None, {}, {}), _pack(self._arrays, [], GIVEN))
+        return self.step((set(), {}, {}), _pack(self._arrays, [], GIVEN))
 
     def trail(self, row: int, done: int) -> Trail:
         """See `Stepper`."""

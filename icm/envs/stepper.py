@@ -12,9 +12,9 @@ from icm.envs.wrappers import Env
 type Fields = dict[str, tuple[tuple[int, ...], Any]]
 """Shape and type of arrays by name; a row is an environment."""
 
-type Order = tuple[set[int], dict[str, Any] | None, dict[int, list[int]], dict[int, Trail]]
-"""Rows to step, options of episodes that open, actions to play in these at once, and what
-snapshots other workers have of some of these."""
+type Order = tuple[set[int], dict[int, list[int]], dict[int, Trail]]
+"""Rows to step, actions to play at once in episodes that open, and what snapshots other workers
+have of some of these."""
 
 type Answer = tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, Any]], float]
 """Ended episodes (row, statistics), scenery (row, picture), and the seconds that the step took."""
@@ -62,7 +62,7 @@ class Stepper:
 
     def step(self, order: Order) -> Answer:
         """Step the rows that it is told to, of which some may be new, and others gone."""
-        rows, options, played, lent = order
+        rows, played, lent = order
         envs, arrays = self._envs, self._arrays
         start = time.perf_counter()
         for row in envs.keys() - rows:
@@ -84,7 +84,7 @@ class Stepper:
                 if snapshots and (found := snapshots.go_back(seed, actions)):
                     state, info, actions = found.state, found.info, actions[found.done :]
                 else:
-                    state, info = env.reset(seed=seed, options=options)
+                    state, info = env.reset(seed=seed)
                     if snapshots:
                         snapshots.begin(seed)
             else:

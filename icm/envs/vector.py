@@ -49,7 +49,7 @@ class Workers(Protocol):
     def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
         """What of an environment's snapshots leads to where `done` actions were done.
 
-        Of a worker that is not stepping. None: it failed, and so will the next step.
+        Of a worker that is not stepping. None: it is not to be had, and the way is played again.
         """
 
     def restart(self, worker: int, /) -> None:
@@ -139,7 +139,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
         self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
-        self._options: dict[str, Any] | None = None
         self._patience, self._first = patience, first
         self.failures = 0
         self._steps, self._cut_at = 0, -CALM  # vector steps so far; the last one that cut episodes
@@ -160,7 +159,12 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Episode k of environment i gets a seed made of `seed`, i and k, where k counts from the
         reset that names a seed.
+
+        Raises:
+            ValueError: options are given, which no environment here has.
         """
+        if options is not None:
+            raise ValueError(f"options={options}: the environments have none")
         super().reset(seed=seed)
         if seed is not None:
             self._entropy = seed
@@ -168,7 +172,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting.clear()
         nobody = np.zeros(self.num_envs, np.bool)
         self._open(~nobody, nobody, nobody, np.zeros(self.num_envs))
-        self._start(options)
+        self._start()
         observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
 
@@ -203,7 +207,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
         self._resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
-        self._send(range(self._workers.number), None, dict(enumerate(self._played)))
+        self._send(range(self._workers.number), dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
         return self._arrays["observations"].copy(), ended, infos_of(self._arrays)
@@ -232,7 +236,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._open(ended, died & practised, arrays["truncated"] & practised, met)
         for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
-        self._start(None)
+        self._start()
 
     def step_wait(
         self,
@@ -250,7 +254,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """See `step_wait`."""
         lead = time.perf_counter() - self._started
-        self._send(self._balance.late, self._options, self._returning)
+        self._send(self._balance.late, self._returning)
         episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
         self._arrays["rewards"][list(self._returning)] = 0.0  # of what was played again
@@ -347,25 +351,19 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         among = np.flatnonzero(further if further.any() else others)
         return int(rng.choice(among)) if len(among) else None
 
-    def _start(self, options: dict[str, Any] | None) -> None:
+    def _start(self) -> None:
         """Begin a step."""
-        self._options = options
         self._started = time.perf_counter()
-        self._send(self._balance.early, options, self._returning)
+        self._send(self._balance.early, self._returning)
 
-    def _send(
-        self,
-        workers: Iterable[int],
-        options: dict[str, Any] | None,
-        played: dict[int, list[int]],
-    ) -> None:
-        """Let workers step: options of episodes that open, and actions to play in them at once."""
+    def _send(self, workers: Iterable[int], played: dict[int, list[int]]) -> None:
+        """Let workers step; actions to play at once in episodes that open."""
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
             actions = {row: played[row] for row in rows & played.keys()}
             lent = {row: self._lent[row] for row in rows & self._lent.keys()}
             self._again[worker] = sum(map(len, actions.values()))
-            self._workers.send(worker, (rows, options, actions, lent))
+            self._workers.send(worker, (rows, actions, lent))
 
     def _listen(self, worker: int, patience: float) -> Answer | str:
         """The answer to what was sent last; who plays again what it was sent has more time."""
@@ -414,7 +412,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._sure(worker, self._workers.listen(worker, 20 * self._patience))
             rows = self._balance.rows[worker]
             self._arrays["opening"][rows] = True
-            self._send([worker], self._options, {row: self._played[row] for row in rows})
+            self._send([worker], {row: self._played[row] for row in rows})
         answers = {}
         for worker in failed:
             answer = self._listen(worker, 20 * self._patience)

@@ -21,7 +21,7 @@ from icm.soak.program import ROOT
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
-        "icm.cli",
+        "icm.run_folder",
         "icm.trainer",
         "icm.factory",
         "icm.evaluation",
