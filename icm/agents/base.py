@@ -489,7 +489,7 @@ class Agent[Batch](ABC):
 
     def update_targets(self) -> None:
         """Let averaged weights follow by one step of the optimizer."""
-        self.signal.update_target(self.config.accumulate)
+        self.signal.update_target()
 
     def check_updates(self) -> None:
         """See whether the optimizer's steps fail one after the other; waits for the device.

@@ -32,9 +32,9 @@ class ICM(Signal):
         reduction: `mean` or `sum` of the squared error over features.
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
-        target_tau: share of phi that enters its moving average, the target phi, for every batch
-            that was learned from; with 1 the two are the same. None: there is no average, and phi
-            learns from both losses (eq. 7).
+        target_tau: share of phi that enters its moving average, the target phi, with every step of
+            the optimizer; with 1 the two are the same. None: there is no average, and phi learns
+            from both losses (eq. 7).
         normalize_features: whether the features that are predicted are normalised to mean 0 and
             variance 1 within every state (layer normalisation without parameters), so that their
             scale cannot drift. If phi learns from the forward loss, that is a share of their
@@ -149,10 +149,10 @@ class ICM(Signal):
         """Squared errors (batch, F) as one per transition, (batch,)."""
         return squared.mean(1) if self.reduction == "mean" else squared.sum(1)
 
-    def update_target(self, batches: int) -> None:
-        """Let the target phi, if there is one, follow phi by so many batches."""
+    def update_target(self) -> None:
+        """Let the target phi, if there is one, follow phi by one step of the optimizer."""
         if self.target_phi is not None and self.target_tau is not None:
-            soft_update(self.target_phi, self.phi, 1 - (1 - self.target_tau) ** batches)
+            soft_update(self.target_phi, self.phi, self.target_tau)
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class Signal(nn.Module, ABC):
         forward = MaskedMean(valid)(errors.forward)
         return forward, {"loss/forward": forward.detach()}
 
-    def update_target(self, batches: int) -> None:
-        """Let averaged weights follow by a step of the optimizer, of so many batches."""
+    def update_target(self) -> None:
+        """Let averaged weights follow by one step of the optimizer."""
 
 
 @torch.no_grad()
