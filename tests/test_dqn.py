@@ -312,8 +312,9 @@ def guess(
     both = torch.cat((features[0, 0], next_features[0, 0]))
     if agent.config.previous_action:
         both = torch.cat((both, told(previous)))
-    hidden = torch.relu(inverse.linear1(both))
-    logits = inverse.linear2(hidden).tolist()
+    given = inverse.linear1(both)
+    given = (given - given.mean()) / (given.var(correction=0) + 1e-5).sqrt()
+    logits = inverse.linear2(torch.relu(given)).tolist()
     if agent.curiosity.policy_prior:
         logits = [x + math.log(p) for x, p in zip(logits, policy.tolist(), strict=True)]
     return logits
