@@ -30,6 +30,7 @@ ICM = ("ICM", "#1f4e8c")
 RANDOM_FEATURES = ("random features", "#c8641b")
 LEVEL_ROWS = {
     "level": ICM,
+    "level_learned": ("ICM, surprise in learned features", "#7a4fa3"),
     "level_dqn": ("ICM, Q-learning", "#3f8f4f"),
     "level_random_features": RANDOM_FEATURES,
     "level_none": ("no curiosity", "#808080"),
