@@ -444,6 +444,11 @@ def _check(config: Config) -> None:
         for _, choice in given(name):
             if choice not in choices:
                 raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
+    if agent.input_norm == "standard" and agent.warmup_steps == 0:
+        raise UserError(
+            "agent.warmup_steps=0: must be at least 1 for agent.input_norm=standard, which is "
+            "measured then"
+        )
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
     history = max(env.frame_stack, 2)

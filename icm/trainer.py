@@ -297,7 +297,7 @@ class Trainer:
             length = torch.tensor([len(actions) for actions in played])
             self.previous = content.get("previous", last)
             self.age = content.get("age", length)
-            self.met = content.get("met", self.agent.novelty.met.clone())
+            self.met = content.get("met", self.met)
             print(f"playing the {length.sum()} agent steps of running episodes again")
         else:
             self.agent.begin_lives()

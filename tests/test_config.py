@@ -17,6 +17,7 @@ from icm.errors import UserError
         ("agent=ppo agent.discount=[[5,0.9],[0,0.5]]", ["agent.discount", "in order"]),
         ("agent=ppo agent.discount=far", ["agent.discount=far", "below 1"]),
         ("practice=1", ["practice=1.0", "below 1"]),
+        ("agent.warmup_steps=0", ["agent.warmup_steps=0", "input_norm=standard"]),
         ("agent.advantage_learning=1", ["agent.advantage_learning=1.0", "below 1"]),
         ("agent.lr=nan", ["agent.lr=nan"]),
         ("agent.lr_final=2", ["agent.lr_final=2.0", "between 0 and 1"]),

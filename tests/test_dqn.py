@@ -38,7 +38,7 @@ SMALL = {
     "agent.batch_size": 12,
     "agent.sequence_length": 6,
     "agent.replay_capacity": 300,
-    "agent.warmup_steps": 0,
+    "agent.warmup_steps": 1,
     "agent.target_tau": 0.01,
     "agent.max_grad_norm": 1e9,
     "curiosity.hidden": 16,
@@ -685,11 +685,11 @@ def test_target_is_a_copy_of_its_own() -> None:
 def test_target_network_acts(greedy: bool) -> None:
     agent = make_agent(agent__policy=FIXED_POLICY)
     states = random_states(30)
-    before = agent.probabilities(states, start(states), 0, greedy)
+    before = agent.probabilities(states, start(states), 1, greedy)
     disturb(agent.qnetwork, 3, scale=5.0)
-    assert torch.equal(agent.probabilities(states, start(states), 0, greedy), before)
+    assert torch.equal(agent.probabilities(states, start(states), 1, greedy), before)
     agent.target.load_state_dict(agent.qnetwork.state_dict())
-    assert not torch.equal(agent.probabilities(states, start(states), 0, greedy), before)
+    assert not torch.equal(agent.probabilities(states, start(states), 1, greedy), before)
 
 
 def test_previous_action_counts_where_the_networks_are_told_it() -> None:
@@ -699,7 +699,7 @@ def test_previous_action_counts_where_the_networks_are_told_it() -> None:
     for told_it, different in ((True, ACTIONS + 1), (False, 1)):
         agent = make_agent(agent__policy=FIXED_POLICY, agent__previous_action=told_it)
         errors, _ = agent.judge(states, *given)
-        found = (agent.probabilities(states, previous, 0), errors.logits, errors.surprise[:, None])
+        found = (agent.probabilities(states, previous, 1), errors.logits, errors.surprise[:, None])
         for rows in found:
             assert len(rows.unique(dim=0)) == different
 
@@ -896,7 +896,7 @@ def test_temperature_of_a_schedule_stays() -> None:
     assert agent.policy.temperature == 1
     states = random_states(6)
     torch.testing.assert_close(
-        agent.probabilities(states, start(states), 0),
+        agent.probabilities(states, start(states), 1),
         agent.probabilities(states, start(states), 100),
     )
 

@@ -30,6 +30,7 @@ SMALL = (
     "agent.batch_size=2",
     "agent.epochs=2",
     "agent.replay_capacity=300",
+    "agent.input_norm=scale",
     "agent.warmup_steps=0",
     "agent.max_grad_norm=1e9",
     "curiosity.hidden=16",
@@ -322,7 +323,7 @@ def test_advantages_are_normalised_over_real_transitions() -> None:
 
 
 def test_what_a_random_agent_did_in_the_warm_up_is_not_learned() -> None:
-    agent = make_agent("ppo")
+    agent = make_agent("ppo", "agent.input_norm=standard", "agent.warmup_steps=1")
     game = live(agent, 12)
     frames = agent.memory.recent_frames(10_000)
     assert frames.shape == (12 * 3, SIZE, SIZE)

@@ -112,5 +112,4 @@ class EpisodicNovelty:
         self.squares[:, :filled] = state["squares"]
         self.squares[:, filled:] = torch.inf
         self.count = state["count"].clone()
-        # checkpoints from before have none
-        self.met = state.get("met", self.count.float()).clone()
+        self.met = state.get("met", self.met).clone()  # checkpoints from before have none
