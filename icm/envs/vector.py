@@ -12,13 +12,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from icm.envs.balance import Balance
-from icm.envs.snapshots import EVERY, SELDOM, Trail
+from icm.envs.practice import Practice
+from icm.envs.snapshots import Trail
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 
-PERSISTENCE = 0.95  # share of deaths after which an episode that is practised goes on
-REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
-BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 NO_ORIGIN = -1  # of an episode that begins at its start
 SLOWEST = 50.0  # agent steps per second that an emulator plays again at least
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
@@ -77,17 +75,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
     play it again. `returned` and `origin`, if one has begun in the middle of another: see below.
 
-    In environments that practise, a life is an episode, which ends truncated, and after most of
-    them the next one begins in the middle of it, some steps before the death, but hardly before
-    where this one began: it is the same episode again, with the same seed, up to there. After the
-    others, and where an episode was cut, it begins in the middle of that of another one that
-    practises: some steps before where that is, and it is one that has met more that is new, as the
-    caller says, or as much in more agent steps, if there is one. So what is hard is met more often,
-    and many are soon where one has come (returning to where one was, by restoring the emulator:
-    Ecoffet et al. 2021, Go-Explore).
-
-    That the way there is not forgotten, every second one that practises repeats it: its episodes
-    begin anywhere on the way of one that does not, as if nothing of it had been seen.
+    In environments that practise (`icm.envs.practice`), a life is an episode, which ends truncated,
+    and the next one may begin in the middle of it or of another, with the same seed: it is that
+    episode again, up to there.
 
     `returned`, bool (num_envs,), tells who has begun in the middle; `origin`, int64 (num_envs,),
     the number of the environment whose episode has been gone on with, knowing what it has seen, -1
@@ -133,7 +123,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._entropy = np.random.SeedSequence().entropy
         self._begun = np.zeros(num_envs, np.int64)  # episodes since the seed was given
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
-        self._resumed = np.zeros(num_envs, np.int64)  # how many of these they began with
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
@@ -145,9 +134,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._workers = start(fields_of(env, num_envs))
         self._again = [0] * self._workers.number  # actions that each was sent to play again
         self._arrays = self._workers.arrays
-        self._arrays["practises"][num_envs - practising :] = True
-        self._repeats = np.zeros(num_envs, np.bool)  # which of these repeat the way of the others
-        self._repeats[num_envs - int(REPEATING * practising) :] = True
+        self._practice = Practice(num_envs, practising)
+        self._arrays["practises"][:] = self._practice.practises
         self._balance = Balance(num_envs, self._workers.number, self._workers.late)
         for worker in range(self._workers.number):
             self._sure(worker, self._workers.listen(worker, 20 * patience))
@@ -189,7 +177,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "begun": self._begun.tolist(),
             "seeds": self._arrays["seeds"].tolist(),
             "actions": [actions.copy() for actions in self._played],
-            "resumed": self._resumed.tolist(),
+            "resumed": self._practice.resumed.tolist(),
         }
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -206,7 +194,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["seeds"][:] = state["seeds"]
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
-        self._resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
+        self._practice.resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
         self._send(range(self._workers.number), dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
@@ -232,8 +220,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         # without cells nobody knows what an end is
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
-        practised = arrays["practises"]
-        self._open(ended, died & practised, arrays["truncated"] & practised, met)
+        self._open(ended, died, arrays["truncated"], met)
         for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start()
@@ -280,8 +267,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
 
-        Where the one before is practised and has `died` or was `cut`, bool (num_envs,), most begin
-        in the middle of it or of another. See `step_async` of `met`.
+        `died` and `cut`, bool (num_envs,): how the one before ended. See `step_async` of `met`.
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
@@ -290,15 +276,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             rng = np.random.default_rng(seeds)
-            practised = died[row] or cut[row]
-            middle = self._middle(row, bool(died[row]), met, rng) if practised else None
+            middle = self._practice.begin(row, died[row], cut[row], self._played, met, rng)
             if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
-                self._played[row], self._resumed[row], sources[row] = [], 0, row
+                self._played[row], sources[row] = [], row
                 continue
             other, done, knows = middle
             source = sources.get(other, other)
-            self._resumed[row] = done
             self._arrays["seeds"][row] = self._arrays["seeds"][other]
             self._played[row] = self._returning[row] = self._played[other][:done]
             if knows:
@@ -314,42 +298,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         free = opening.copy()
         free[list(self._returning)] = False  # a new worker would have to play all again
         self._balance.move(free)
-
-    def _middle(
-        self, row: int, died: bool, met: np.ndarray, rng: np.random.Generator
-    ) -> tuple[int, int, bool] | None:
-        """Where in an episode the next one begins that is practised; None: at a start of its own.
-
-        Returns:
-            the environment whose episode it is, how many of its actions are done by then, and
-            whether what that has seen is known. There is a snapshot there, or all would wait for
-            steps that are played again.
-        """
-        if self._repeats[row]:
-            first = int(rng.choice(np.flatnonzero(self._arrays["practises"] & ~self._repeats)))
-            places = len(self._played[first]) // SELDOM + 1
-            return first, SELDOM * int(rng.integers(places)), False
-        other = row if died and rng.random() < PERSISTENCE else self._another(row, met, rng)
-        if other is None:
-            return None
-        done = max(0, len(self._played[other]) - int(rng.integers(*BACK)))
-        done -= done % EVERY
-        if other == row:  # or where lives are short it would be ever further back
-            done = max(done, int(self._resumed[row]) - EVERY * int(rng.integers(2)))
-        return other, done, True
-
-    def _another(self, row: int, met: np.ndarray, rng: np.random.Generator) -> int | None:
-        """One of the others that practise, at random, if there is one.
-
-        One that has come further, if one has: who has played for longer may only have waited.
-        """
-        others = self._arrays["practises"].copy()
-        others[row] = False
-        played = np.array([len(actions) for actions in self._played])
-        longer = (met == met[row]) & (played > played[row])
-        further = others & ((met > met[row]) | longer)
-        among = np.flatnonzero(further if further.any() else others)
-        return int(rng.choice(among)) if len(among) else None
 
     def _start(self) -> None:
         """Begin a step."""

@@ -1,0 +1,108 @@
+"""Where episodes begin of environments that practise what is hard."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from icm.envs.snapshots import EVERY, SELDOM
+
+PERSISTENCE = 0.95  # share of deaths after which an environment tries again where it died
+REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
+BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
+
+
+class Middle(NamedTuple):
+    """A place in the middle of a running episode, where there is a snapshot.
+
+    Without one, all environments would wait for steps that are played again.
+    """
+
+    other: int  # number of the environment whose episode it is
+    done: int  # how many of its actions lead there
+    knows: bool  # whether who begins there knows what the episode has seen
+
+
+class Practice:
+    """After most deaths, the next episode begins some steps before where this one ended.
+
+    But hardly before where this one began. After the other deaths, and where an episode was cut, it
+    begins in that of another environment that practises: some steps before where that is, and it is
+    one that has met more that is new, or as much in more agent steps, if there is one. So what is
+    hard is met more often, and many are soon where one has come (returning to where one was, by
+    restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+
+    That the way there is not forgotten, every second one repeats it: its episodes begin anywhere on
+    the way of one that does not, as if nothing of it had been seen.
+
+    Args:
+        num_envs: environments, numbered from 0.
+        practising: how many of these practise, the last ones.
+    """
+
+    def __init__(self, num_envs: int, practising: int) -> None:
+        numbers = np.arange(num_envs)
+        self.practises = numbers >= num_envs - practising
+        self.resumed = np.zeros(num_envs, np.int64)  # actions that running episodes began with
+        self._repeats = numbers >= num_envs - int(REPEATING * practising)
+
+    def begin(
+        self,
+        row: int,
+        died: bool,
+        cut: bool,
+        played: list[list[int]],
+        met: np.ndarray,
+        rng: np.random.Generator,
+    ) -> Middle | None:
+        """Where the next episode of an environment begins; None: at a start of its own.
+
+        Args:
+            row: number of the environment.
+            died: whether its episode ended with a death; nothing else is practised but what was
+            cut: truncated.
+            played: actions of the running episodes, for each environment.
+            met: how much that is new they have met, float (num_envs,).
+            rng: what is left to chance.
+        """
+        practised = self.practises[row] and (died or cut)
+        middle = self._middle(row, died, played, met, rng) if practised else None
+        self.resumed[row] = 0 if middle is None else middle.done
+        return middle
+
+    def _middle(
+        self,
+        row: int,
+        died: bool,
+        played: list[list[int]],
+        met: np.ndarray,
+        rng: np.random.Generator,
+    ) -> Middle | None:
+        """See `begin`."""
+        if self._repeats[row]:
+            first = int(rng.choice(np.flatnonzero(self.practises & ~self._repeats)))
+            places = len(played[first]) // SELDOM + 1
+            return Middle(first, SELDOM * int(rng.integers(places)), knows=False)
+        again = died and rng.random() < PERSISTENCE
+        other = row if again else self._another(row, played, met, rng)
+        if other is None:
+            return None
+        done = max(0, len(played[other]) - int(rng.integers(*BACK)))
+        done -= done % EVERY
+        if other == row:  # or where lives are short it would be ever further back
+            done = max(done, int(self.resumed[row]) - EVERY * int(rng.integers(2)))
+        return Middle(other, done, knows=True)
+
+    def _another(
+        self, row: int, played: list[list[int]], met: np.ndarray, rng: np.random.Generator
+    ) -> int | None:
+        """One of the others that practise, at random, if there is one.
+
+        One that has come further, if one has: who has played for longer may only have waited.
+        """
+        others = self.practises.copy()
+        others[row] = False
+        lengths = np.array([len(actions) for actions in played])
+        longer = (met == met[row]) & (lengths > lengths[row])
+        further = others & ((met > met[row]) | longer)
+        among = np.flatnonzero(further if further.any() else others)
+        return int(rng.choice(among)) if len(among) else None
