@@ -70,8 +70,9 @@ def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(argument: str, named: str) -> None:
-    done = run_script("bench.py", argument)
+def test_a_mistake_is_one_line_and_exit_status_2(argument: str, named: str, tmp_path: Path) -> None:
+    done = run_script("bench.py", argument, f"out={tmp_path}/new/bench.json")
+    assert not list(tmp_path.iterdir())
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"bench.py: error: {named}")

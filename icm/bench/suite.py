@@ -59,16 +59,26 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def measure(options: BenchConfig) -> dict[str, Any]:
-    """Measure everything that is installed here; the result is what goes into the JSON."""
-    before = machine()
+def overrides_of(options: BenchConfig) -> list[str]:
+    """Overrides of the settings of the trainings.
+
+    Raises:
+        UserError: scripts/train.py would refuse them.
+    """
     overrides = ["compile=off", *options.train] if options.quick else options.train
-    seconds = options.seconds or (2.0 if options.quick else 4.0)
-    rounds = options.rounds or (1 if options.quick else 3)
     try:
-        config = train_settings(*overrides)
+        train_settings(*overrides)
     except (UserError, HydraException) as error:
         raise UserError(f"train={options.train}: {error}") from None
+    return overrides
+
+
+def measure(options: BenchConfig, overrides: list[str]) -> dict[str, Any]:
+    """Measure everything that is installed here; the result is what goes into the JSON."""
+    before = machine()
+    config = train_settings(*overrides)
+    seconds = options.seconds or (2.0 if options.quick else 4.0)
+    rounds = options.rounds or (1 if options.quick else 3)
     part = PART * seconds
     cores = installed_cores()
     emulators = {"nes_py": replace(config.env, emulator="nes_py")}
