@@ -1,6 +1,7 @@
 """Environments that practise: after a death they go back in the same episode."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from test_lean import EMULATORS, RUNNING
 from test_libretro import FROZEN, FROZEN_SEED
 
 from icm.envs import make_env, make_vector_env
+from icm.envs.practice import Middle, Practice
 from icm.envs.snapshots import EVERY, RECENT, SELDOM, Snapshots
 from icm.envs.vector import WorkerVectorEnv
 from icm.envs.wrappers import Env
@@ -172,20 +174,16 @@ WAY = [int(action, 16) for action in FROZEN]  # leads to the flag of 1-1
 
 
 def test_short_lives_do_not_lead_ever_further_back() -> None:
-    config = replace(GAME, emulator=EMULATORS[-1], num_envs=2, num_workers=1)
-    envs = make_vector_env(config, practice=0.5)
-    envs.reset(seed=0)
-    before, died, steps_back = envs.state_dict(), False, list[int]()
-    while len(steps_back) < 20:
-        *_, truncated, _ = envs.step(np.ones(2, int))  # to the right, into the first enemy
-        state = envs.state_dict()
-        if died and state["seeds"][1] == before["seeds"][1]:
-            steps_back.append(before["resumed"][1] - state["resumed"][1])
-            assert len(before["actions"][1]) < 80
-        died, before = truncated[1], state
-    assert max(steps_back) == EVERY
-    assert steps_back.count(EVERY) < len(steps_back) / 2
-    envs.close()
+    practice, rng = Practice(2, 1), np.random.default_rng(0)
+    played = [[0], [0] * (50 * EVERY + 10)]
+    ways = Counter[Middle | None]()
+    for _ in range(200):
+        practice.resumed[1] = 50 * EVERY  # and died ten steps later
+        ways[practice.begin(1, True, True, played, np.zeros(2), rng)] += 1
+    anew = ways.pop(None)  # for there is no other one that practises
+    assert 0 < anew < 20
+    assert set(ways) == {Middle(1, number * EVERY, knows=True) for number in (49, 50)}
+    assert 70 < ways[Middle(1, 49 * EVERY, knows=True)] < 100
 
 
 TOGETHER, APART = [[0, 1, 2]], [[0, 1], [2]]
@@ -231,9 +229,10 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
     return [each.done for each in trail.kept]
 
 
-@pytest.mark.parametrize("parts", [TOGETHER, APART])
-@pytest.mark.parametrize("played", [0, 130])
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize(
+    ("parts", "played", "cut"),
+    [(TOGETHER, 0, 1), (APART, 130, 1), (TOGETHER, 130, 2), (APART, 0, 2)],
+)
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     parts: list[list[int]], played: int, cut: int
 ) -> None:
@@ -274,30 +273,30 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
 def test_who_is_cut_goes_on_where_another_has_come_further(
     met: list[float], origins: set[int]
 ) -> None:
-    """Environments 1 to 5 practise, and 1 is cut."""
+    """Environments 1 to 5 practise, of which 4 and 5 repeat the way, and 1 is cut."""
+    practice, rng = Practice(6, 5), np.random.default_rng(0)
+    played = [*[[0] * 5] * 5, [0] * 6]
+    begun = [practice.begin(1, False, True, played, np.array(met), rng) for _ in range(50)]
+    assert {middle.other for middle in begun if middle is not None} == origins
+
+
+def test_the_caller_says_who_has_come_further() -> None:
     envs = make_vector_env(replace(LEVEL, num_envs=6, num_workers=1), practice=0.84)
-    found = set()
-    for entropy in range(20):
-        running = {"seeds": [0, *range(5)], "actions": [*[[0] * 5] * 5, [0] * 6]}
-        envs.restore({"entropy": entropy, "begun": [1] * 6, **running})
+    running = {"seeds": [0, *range(5)], "actions": [[0] * 5] * 6}
+    for farthest in range(2, 6):
+        envs.restore({"entropy": 0, "begun": [1] * 6, **running})
         envs._arrays["truncated"][1] = True
-        envs.step_async(np.zeros(6, int), np.array(met, float))
+        envs.step_async(np.zeros(6, int), np.eye(6)[farthest])
         *_, infos = envs.step_wait()
-        found.add(int(infos["origin"][1]))
+        assert infos["origin"].tolist() == [-1, farthest, -1, -1, -1, -1]
     envs.close()
-    assert found == origins
 
 
 def test_the_way_is_repeated_from_ever_other_places() -> None:
-    envs, done = until_one_is_cut(TOGETHER, cut=2)
-    places = set()
-    for action in WAY[done:-1]:
-        *_, infos = envs.step(given(2, action))
-        if "returned" in infos and infos["returned"][2]:
-            places.add(len(envs.state_dict()["actions"][2]))
-    assert len(places) > 2
-    assert all(place % SELDOM == 0 for place in places)
-    envs.close()
+    practice, rng = Practice(3, 2), np.random.default_rng(0)
+    played = [[], [0] * (3 * SELDOM - 1), [0] * 10]
+    begun = [practice.begin(2, True, True, played, np.zeros(3), rng) for _ in range(50)]
+    assert set(begun) == {(1, done, False) for done in (0, SELDOM, 2 * SELDOM)}
 
 
 @pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
