@@ -55,9 +55,9 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         whole, infos = self._whole(infos, observations=observations)
         return whole["observations"].copy(), infos
 
-    def step_async(self, actions: np.ndarray, met: np.ndarray) -> None:
+    def step_async(self, actions: np.ndarray) -> None:
         """Let this rank's workers step, see `WorkerVectorEnv.step_async`."""
-        self.envs.step_async(actions[self.rows], met[self.rows])
+        self.envs.step_async(actions[self.rows])
 
     def step_wait(
         self,

@@ -70,7 +70,6 @@ class Trainer:
         # of the running episodes: the actions before the next ones, and how many there were
         self.previous = torch.full((envs.num_envs,), NO_ACTION)
         self.age = torch.zeros(envs.num_envs, dtype=torch.int64)
-        self.met = torch.zeros(envs.num_envs)  # novelty met until the last step but one
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
 
     def run(self) -> int | None:
@@ -138,13 +137,10 @@ class Trainer:
         while self.step < total:
             with clock.phase("act"):
                 actions, probabilities, values = agent.act(states, self.previous, self.step)
-            envs.step_async(actions.numpy(), self.met.numpy())
+            envs.step_async(actions.numpy())
             # while the emulators run
             with clock.phase("observe"):
                 self._observe()
-            # not when it is needed: that the last step may have been observed already, for a
-            # checkpoint, must not change what follows
-            self.met = agent.novelty.met.clone()
             if due := agent.due(self.step):
                 with clock.phase("update"):
                     for _ in range(due):
@@ -297,7 +293,6 @@ class Trainer:
             length = torch.tensor([len(actions) for actions in played])
             self.previous = content.get("previous", last)
             self.age = content.get("age", length)
-            self.met = content.get("met", self.met)
             print(f"playing the {length.sum()} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
@@ -322,7 +317,6 @@ class Trainer:
             "episodes": self.envs.state_dict(),
             "previous": self.previous,
             "age": self.age,
-            "met": self.met,
             "interval": self.tracker.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             **self.agent.state_dict(),

@@ -540,7 +540,6 @@ CPU = torch.device("cpu")
 def test_novelty_is_the_distance_from_all_that_was_seen(scale: float) -> None:
     rng = np.random.default_rng(3)
     novelty, seen = EpisodicNovelty(3, 6, scale, CPU), [np.zeros((0, 6))] * 3
-    met = [0.0] * 3
     for step in range(60):
         features = rng.normal(size=(3, 6)).astype(np.float32)
         opens = rng.random(3) < 0.1 if step else np.ones(3, dtype=bool)
@@ -553,8 +552,6 @@ def test_novelty_is_the_distance_from_all_that_was_seen(scale: float) -> None:
             expected = 1.0 if opens[env] else squared.min() / (squared.min() + scale)
             assert found[env] == pytest.approx(expected, rel=1e-4)
             seen[env] = np.vstack((before, features[env]))
-            met[env] = found[env] if opens[env] else met[env] + found[env]
-        assert novelty.met.tolist() == pytest.approx(met, rel=1e-4)
 
 
 def test_what_was_seen_before_is_not_new() -> None:
@@ -591,19 +588,6 @@ def test_without_a_scale_every_state_is_new() -> None:
     novelty, no = EpisodicNovelty(2, 3, None, CPU), torch.zeros(2, dtype=torch.bool)
     for _ in range(3):
         assert novelty(torch.ones(2, 3), no, no).tolist() == [1.0, 1.0]
-
-
-def test_a_life_that_goes_on_with_another_has_met_what_that_has() -> None:
-    novelty, no = EpisodicNovelty(2, 3, 0.5, CPU), torch.zeros(2, dtype=torch.bool)
-    for state in torch.eye(3) * 100:
-        novelty(torch.stack([state, torch.zeros(3)]), no, no)
-    met = novelty.met.tolist()
-    assert met == pytest.approx([3, 1], rel=1e-3)
-    novelty.inherit(torch.tensor([-1, 0]))
-    assert novelty.met.tolist() == [met[0]] * 2
-    again = EpisodicNovelty(2, 3, 0.5, CPU)
-    again.load_state_dict(novelty.state_dict())
-    assert again.met.tolist() == [met[0]] * 2
 
 
 def test_rounding_makes_nothing_negative() -> None:

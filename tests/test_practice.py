@@ -179,7 +179,7 @@ def test_short_lives_do_not_lead_ever_further_back() -> None:
     ways = Counter[Middle | None]()
     for _ in range(200):
         practice.resumed[1] = 50 * EVERY  # and died ten steps later
-        ways[practice.begin(1, True, True, played, np.zeros(2), rng)] += 1
+        ways[practice.begin(1, True, True, played, rng)] += 1
     anew = ways.pop(None)  # for there is no other one that practises
     assert 0 < anew < 20
     assert set(ways) == {Middle(1, number * EVERY, knows=True) for number in (49, 50)}
@@ -263,39 +263,27 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
 
 
 @pytest.mark.parametrize(
-    ("met", "origins"),
+    ("lengths", "others"),
     [
-        ([9, 2, 1, 3, 0, 0], {3}),
-        ([9, 2, 1, 3, 2, 2], {3, 5}),  # 5 has met as much in more agent steps
-        ([0, 2, 1, 1, 1, 1], {2, 3, 4, 5}),  # nobody has come further
+        ([9, 5, 4, 6, 5, 5], {3}),
+        ([9, 5, 4, 6, 5, 7], {3, 5}),
+        ([9, 5, 4, 4, 5, 1], {2, 3, 4, 5}),  # nobody has played for longer
     ],
 )
-def test_who_is_cut_goes_on_where_another_has_come_further(
-    met: list[float], origins: set[int]
+def test_who_is_cut_goes_on_where_another_has_played_for_longer(
+    lengths: list[int], others: set[int]
 ) -> None:
     """Environments 1 to 5 practise, of which 4 and 5 repeat the way, and 1 is cut."""
     practice, rng = Practice(6, 5), np.random.default_rng(0)
-    played = [*[[0] * 5] * 5, [0] * 6]
-    begun = [practice.begin(1, False, True, played, np.array(met), rng) for _ in range(50)]
-    assert {middle.other for middle in begun if middle is not None} == origins
-
-
-def test_the_caller_says_who_has_come_further() -> None:
-    envs = make_vector_env(replace(LEVEL, num_envs=6, num_workers=1), practice=0.84)
-    running = {"seeds": [0, *range(5)], "actions": [[0] * 5] * 6}
-    for farthest in range(2, 6):
-        envs.restore({"entropy": 0, "begun": [1] * 6, **running})
-        envs._arrays["truncated"][1] = True
-        envs.step_async(np.zeros(6, int), np.eye(6)[farthest])
-        *_, infos = envs.step_wait()
-        assert infos["origin"].tolist() == [-1, farthest, -1, -1, -1, -1]
-    envs.close()
+    played = [[0] * length for length in lengths]
+    begun = [practice.begin(1, False, True, played, rng) for _ in range(50)]
+    assert {middle.other for middle in begun if middle is not None} == others
 
 
 def test_the_way_is_repeated_from_ever_other_places() -> None:
     practice, rng = Practice(3, 2), np.random.default_rng(0)
     played = [[], [0] * (3 * SELDOM - 1), [0] * 10]
-    begun = [practice.begin(2, True, True, played, np.zeros(3), rng) for _ in range(50)]
+    begun = [practice.begin(2, True, True, played, rng) for _ in range(50)]
     assert set(begun) == {(1, done, False) for done in (0, SELDOM, 2 * SELDOM)}
 
 

@@ -289,7 +289,7 @@ def test_in_place_of_a_worker_that_dies_another_goes_on(
                 victim.kill()
             elif stepped % 3 == 0:
                 victim.suspend()
-            envs.step_async(actions, np.zeros(len(actions)))
+            envs.step_async(actions)
             if stepped % 3 == 0:
                 victim.kill()
             return envs.step_wait()
@@ -323,7 +323,7 @@ def test_closing_ends_the_workers_in_the_middle_of_a_step_and_twice() -> None:
     with vector_env() as envs:
         workers = workers_of(envs)
         envs.reset(seed=0)
-        envs.step_async(np.zeros(3, int), np.zeros(3))
+        envs.step_async(np.zeros(3, int))
         envs.close()
         assert not any(worker.is_running() for worker in workers)
         envs.close()

@@ -32,17 +32,12 @@ class EpisodicNovelty:
         num_features: length F of the features.
         scale: see above; None: every state is new, and features are not needed.
         device: where all of it is kept.
-
-    Attributes:
-        met: novelty that the running lives have met in sum, float32 (num_envs,), on the CPU; 0
-            without a scale, where waiting would be as new as moving on.
     """
 
     def __init__(
         self, num_envs: int, num_features: int, scale: float | None, device: torch.device
     ) -> None:
         self.scale = scale
-        self.met = torch.zeros(num_envs)
         if scale is None:
             return
         self.seen = torch.zeros(num_envs, CAPACITY, num_features, device=device)
@@ -77,9 +72,7 @@ class EpisodicNovelty:
         self.seen[at], self.squares[at] = features, square
         self.count += 1
         novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
-        novelty = novelty.masked_fill(respawned, 0.0)
-        self.met = self.met.masked_fill(opens, 0.0) + novelty
-        return novelty
+        return novelty.masked_fill(respawned, 0.0)
 
     def inherit(self, origin: Tensor) -> None:
         """Let lives know what those have seen in the middle of which they go on.
@@ -89,7 +82,7 @@ class EpisodicNovelty:
         """
         rows = (origin >= 0).nonzero().squeeze(1)
         if self.scale is not None and len(rows):
-            for known in (self.seen, self.squares, self.count, self.met):
+            for known in (self.seen, self.squares, self.count):
                 known[rows] = known[origin[rows]]
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,8 +93,7 @@ class EpisodicNovelty:
         squares = self.squares[:, :filled].clone()
         of_lives_before = squares.isinf().unsqueeze(2)
         seen = self.seen[:, :filled].masked_fill(of_lives_before, 0.0)
-        sums = {"count": self.count.clone(), "met": self.met.clone()}
-        return {"seen": seen.cpu(), "squares": squares.cpu(), **sums}
+        return {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with these lives."""
@@ -112,4 +104,3 @@ class EpisodicNovelty:
         self.squares[:, :filled] = state["squares"]
         self.squares[:, filled:] = torch.inf
         self.count = state["count"].clone()
-        self.met = state.get("met", self.met).clone()  # checkpoints from before have none

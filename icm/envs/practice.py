@@ -27,9 +27,9 @@ class Practice:
 
     But hardly before where this one began. After the other deaths, and where an episode was cut, it
     begins in that of another environment that practises: some steps before where that is, and it is
-    one that has met more that is new, or as much in more agent steps, if there is one. So what is
-    hard is met more often, and many are soon where one has come (returning to where one was, by
-    restoring the emulator: Ecoffet et al. 2021, Go-Explore).
+    one that has played for longer, if there is one. So what is hard is met more often, and many are
+    soon where one has come (returning to where one was, by restoring the emulator: Ecoffet et al.
+    2021, Go-Explore).
 
     That the way there is not forgotten, every second one repeats it: its episodes begin anywhere on
     the way of one that does not, as if nothing of it had been seen.
@@ -51,7 +51,6 @@ class Practice:
         died: bool,
         cut: bool,
         played: list[list[int]],
-        met: np.ndarray,
         rng: np.random.Generator,
     ) -> Middle | None:
         """Where the next episode of an environment begins; None: at a start of its own.
@@ -61,11 +60,10 @@ class Practice:
             died: whether its episode ended with a death; nothing else is practised but what was
             cut: truncated.
             played: actions of the running episodes, for each environment.
-            met: how much that is new they have met, float (num_envs,).
             rng: what is left to chance.
         """
         practised = self.practises[row] and (died or cut)
-        middle = self._middle(row, died, played, met, rng) if practised else None
+        middle = self._middle(row, died, played, rng) if practised else None
         self.resumed[row] = 0 if middle is None else middle.done
         return middle
 
@@ -74,7 +72,6 @@ class Practice:
         row: int,
         died: bool,
         played: list[list[int]],
-        met: np.ndarray,
         rng: np.random.Generator,
     ) -> Middle | None:
         """See `begin`."""
@@ -83,7 +80,7 @@ class Practice:
             places = len(played[first]) // SELDOM + 1
             return Middle(first, SELDOM * int(rng.integers(places)), knows=False)
         again = died and rng.random() < PERSISTENCE
-        other = row if again else self._another(row, played, met, rng)
+        other = row if again else self._another(row, played, rng)
         if other is None:
             return None
         done = max(0, len(played[other]) - int(rng.integers(*BACK)))
@@ -92,17 +89,15 @@ class Practice:
             done = max(done, int(self.resumed[row]) - EVERY * int(rng.integers(2)))
         return Middle(other, done, knows=True)
 
-    def _another(
-        self, row: int, played: list[list[int]], met: np.ndarray, rng: np.random.Generator
-    ) -> int | None:
+    def _another(self, row: int, played: list[list[int]], rng: np.random.Generator) -> int | None:
         """One of the others that practise, at random, if there is one.
 
-        One that has come further, if one has: who has played for longer may only have waited.
+        One that has played for longer, if there is one: its way is longer, because what was tried
+        in vain is not on it.
         """
         others = self.practises.copy()
         others[row] = False
         lengths = np.array([len(actions) for actions in played])
-        longer = (met == met[row]) & (lengths > lengths[row])
-        further = others & ((met > met[row]) | longer)
-        among = np.flatnonzero(further if further.any() else others)
+        longer = others & (lengths > lengths[row])
+        among = np.flatnonzero(longer if longer.any() else others)
         return int(rng.choice(among)) if len(among) else None

@@ -159,7 +159,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._begun[:] = 0
         self._resting.clear()
         nobody = np.zeros(self.num_envs, np.bool)
-        self._open(~nobody, nobody, nobody, np.zeros(self.num_envs))
+        self._open(~nobody, nobody, nobody)
         self._start()
         observations, _, _, _, infos = self._finish(20 * self._patience)
         return observations, infos
@@ -204,23 +204,18 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments with their actions, int (num_envs,); see `step_wait`."""
-        self.step_async(actions, np.zeros(self.num_envs))
+        self.step_async(actions)
         return self.step_wait()
 
-    def step_async(self, actions: np.ndarray, met: np.ndarray) -> None:
-        """Let the workers step, but the late ones, while this process does something else.
-
-        Args:
-            actions: int (num_envs,).
-            met: how much that is new the running lives have met, float (num_envs,).
-        """
+    def step_async(self, actions: np.ndarray) -> None:
+        """Let the workers step, but the late ones, while this process does something else."""
         self._steps += 1
         arrays = self._arrays
         arrays["actions"][:] = actions
         # without cells nobody knows what an end is
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
-        self._open(ended, died, arrays["truncated"], met)
+        self._open(ended, died, arrays["truncated"])
         for row in np.flatnonzero(~arrays["opening"]).tolist():
             self._played[row].append(int(actions[row]))
         self._start()
@@ -262,12 +257,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """End the workers, after the step that is under way."""
         self._workers.end()
 
-    def _open(
-        self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray, met: np.ndarray
-    ) -> None:
+    def _open(self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
 
-        `died` and `cut`, bool (num_envs,): how the one before ended. See `step_async` of `met`.
+        `died` and `cut`, bool (num_envs,): how the one before ended.
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
@@ -276,7 +269,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
             rng = np.random.default_rng(seeds)
-            middle = self._practice.begin(row, died[row], cut[row], self._played, met, rng)
+            middle = self._practice.begin(row, died[row], cut[row], self._played, rng)
             if middle is None:
                 self._arrays["seeds"][row] = seeds.generate_state(1)[0]
                 self._played[row], sources[row] = [], row
