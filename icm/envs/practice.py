@@ -57,8 +57,8 @@ class Practice:
 
         Args:
             row: number of the environment.
-            died: whether its episode ended with a death; nothing else is practised but what was
-            cut: truncated.
+            died: whether its episode ended with a death.
+            cut: whether it was truncated. What ended in neither way is not practised.
             played: actions of the running episodes, for each environment.
             rng: what is left to chance.
         """
