@@ -2,12 +2,13 @@
 
 import functools
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_script, settings, unseen
+from conftest import ROOT, SMALL, run_script, settings, unseen
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -17,6 +18,7 @@ from icm.device import resolve_device
 from icm.factory import build_agent
 from icm.soak.forked import run_forked
 
+NO_COMPILER = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 AGENTS = {
     "dqn": ("agent.batch_size=8", "agent.n_step=1"),  # each one makes compiling longer
     # at twice this rate rounding moves a transition across the clip
@@ -151,13 +153,9 @@ def test_what_fails_in_itself_fails_as_it_would_uncompiled() -> None:
         Compiler("auto", torch.device("cpu"))(broken)(torch.zeros(3, 3))
 
 
-def test_without_a_compiler_auto_goes_on_and_on_is_refused(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import torch._inductor.config; from icm.compilation import Compiler\n"
-        "from icm.errors import UserError\n"
-        "torch._inductor.config.cpp.cxx = ('/no/such/compiler',)\n"
-        "torch._inductor.config.force_disable_caches = True\n"
+def test_without_a_compiler_auto_goes_on_and_on_is_refused() -> None:
+    program = (
+        "import torch; from icm.compilation import Compiler; from icm.errors import UserError\n"
         "compiler = Compiler('auto', torch.device('cpu'))\n"
         "double, negative = compiler(lambda x: 2 * x), compiler(lambda x: -x)\n"
         "print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist(), end=' ')\n"
@@ -167,7 +165,13 @@ def test_without_a_compiler_auto_goes_on_and_on_is_refused(tmp_path: Path) -> No
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    result = run_forked(str(program), (), unseen(), timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=unseen() | NO_COMPILER,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     said, answer, refused = result.stdout.splitlines()
     assert said.startswith("compile=auto: not compiled, learning is slower (")
@@ -178,8 +182,7 @@ def test_without_a_compiler_auto_goes_on_and_on_is_refused(tmp_path: Path) -> No
 
 def test_training_with_on_without_a_compiler_is_refused_in_one_line(tmp_path: Path) -> None:
     given = (*SMALL, "compile=on", "total_steps=3000", f"hydra.run.dir={tmp_path}/run")
-    no_compiler = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    result = run_script("train.py", *given, env=no_compiler)
+    result = run_script("train.py", *given, env=NO_COMPILER)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert "error: compile=on: failed (" in last

@@ -229,10 +229,9 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
     return [each.done for each in trail.kept]
 
 
-@pytest.mark.parametrize(
-    ("parts", "played", "cut"),
-    [(TOGETHER, 0, 1), (APART, 130, 1), (TOGETHER, 130, 2), (APART, 0, 2)],
-)
+@pytest.mark.parametrize("parts", [TOGETHER, APART])
+@pytest.mark.parametrize("played", [0, 130])
+@pytest.mark.parametrize("cut", [1, 2])
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     parts: list[list[int]], played: int, cut: int
 ) -> None:
