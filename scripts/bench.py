@@ -15,7 +15,7 @@ def main(settings: "DictConfig") -> None:
     from pathlib import Path
 
     from icm.bench.report import tables
-    from icm.bench.suite import BenchConfig, measure, overrides_of
+    from icm.bench.suite import BenchConfig, measure, trained
     from icm.config import typed
     from icm.errors import UserError
     from icm.files import write_bytes
@@ -27,7 +27,7 @@ def main(settings: "DictConfig") -> None:
         raise UserError(f"seconds={options.seconds}: must be a positive number")
     if options.rounds is not None and options.rounds < 1:
         raise UserError(f"rounds={options.rounds}: must be at least 1")
-    overrides = overrides_of(options)
+    config = trained(options)
     out = Path(options.out)
     is_new = not out.exists()
     try:  # before minutes of measuring; what is there stays until then
@@ -40,7 +40,7 @@ def main(settings: "DictConfig") -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # leave by an exception: it ends what runs
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
-    result = measure(options, overrides)
+    result = measure(options, config)
     print(tables(result))
     write_bytes(out, f"{json.dumps(result, indent=1)}\n".encode())
     print(f"written to {out}")

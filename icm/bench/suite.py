@@ -18,7 +18,7 @@ from icm.bench import contenders, emulation
 from icm.bench.apart import Measure
 from icm.bench.machine import machine
 from icm.bench.settings import train_settings
-from icm.config import EnvConfig
+from icm.config import Config, EnvConfig
 from icm.envs.cores import installed_cores
 from icm.errors import UserError
 
@@ -38,6 +38,11 @@ class BenchConfig:
     rounds: int | None
     train: list[str]
     out: str
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the settings of all trainings."""
+        return ["compile=off", *self.train] if self.quick else self.train
 
 
 def say(what: str) -> None:
@@ -59,24 +64,25 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def overrides_of(options: BenchConfig) -> list[str]:
-    """Overrides of the settings of the trainings.
+def trained(options: BenchConfig) -> Config:
+    """Settings of the trainings.
 
     Raises:
         UserError: scripts/train.py would refuse them.
     """
-    overrides = ["compile=off", *options.train] if options.quick else options.train
     try:
-        train_settings(*overrides)
+        return train_settings(*options.overrides)
     except (UserError, HydraException) as error:
         raise UserError(f"train={options.train}: {error}") from None
-    return overrides
 
 
-def measure(options: BenchConfig, overrides: list[str]) -> dict[str, Any]:
-    """Measure everything that is installed here; the result is what goes into the JSON."""
-    before = machine()
-    config = train_settings(*overrides)
+def measure(options: BenchConfig, config: Config) -> dict[str, Any]:
+    """Measure everything that is installed here; the result is what goes into the JSON.
+
+    Args:
+        config: of the trainings, see `trained`.
+    """
+    before, overrides = machine(), options.overrides
     seconds = options.seconds or (2.0 if options.quick else 4.0)
     rounds = options.rounds or (1 if options.quick else 3)
     part = PART * seconds

@@ -46,12 +46,7 @@ class Practice:
         self._repeats = numbers >= num_envs - int(REPEATING * practising)
 
     def begin(
-        self,
-        row: int,
-        died: bool,
-        cut: bool,
-        played: list[list[int]],
-        rng: np.random.Generator,
+        self, row: int, died: bool, cut: bool, played: list[list[int]], rng: np.random.Generator
     ) -> Middle | None:
         """Where the next episode of an environment begins; None: at a start of its own.
 
@@ -68,11 +63,7 @@ class Practice:
         return middle
 
     def _middle(
-        self,
-        row: int,
-        died: bool,
-        played: list[list[int]],
-        rng: np.random.Generator,
+        self, row: int, died: bool, played: list[list[int]], rng: np.random.Generator
     ) -> Middle | None:
         """See `begin`."""
         if self._repeats[row]:
