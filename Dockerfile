@@ -2,7 +2,7 @@
 # Trains by default:      mkdir -p runs && docker run -v "$PWD/runs:/app/runs" icm
 #                         (writes as user 1000: where you are another, chown 1000 runs;
 #                         with --gpus all on the GPU; on x86-64 faster with scripts/train.py env.emulator=libretro)
-# Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=runs/…/checkpoints/latest.pt
+# Anything else as well:  docker run -v "$PWD/runs:/app/runs" icm scripts/play.py ckpt=checkpoints/1-1.pt out=runs/1-1.mp4
 # A Ray cluster:          deploy/ray-compose.yaml
 #
 # The PyTorch wheel brings its own CUDA libraries; for --gpus the host needs the NVIDIA driver and its

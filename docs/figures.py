@@ -2,11 +2,11 @@
 # requires-python = ">=3.13"
 # dependencies = ["matplotlib", "numpy", "imageio[ffmpeg]"]
 # ///
-"""Draws the curves of docs/images: `uv run docs/figures.py [EPISODE.mp4]`.
+"""Draws curves of docs/images: `uv run docs/figures.py [EPISODE.mp4]`.
 
 level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors
 of the raw files in docs/results.
-Given a video of scripts/play.py, run.png shows frames of it above the curves of the row `level`.
+Given a video of checkpoints/1-1.pt, run.png shows frames of it above the curves of such agents.
 """
 
 import json
@@ -132,7 +132,7 @@ def compare_noises() -> None:
 
 
 def show_run(video: Path) -> None:
-    """Draw frames of an episode above the curves of the default on 1-1."""
+    """Draw frames of an episode above the curves of agents like checkpoints/1-1.pt."""
     figure = plt.figure(figsize=(12.4, 5.9))
     frames = iio.imread(video)
     top = figure.subplots(
@@ -148,7 +148,7 @@ def show_run(video: Path) -> None:
         1, 3, gridspec_kw={"bottom": 0.1, "top": 0.52, "left": 0.05, "right": 0.98}
     )
     for axes, metric in zip(bottom, (DISTANCE, CELLS, GAIN), strict=True):
-        curves(axes, {"level": LEVEL_ROWS["level"]}, metric)
+        curves(axes, {"level_2919099": ICM}, metric)
     bottom[0].axhline(711, color="grey", linestyle="--", linewidth=1)
     bottom[0].text(240, 711, "711: Pathak et al. 2017", va="bottom", ha="right", color="grey")
     bottom[0].legend(frameon=False)
