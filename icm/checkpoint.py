@@ -49,7 +49,10 @@ def load(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged or something else.
     """
     content = load_file(path)
-    if not isinstance(content, dict) or not {"format", "config", "step", "models"} <= set(content):
+    kinds = {"format": int, "config": dict, "step": int, "models": dict}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    ):
         raise UserError(f"{path}: not a checkpoint of this program (scripts/train.py writes them)")
     if content["format"] != FORMAT:
         raise UserError(

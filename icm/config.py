@@ -402,6 +402,18 @@ def _check(config: Config) -> None:
     ):
         if not 0 < number < math.inf:
             raise UserError(f"{name}={number}: must be a positive number")
+    for name, number in given(
+        "agent.entropy_coef",
+        "agent.value_coef",
+        "agent.q_weight",
+        "curiosity.coef",
+        "curiosity.extrinsic_coef",
+        "curiosity.eta",
+        "curiosity.forward_scale",
+        "curiosity.inverse_scale",
+    ):
+        if not math.isfinite(number):
+            raise UserError(f"{name}={number}: must be a finite number")
     if curiosity.episodic_scale is not None and not 0 < curiosity.episodic_scale < math.inf:
         raise UserError(
             f"curiosity.episodic_scale={curiosity.episodic_scale}: must be positive, or null"
@@ -449,6 +461,8 @@ def _check(config: Config) -> None:
             "agent.warmup_steps=0: must be at least 1 for agent.input_norm=standard, which is "
             "measured then"
         )
+    if env.frame_stack > 255:
+        raise UserError(f"env.frame_stack={env.frame_stack}: must be at most 255")
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
     history = max(env.frame_stack, 2)
@@ -497,7 +511,10 @@ def check_seed(seed: int) -> None:
 
 def _check_schedule(name: str, schedule: list[Any]) -> None:
     knots_are_pairs = bool(schedule) and all(
-        isinstance(knot, list) and len(knot) == 2 and all(isinstance(x, int | float) for x in knot)
+        isinstance(knot, list)
+        and len(knot) == 2
+        and all(isinstance(x, int | float) for x in knot)
+        and math.isfinite(knot[0])
         for knot in schedule
     )
     if not knots_are_pairs or sorted(k[0] for k in schedule) != [k[0] for k in schedule]:

@@ -277,40 +277,30 @@ class Exploration:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave and a checkpoint kept.
-
-        Checkpoints from before there were visits begin without, those from before there were
-        recordings without the best episode, those from before there were scores without these, and
-        those from before lives were counted with none. All visits were taken for judged once.
-        """
+        """Restore what `state_dict` gave and a checkpoint kept."""
         self.distance_max = state["distance_max"]
-        if state.get("best"):
+        if state["best"]:
             self.best = Recording(**state["best"])
-        self.latest.extend(state.get("latest", ()))
-        if "visits" not in state:
-            return
+        self.latest.extend(state["latest"])
         table = zip(
             state["cells"].tolist(),
             state["visits"].tolist(),
             state["surprise"].tolist(),
             strict=True,
         )
-        for (world, stage, area, x, y), (first, count, ends, *judged), surprise in table:
-            visits = Visits(first, count, ends, judged[0] if judged else count, surprise)
+        for (world, stage, area, x, y), (first, count, ends, judged), surprise in table:
+            visits = Visits(first, count, ends, judged, surprise)
             self.regions[world, stage, area].cells[x, y] = visits
         for name, picture in state["pictures"].items():
             world, stage, area = map(int, name.split())
             pixels = cv2.imdecode(picture["png"].numpy(), cv2.IMREAD_COLOR)
             assert pixels is not None
             known = picture["known"].numpy()
-            if known.ndim == 1:  # of columns, before levels could scroll up and down
-                known = np.tile(known, (pixels.shape[0] // CELL, 1))
             self.regions[world, stage, area].picture = Picture(pixels[..., ::-1].copy(), known)
-        for name, lives in state.get("lives", {}).items():
+        for name, lives in state["lives"].items():
             world, stage, area = map(int, name.split())
             self.regions[world, stage, area].lives = lives
-        been = state.get("been", [])
-        self.been = [None if each is None else {*map(tuple, each)} for each in been]
+        self.been = [None if each is None else {*map(tuple, each)} for each in state["been"]]
         self.changed.update(self.regions)
 
 

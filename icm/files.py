@@ -25,8 +25,15 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         OSError: it cannot be read.
+        UserError: a line is damaged.
     """
-    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+    found = []
+    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is damaged; remove it") from None
+    return found
 
 
 LOCK = ".lock"

@@ -226,13 +226,11 @@ class Replay:
 
 
 def _unpacked(state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
-    """The frames (slots, *shape) of a `Replay.state_dict`; in files of before they are as they are.
+    """The frames (slots, *shape) of a `Replay.state_dict`.
 
     Raises:
         ValueError: they have another shape.
     """
-    if "frame_shape" not in state:
-        return state["frames"]
     slots, *found = state["frame_shape"]
     packed = state["frames"].numpy().data
     # asked before it fills memory

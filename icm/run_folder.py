@@ -1,7 +1,9 @@
 """The run folder of a training: claimed before Hydra writes, and what a run there goes on with."""
 
 import itertools
+import sys
 import tempfile
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ class RunFolder(Callback):
             self.lock = lock(Path(config.hydra.run.dir))
         except (UserError, OmegaConfBaseException) as error:
             fail(error)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """A sweep that is given no folder gets one that no other has.
@@ -128,7 +133,7 @@ def must_go_on(content: dict[str, Any], config: Config) -> None:
             f"total_steps={config.total_steps}: {path} is at step {step} already; "
             "give a greater total_steps to go on"
         )
-    if (before := content["config"]["agent"]["warmup_steps"]) != warmup:
+    if (before := flat(content["config"]).get("agent.warmup_steps")) != warmup:
         raise UserError(
             f"agent.warmup_steps={warmup}: {path} was made with {before}, which has to stay: "
             "it may be over"
@@ -155,9 +160,16 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
             )
         if own_checkpoint(settings, folder) is None:
-            must_be_same(
-                folder, OmegaConf.to_container(OmegaConf.load(folder / SETTINGS)), settings
-            )
+            try:
+                before = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS))
+            except Exception:  # of a file that was cut off, for instance
+                before = None
+            if not isinstance(before, dict):
+                raise UserError(
+                    f"hydra.run.dir={folder}: exists, with no settings in {SETTINGS}; "
+                    "give another folder"
+                )
+            must_be_same(folder, before, settings)
 
 
 def is_given(config: DictConfig, key: str) -> bool:

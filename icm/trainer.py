@@ -250,20 +250,22 @@ class Trainer:
         best = self.folder / "checkpoints" / "best.pt"
         if best.exists():  # it goes on in its own folder
             try:
-                self.best_average = restored(checkpoint.load(best)["exploration"]).objective()
+                found = checkpoint.load(best)
+                with checkpoint.restoring(best):
+                    self.best_average = restored(found["exploration"]).objective()
             except UserError as error:
                 print(f"{error}; the next best average replaces it", file=sys.stderr)
-        same_seed = before["seed"] == now["seed"]
         with checkpoint.restoring(path):
+            same_seed = before["seed"] == now["seed"]
             if not same_seed:
                 for name in ("generator", "action_generator"):
                     content["agent"].pop(name, None)
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
-            workers = {"num_workers": None}  # results do not depend on them
-            same_env = content["config"]["env"] | workers == asdict(self.config.env) | workers
-            # checkpoints from before have none
-            if (was := content.get("core", self.core)) != self.core:
+            # an episode does not depend on these, and with another number all begin anew anyway
+            numbers = {"num_workers": None, "num_envs": None}
+            same_env = content["config"]["env"] | numbers == asdict(self.config.env) | numbers
+            if (was := content["core"]) != self.core:
                 print(f"changed: the libretro core is {self.core}, was {was}")
                 same_env = False
             if not same_env:
@@ -273,7 +275,7 @@ class Trainer:
                 if self.agent.device.type == "cuda" and content["rng"]["cuda"]:
                     torch.cuda.set_rng_state(content["rng"]["cuda"][0], self.agent.device)
         resized = any(
-            before[name] != now[name] for name in ("env.num_envs", "agent.replay_capacity")
+            before.get(name) != now[name] for name in ("env.num_envs", "agent.replay_capacity")
         )
         if memory is None or resized:
             self.agent.forget(self.step)
@@ -285,15 +287,11 @@ class Trainer:
             self.agent.load_memory(memory)
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
-        if same_env and same_seed and no_less and "episodes" in content:
+        if same_env and same_seed and no_less:
             self.going_on = {name: content[name] for name in ("episodes", "interval", "metrics")}
-            played = content["episodes"]["actions"]
-            # checkpoints from before these do not have them
-            last = torch.tensor([actions[-1] if actions else NO_ACTION for actions in played])
-            length = torch.tensor([len(actions) for actions in played])
-            self.previous = content.get("previous", last)
-            self.age = content.get("age", length)
-            print(f"playing the {length.sum()} agent steps of running episodes again")
+            self.previous, self.age = content["previous"], content["age"]
+            played = sum(map(len, content["episodes"]["actions"]))
+            print(f"playing the {played} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
 

@@ -406,6 +406,13 @@ def test_first_reward_of_a_single_environment_is_not_blown_up() -> None:
     assert 0.02 / scale.std < 1_000
 
 
+def test_rewards_that_are_all_alike_are_not_blown_up() -> None:
+    """What is left of the variance of their sums is rounding."""
+    scale = RewardScale(4, 60)
+    feed(scale, np.ones((2_000, 4), np.float32), 0.95)
+    assert scale.std == 1
+
+
 def test_sums_run_over_the_time_of_each_environment() -> None:
     """One environment always gets 1, the other 0: a sum over environments would be the same."""
     scale = RewardScale(2, 1e9)

@@ -344,8 +344,22 @@ def test_vector_environments_equal_single_ones_and_reset_on_the_next_step() -> N
         ("nothing:Like-v0", "nothing"),
         ("./games:Like-v0", "is no name of a package"),
         ("CartPole-v1", "uint8 images"),
+        ("Keyboard-v0", "n at most 256"),
     ],
 )
 def test_what_is_no_image_game_is_refused(env_id: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
         make_env(replace(ENV, id=env_id))
+
+
+class Keyboard(gym.Env[np.ndarray, np.int64]):
+    """Has more keys than a byte has values."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(257)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+
+gym.register("Keyboard-v0", Keyboard)

@@ -5,7 +5,19 @@ import socket
 import subprocess
 from pathlib import Path
 
-from icm.files import remove_leftovers
+import pytest
+
+from icm.errors import UserError
+from icm.files import json_lines, remove_leftovers
+
+
+def test_a_damaged_line_is_named_and_one_that_is_being_written_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 32}\n{"st')
+    assert json_lines(path) == [{"step": 32}]
+    path.write_text('{"step": 32}\n\0\0\0\n{"step": 96}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        json_lines(path)
 
 
 def test_what_dead_processes_of_this_machine_were_writing_is_removed(tmp_path: Path) -> None:

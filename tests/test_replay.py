@@ -394,15 +394,6 @@ def test_file_of_a_memory_that_is_hardly_filled_is_small_and_made_without_a_copy
     assert file.tell() < Replay.nbytes(20_000, FRAME, ACTIONS) / 20
 
 
-def test_memories_in_files_of_before_were_not_compressed() -> None:
-    saved, loaded = make_replay(80, 2, FRAME, 3), make_replay(80, 2, FRAME, 3)
-    fill(saved, Simulation(num_envs=2, frame_stack=3, seed=1), 12)
-    state = saved.state_dict() | {"frames": saved.frames[:12]}
-    del state["frame_shape"]
-    loaded.load_state_dict(state)
-    assert torch.equal(loaded.frames[:12], saved.frames[:12])
-
-
 @pytest.mark.parametrize("lie", [12, 1 << 40])
 def test_frames_that_are_more_than_they_say_are_refused(lie: int) -> None:
     replay = make_replay(80, 2, FRAME, 3)

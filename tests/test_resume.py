@@ -69,6 +69,7 @@ class EagerTrainer(StoppedTrainer):
 
     def _show(self, drawn: Drawn | None) -> None:
         self._observe()
+        super()._show(drawn)
 
 
 def config_of(learner: str, *more: str) -> Config:
@@ -286,10 +287,8 @@ def test_where_it_practises_neither_saving_nor_stopping_changes_anything(tmp_pat
     )
     config = config_of("ppo", *given)
     whole = train(config, tmp_path / "whole")
-    often = train(config, tmp_path / "often", kind=EagerTrainer)
-    assert_same(latest(whole), latest(often))
-    first = train(config, tmp_path / "first", stops_at=300)
-    second = train(config, tmp_path / "second", resume=latest(first))
+    first = train(config, tmp_path / "first", stops_at=300, kind=EagerTrainer)
+    second = train(config, tmp_path / "second", resume=latest(first), kind=EagerTrainer)
     assert_same(latest(whole), latest(second))
 
 
@@ -348,6 +347,8 @@ def test_a_memory_of_another_size_is_filled_anew(
     assert "no memory of step 64 and of this size beside" in capsys.readouterr().out
     content = checkpoint.load(latest(second))
     assert content["step"] == 192
+    before = checkpoint.load(latest(first))["exploration"]["latest"]
+    assert content["exploration"]["latest"][: len(before)] == before != []
     assert content["agent"]["learn_from"] == learn_from
     assert content["agent"]["updates"] > checkpoint.load(latest(first))["agent"]["updates"]
 
@@ -399,6 +400,23 @@ def with_an_empty_picture(content: dict[str, Any]) -> None:
         picture["png"] = picture["png"][:0]
 
 
+def with_small_moments(content: dict[str, Any]) -> None:
+    for moments in content["optimizers"]["adam"]["state"].values():
+        moments["exp_avg_sq"] = torch.zeros(7)
+
+
+def with_a_rollout_beyond_its_end(content: dict[str, Any]) -> None:
+    content["agent"]["collected"] = 255
+
+
+def with_sequences_of_no_rollout(content: dict[str, Any]) -> None:
+    content["agent"]["order"] += 1000
+
+
+def without_a_seed(content: dict[str, Any]) -> None:
+    del content["config"]["seed"]
+
+
 def with_frames_of_noise(memory: dict[str, Any]) -> None:
     memory["frames"][20:] ^= 0x55
 
@@ -407,6 +425,10 @@ def with_frames_of_noise(memory: dict[str, Any]) -> None:
     ("name", "change"),
     [
         ("latest.pt", without_agent),
+        ("latest.pt", with_small_moments),
+        ("latest.pt", with_a_rollout_beyond_its_end),
+        ("latest.pt", with_sequences_of_no_rollout),
+        ("latest.pt", without_a_seed),
         ("latest.pt", with_an_empty_picture),
         ("replay_", with_frames_of_noise),
     ],

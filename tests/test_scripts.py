@@ -542,6 +542,10 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
     drawn = ("map.every=32", "video.every=32", "report.every=32")
     given = (*SMALL, *drawn, *same, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(run_script("train.py", *given), "young", "a run of practice=0.0, not 0.5")
+    for damaged in ("env: {id", "- env"):
+        settings.write_text(damaged)
+        assert_refused(run_script("train.py", *given), "young", "no settings in .hydra/config.yaml")
+        assert settings.read_text() == damaged
     # nor into any other
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "poem.txt").touch()
@@ -613,6 +617,8 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
         torch.save(content, path)
     elif kind == "hollow":
         torch.save({"format": checkpoint.FORMAT, "models": {}}, path)
+    elif kind == "listed":
+        torch.save(torch.load(good, weights_only=True) | {"config": [1]}, path)
     return path
 
 
@@ -626,7 +632,10 @@ EVERY_KIND = (
     ("script", "kind"),
     [
         *(("play.py", kind) for kind in EVERY_KIND),
-        *(("train.py", kind) for kind in ("missing", "truncated", "sizes", "hollow", "endless")),
+        *(
+            ("train.py", kind)
+            for kind in ("missing", "truncated", "sizes", "hollow", "listed", "endless")
+        ),
         *(("evaluate.py", kind) for kind in ("missing", "game")),
     ],
 )

@@ -437,7 +437,7 @@ class Agent[Batch](ABC):
         """Learn from a batch for `losses`; the parts of the loss.
 
         With every `accumulate`-th batch comes a step of the optimizer. Loss or gradients that are
-        not finite change no weights.
+        not finite change no weights that learn.
         """
         learner, signal = self.optimizer.param_groups
         learner["lr"].fill_(self.learning_rate())
@@ -541,31 +541,34 @@ class Agent[Batch](ABC):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken; without its generators, otherwise.
+
+        Raises:
+            Exception: of any kind: that is no such state.
+        """
         self.load_to_play(state)
         # its settings are those of this program
         groups = self.optimizer.state_dict()["param_groups"]
         moments = state["optimizers"]["adam"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.updates = state["agent"]["updates"]
-        # checkpoints from before these do not have them
-        made_for = self.updates * self.config.steps_between_updates
-        self.learned_steps = state["agent"].get("learned_steps", made_for)
-        self.learn_from = state["agent"].get("learn_from", self.learn_from)
-        if "skipped" in state["agent"]:
-            self.skipped.copy_(state["agent"]["skipped"])
+        for parameter, its in self.optimizer.state.items():
+            # what the optimizer takes for granted: it would read and write beyond a smaller one
+            if not its["exp_avg"].shape == its["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("the optimizer's moments do not fit the networks")
+        agent = state["agent"]
+        self.updates, self.learned_steps = agent["updates"], agent["learned_steps"]
+        self.learn_from = agent["learn_from"]
+        self.skipped.copy_(agent["skipped"])
         for name in ("generator", "action_generator"):
-            if name in state["agent"]:
-                getattr(self, name).set_state(state["agent"][name])
-        encoded = state["agent"].get("encoded")
+            if name in agent:
+                getattr(self, name).set_state(agent[name])
+        encoded = agent["encoded"]
         if encoded and len(encoded[0]) == self.num_envs:
             self.encoded = [own(encoded[0]), own(encoded[1]).to(self.device)]
-        gradients = state["agent"].get("gradients", [])
-        waiting = state["agent"].get("waiting", self.updates % self.config.accumulate)
         # with another setting these may be too many: the batches in them are lost
-        self.waiting = waiting if gradients and waiting < self.config.accumulate else 0
+        self.waiting = agent["waiting"] if agent["waiting"] < self.config.accumulate else 0
         if self.waiting:
-            for parameter, gradient in zip(self.learned, gradients, strict=True):
+            for parameter, gradient in zip(self.learned, agent["gradients"], strict=True):
                 parameter.grad = None if gradient is None else gradient.to(self.device)
 
     def load_to_play(self, state: dict[str, Any]) -> None:
@@ -580,10 +583,9 @@ class Agent[Batch](ABC):
         return {**self.memory.state_dict(), "lives": self.novelty.state_dict()}
 
     def load_memory(self, state: dict[str, Any]) -> None:
-        """Restore what `memory_dict` gave; those from before it had lives begin new ones."""
+        """Restore what `memory_dict` gave."""
         self.memory.load_state_dict(state)
-        if "lives" in state:
-            self.novelty.load_state_dict(state["lives"])
+        self.novelty.load_state_dict(state["lives"])
 
     def load_networks(self, models: dict[str, Any]) -> None:
         """Load the networks alone.

@@ -174,13 +174,15 @@ class DQN(Agent[Batch]):
             advantages = target_q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
             advantages = advantages - values[:, :-1]
             returns = returns + config.advantage_learning * advantages
+            learnable = valid
             # where the sequence breaks off at a death, the start it leads to is not in sight; of
             # sequences of one step, no death would be learned
-            blind = (sequences.terminated & ~terminal & valid)[:, -1:] & (length > 1)
-            needs_end = bootstraps_at_end(
-                terminal, sequences.truncated, sequences.reset, config.n_step
-            )
-            learnable = valid & ~(blind & needs_end)
+            if not config.death_is_terminal and length > 1:
+                needs_end = bootstraps_at_end(
+                    terminal, sequences.truncated, sequences.reset, config.n_step
+                )
+                blind = (sequences.terminated & valid)[:, -1:]
+                learnable = valid & ~(blind & needs_end)
         chosen = q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")
         q_loss = MaskedMean(learnable)(td_error)

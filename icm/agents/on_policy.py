@@ -226,10 +226,22 @@ class OnPolicy(Agent[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Agent.load_state_dict`; of other settings, a new rollout begins."""
         super().load_state_dict(state)
-        if state["agent"].get("shape", self.shape) != self.shape:
+        agent = state["agent"]
+        if agent["shape"] != self.shape:
             self.restart()
             return
+        targets, order = agent["targets"], agent["order"]
+        fits = (
+            agent["values"].shape == self.values.shape
+            and agent["raw"].shape == self.raw.shape
+            and agent["collected"] in range(len(self.raw))
+            and agent["first"] in range(self.memory.num_slots)
+            and order.shape[1:] == self.order.shape[1:]
+            and ((order >= 0) & (order < self._sequences)).all()
+            and all(target.shape[:2] == self.raw[:-1].shape for target in targets.values())
+        )
+        if not fits:
+            raise ValueError("its rollouts do not fit its settings")
         for name in ("collected", "values", "raw", "first", "order"):
-            setattr(self, name, state["agent"][name])
-        targets = state["agent"]["targets"]
+            setattr(self, name, agent[name])
         self.targets = {name: sent(target, self.device) for name, target in targets.items()}

@@ -33,9 +33,12 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 1 as long as the numbers do not vary."""
+        """Standard deviation; 1 as long as the numbers vary by less than a hundredth of their size.
+
+        What is left of the variance of numbers that are all alike is rounding.
+        """
         variance = self.square - self.mean**2
-        return variance**0.5 if variance > 1e-16 else 1.0
+        return variance**0.5 if variance > 1e-4 * self.square else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""
@@ -64,7 +67,7 @@ class Interest:
 
     def update(self, surprise: Tensor) -> None:
         """Add the surprises (n,) of one step."""
-        self.moments.update(surprise.double().cpu())
+        self.moments.update(surprise.double())
 
     def usual(self) -> Tensor:
         """Mean and std of surprise, float32 (2,)."""
@@ -100,8 +103,7 @@ class RewardScale:
             rewards, valid: see above.
             discount: of the running sums.
         """
-        rewards, valid = rewards.double().cpu(), valid.cpu()
-        self.sums = torch.where(valid, self.sums * discount + rewards, self.sums)
+        self.sums = torch.where(valid, self.sums * discount + rewards.double(), self.sums)
         self.moments.update(self.sums)
 
     def __call__(self, rewards: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class RewardScale:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the discounted sums; 1 as long as they do not vary."""
+        """Standard deviation of the discounted sums, see `Moments.std`."""
         return self.moments.std
 
     def state_dict(self) -> dict[str, Any]:

@@ -217,8 +217,12 @@ def _check_spaces(env_id: str, env: Env) -> None:
             f"env.id={env_id}: observations are {space}; needed are "
             "uint8 images, (H, W, 3) or (H, W)"
         )
-    if not isinstance(env.action_space, spaces.Discrete) or env.action_space.start != 0:
-        raise UserError(f"env.id={env_id}: actions are {env.action_space}; needed is Discrete(n)")
+    actions = env.action_space
+    # the memory has a byte for each
+    if not isinstance(actions, spaces.Discrete) or actions.start != 0 or actions.n > 256:
+        raise UserError(
+            f"env.id={env_id}: actions are {actions}; needed is Discrete(n), n at most 256"
+        )
 
 
 def action_count(space: spaces.Space[Any]) -> int:

@@ -194,7 +194,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["seeds"][:] = state["seeds"]
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
-        self._practice.resumed[:] = state.get("resumed", 0)  # checkpoints from before have none
+        self._practice.resumed[:] = state["resumed"]
         self._send(range(self._workers.number), dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
