@@ -50,8 +50,10 @@ def load(path: Path) -> dict[str, Any]:
     """
     content = load_file(path)
     kinds = {"format": int, "config": dict, "step": int, "models": dict}
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    if (
+        not isinstance(content, dict)
+        or not all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+        or content["step"] < 0
     ):
         raise UserError(f"{path}: not a checkpoint of this program (scripts/train.py writes them)")
     if content["format"] != FORMAT:

@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from icm.errors import UserError
+from icm.files import ROOT
 from icm.processes import discard
 from icm.ranks import RANK
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = ROOT / "conf"
 PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
@@ -50,7 +51,9 @@ def quoted(argument: str) -> str:
     if name not in PATHS:
         return argument
     try:
-        if not OverridesParser.create().parse_override(argument).is_sweep_override():
+        override = OverridesParser.create().parse_override(argument)
+        # not so a path that looks like a number or a list
+        if not override.is_sweep_override() and isinstance(override.value(), str | None):
             return argument
     except HydraException:
         pass

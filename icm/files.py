@@ -14,6 +14,9 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from icm.errors import UserError, WriteError
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the project: where `conf/` and `scripts/` are."""
+
 
 def latest(run: Path) -> Path:
     """The newest checkpoint of a run folder."""
@@ -28,10 +31,10 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         UserError: a line is damaged.
     """
     found = []
-    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), start=1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             raise UserError(f"{path}: line {number} is damaged; remove it") from None
     return found
 

@@ -142,8 +142,10 @@ def _end(pipes: list[Connection], processes: list[SpawnProcess], over: threading
     over.set()
     for pipe in pipes:
         pipe.close()
+    deadline = time.monotonic() + CLOSING_TIME
     for process in processes:
-        process.join(CLOSING_TIME)
+        process.join(max(deadline - time.monotonic(), 0.0))
+    for process in processes:
         process.kill()  # nothing happens to one that has ended
         process.join()
 

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from icm.errors import UserError
-from icm.files import json_lines, latest, write_lines
+from icm.files import ROOT, json_lines, latest, write_lines
 from icm.uncertainty import standard_error
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 METRICS = (
     "episode/distance",
@@ -120,7 +118,7 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
         UserError: it failed. Its own message has been printed.
         SystemExit: a signal stopped it; a training has saved itself then.
     """
-    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
     print("$", name, *arguments, flush=True)
     running = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
     # a training takes its time to save; Ctrl-C reaches it without our help

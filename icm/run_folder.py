@@ -63,12 +63,14 @@ class RunFolder(Callback):
             fail(UserError("-m: the runs of a sweep begin anew; resume=PATH is for one run"))
         equal = [each.get_key_element() for each in overrides if not each.is_sweep_override()]
         more = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(equal)}]"]
-        if not is_given(config, "hydra.sweep.dir"):
-            try:
-                folder = new_folder(Path(config.hydra.sweep.dir))
-            except UserError as error:
-                fail(error)
-            more.append(quoted(f"hydra.sweep.dir={folder}"))
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            if not is_given(config, "hydra.sweep.dir"):
+                more.append(quoted(f"hydra.sweep.dir={new_folder(folder)}"))
+            elif not _made(folder) and not folder.is_dir():
+                raise UserError(f"hydra.sweep.dir={folder}: is no folder")
+        except UserError as error:
+            fail(error)
         more.append("hydra.output_subdir=null")  # see `record`
         with read_write(config), open_dict(config):  # Hydra makes the settings of each run of these
             config.hydra.overrides.hydra.extend(more)

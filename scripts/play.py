@@ -59,7 +59,7 @@ def main(settings: DictConfig) -> None:
         from icm.viz.mind import MindPanel, beside
         from icm.viz.video import FPS, record
 
-        videos = path.parent.parent / "videos"  # of its run folder
+        videos = path.resolve().parent.parent / "videos"  # of its run folder
         out = Path(options.out) if options.out else videos / f"play_{path.stem}.mp4"
         panel = MindPanel(player.actions) if options.mind else None
         with record(out, FPS * options.speed) as video:

@@ -8,8 +8,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import settings
+from gym_super_mario_bros._roms.rom_path import smb3_rom_path
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from nes_py import NESEnv
 
 from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.mario import Progress, StuckLimit
@@ -126,6 +128,27 @@ def test_an_environment_of_another_package_works() -> None:
             break
     assert info["episode"]["length"] <= 200
     assert set(info["episode"]) == {"length", "reward"}
+    env.close()
+
+
+class OtherGame(NESEnv):
+    """A game of nes-py of which nothing but its pictures is known."""
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__(smb3_rom_path(), render_mode=render_mode)
+
+
+def test_a_nes_game_that_is_no_mario_game_works() -> None:
+    gym.register("OtherGame-v0", OtherGame, disable_env_checker=True)
+    env = make_env(replace(ENV, id="OtherGame-v0", stuck_steps=100))
+    state, info = env.reset(seed=0)
+    assert state.shape == (4, 42, 42)
+    assert "cell" not in info
+    for _ in range(40):  # until it shows something
+        state, _, terminated, truncated, _ = env.step(np.int64(0))
+        assert not terminated
+        assert not truncated
+    assert state.std() > 5
     env.close()
 
 

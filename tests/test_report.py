@@ -160,11 +160,16 @@ def test_a_sweep_is_all_runs_in_its_folder_that_have_begun(tmp_path: Path) -> No
 
 def test_report_refuses(tmp_path: Path) -> None:
     (make_run(tmp_path / "empty", 1) / "metrics.jsonl").write_text("")
+    with (make_run(tmp_path / "damaged", 1) / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
+    (make_run(tmp_path / "cut", 1) / ".hydra" / "config.yaml").write_text("agent: {name")
     run = make_run(tmp_path / "run", 1)
     for arguments, words in (
         ([], "RUN"),
         ([tmp_path / "none"], f"{tmp_path}/none: no run folder"),
         ([tmp_path / "empty"], "nothing has been logged"),
+        ([tmp_path / "damaged"], "metrics.jsonl: line"),
+        ([tmp_path / "cut"], ".hydra/config.yaml or overrides.yaml is damaged"),
         ([run, "--out", "/proc/report.html"], "cannot write /proc/report.html"),
     ):
         done = run_script("report.py", *arguments)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from icm.checkpoint_reader import read_checkpoint
 from icm.errors import UserError
 from icm.soak.files import KINDS
 from icm.soak.pieces import compare
-from icm.soak.program import Findings
+from icm.soak.program import QUICK, Findings, Training, end_all
 
 
 @pytest.mark.usefixtures("shared_memory")
@@ -49,11 +50,18 @@ def test_every_kind_of_damage_is_refused_or_harmless(
         assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_training_that_was_left_running_is_ended(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", QUICK)
+    end_all()
+    assert training.process.returncode == -signal.SIGKILL
+
+
 def test_a_part_that_is_none_and_a_folder_that_exists_are_refused(tmp_path: Path) -> None:
     for argument, words in (
         ("parts=[kill]", "parts=kill: must be some of kills, stops"),
         ("parts=[]", "parts=: must be some of kills, stops"),
         ("kills=-1", "kills=-1: must be at least 0"),
+        ("minutes=0", "minutes=0.0: must be a positive number"),
         ("parts=[kills]", f"folder={tmp_path}: cannot be created"),
     ):
         done = run_script("soak.py", argument, f"folder={tmp_path}")

@@ -120,6 +120,16 @@ def test_a_sweep_of_a_resumed_run_is_refused() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_sweep_in_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "sweep"
+    file.touch()
+    for folder, words in ((file, "is no folder"), (file / "runs", "cannot create")):
+        done = run_script("train.py", "-m", "seed=1,2", f"hydra.sweep.dir={folder}")
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_search_tries_settings_and_says_which_were_best(tmp_path: Path) -> None:
     small = [s for s in SMALL[1:] if "steps_per_update" not in s]
     done = run_script(

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -144,6 +146,34 @@ def test_a_recording_is_the_episode_again(emulator: str) -> None:
         *_, info = env.step(action)
     env.close()
     assert info["episode"]["distance"] == best.score > 40
+
+
+class Flash(gym.Env[np.ndarray, np.int64]):
+    """Is over with its first frame."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 60}
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self.render(), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self.render(), 0.0, True, False, {}
+
+    def render(self) -> np.ndarray:
+        return np.full((84, 84, 3), 99, np.uint8)
+
+
+def test_a_film_of_a_single_frame_shows_it(tmp_path: Path) -> None:
+    gym.register("Flash-v0", Flash)
+    config = replace(ENV, id="Flash-v0", crop=[0, 0, 0, 0])
+    film(config, Recording(step=1, score=1.0, seed=1, actions=[0]), tmp_path / "best.mp4")
+    assert len(pictures_in(tmp_path / "best.mp4")) == 1
 
 
 def test_a_film_shows_the_end_of_the_best_episode(tmp_path: Path) -> None:

@@ -19,14 +19,17 @@ def apart(make: Callable[[], Measure], processes: int = 1) -> Generator[Measure]
         processes: how many.
 
     Raises:
-        RuntimeError: a measure cannot be made, with the traceback.
+        RuntimeError: a measure cannot be made, with the traceback, or its process was killed.
     """
     assistants = Assistants(processes, _measure_when_told, make)
 
     def together(seconds: float) -> float:
         for number in range(processes):
             assistants.send(number, seconds)
-        found = [pipe.recv() for pipe in assistants.pipes]
+        try:
+            found = [pipe.recv() for pipe in assistants.pipes]
+        except (EOFError, OSError):
+            raise RuntimeError("cannot be measured: its process was killed") from None
         for each in found:
             if isinstance(each, str):
                 raise RuntimeError(f"cannot be measured:\n{each}")

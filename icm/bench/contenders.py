@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from icm.errors import UserError
-from icm.files import json_lines
+from icm.files import ROOT, json_lines
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.1  # seconds between looks at a run; often enough, and next to no load
 STARTING_TIME = 300.0  # seconds in which a training has to learn
 MAX_STEPS = 10_000_000  # agent steps; ends a training that nobody is left to stop
@@ -58,7 +57,6 @@ class Contender:
         with (self.folder / "output").open("wb") as out, (self.folder / "errors").open("wb") as err:
             self.process = subprocess.Popen(
                 self.command,
-                cwd=ROOT,
                 stdout=out,
                 stderr=err,
                 # a group of its own to pause, which Ctrl-C does not reach, but of this session:

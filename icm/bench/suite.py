@@ -194,7 +194,6 @@ def learning(
     """What measures a learner that compiles from now on; see `icm.bench.learner`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "icm.bench.learner", str(seconds), str(rounds), *overrides],
-        cwd=contenders.ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

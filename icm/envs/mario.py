@@ -144,17 +144,20 @@ class LeanGame(NESEnv):
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
-    """The specification of a game of gym-super-mario-bros with cheap frames, see `LeanGame`."""
-    # what is info["clear"] in its info
-    own: dict[str, Any] = {"is_clear": getattr(game, "_flag_get", None) or game._is_level_complete}
+    """The specification of a game with cheap frames, see `LeanGame`; as it is, of no Mario game."""
     kinds = (
         (SuperMarioBrosEnv, _smb_camera, _smb_height, View(32, 240, 0, 256)),
         (SuperMarioBros2Env, _smb2_camera, _level_height, View(0, 240, 32, 256)),
         (SuperMarioBros3Env, _smb3_camera, _level_height, View(0, 193, 16, 240)),
     )
+    own: dict[str, Any] = {}
     for kind, camera, height, view in kinds:
         if issubclass(game, kind):
-            own |= {"camera": property(camera), "height": property(height), "view": view}
+            own = {"camera": property(camera), "height": property(height), "view": view}
+    if not own:
+        return spec
+    # what is info["clear"] in its info
+    own["is_clear"] = getattr(game, "_flag_get", None) or game._is_level_complete
     if issubclass(game, SuperMarioBros3Env):
         own |= SMB3_PLACES
     maker: Any = type(game.__name__, (LeanGame, game), own)

@@ -14,7 +14,7 @@ import psutil
 
 from icm import checkpoint
 from icm.errors import UserError
-from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training
+from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training, end_all
 
 SETTINGS = (*LEARNERS["ppo"], *QUICK)
 
@@ -41,6 +41,8 @@ def faults(folder: Path) -> Findings:
             found.figures[name] = fault(here, found)
         except Exception as error:  # the other faults are tried all the same
             found.failures.append(f"{type(error).__name__}: {error}")
+        finally:
+            end_all()
         found.tried += 1
         found.failures[before:] = [f"{name}: {line}" for line in found.failures[before:]]
     return found

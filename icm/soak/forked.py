@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from icm.soak.program import ROOT
+from icm.files import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(

@@ -13,10 +13,9 @@ from typing import Any
 import psutil
 
 from icm import checkpoint
-from icm.files import json_lines, latest
+from icm.files import ROOT, json_lines, latest
 from icm.trainer import memory_name
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
 PATIENCE = 120.0  # seconds for a training to begin or to end by itself
 
@@ -74,6 +73,18 @@ def _begin(terminal: int | None) -> None:
         os.login_tty(terminal)
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+def end_all() -> None:
+    """Kill the trainings that still run: of a part that failed, or was interrupted."""
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 class Training:
     """A training that runs in a session of its own.
 
@@ -99,7 +110,6 @@ class Training:
         with self.printed.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, SCRIPT, *settings, f"hydra.run.dir={folder}"],
-                cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file if output is None else output,
@@ -107,6 +117,7 @@ class Training:
                 start_new_session=terminal is None,
                 preexec_fn=partial(_begin, terminal),
             )
+        _STARTED.append(self.process)
 
     @property
     def latest(self) -> Path:

@@ -13,7 +13,7 @@ from icm.soak.faults import faults
 from icm.soak.files import files
 from icm.soak.hour import hour
 from icm.soak.pieces import kills, stops
-from icm.soak.program import Findings
+from icm.soak.program import Findings, end_all
 from icm.soak.workers import workers
 from icm.versions import versions
 
@@ -56,9 +56,11 @@ def soak(config: SoakConfig) -> bool:
     unknown = [name for name in config.parts if name not in parts]
     if unknown or not config.parts:
         raise UserError(f"parts={','.join(unknown)}: must be some of {', '.join(parts)}")
-    for name in ("kills", "stops", "files", "worker_kills", "worker_hangs", "minutes"):
+    for name in ("kills", "stops", "files", "worker_kills", "worker_hangs"):
         if (value := getattr(config, name)) < 0:
             raise UserError(f"{name}={value}: must be at least 0")
+    if not config.minutes > 0:
+        raise UserError(f"minutes={config.minutes}: must be a positive number")
     if os.name != "posix":
         raise UserError("soak.py sends signals, which Linux and macOS have")
     try:
@@ -73,6 +75,8 @@ def soak(config: SoakConfig) -> bool:
             found = parts[name](folder / name)
         except Exception as error:  # what the other parts find is kept
             found = Findings(failures=[f"{type(error).__name__}: {error}"])
+        finally:
+            end_all()
         seconds = round(time.monotonic() - start)
         result["parts"][name] = {**asdict(found), "seconds": seconds}
         write_bytes(folder / "soak.json", json.dumps(result, indent=1).encode())

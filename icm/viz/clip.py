@@ -25,15 +25,16 @@ def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
     animation = path.with_suffix(".gif")
     frames = LONGEST * FPS
     with record(path, MP4_FPS) as video, record(animation, GIF_FPS) as gif:
-        left = len(best.actions) * config.action_repeat
+        # the last action may have fewer frames; the first of all is shown in any case
+        number = min(frames - len(best.actions) * config.action_repeat, 0) - 1
 
         def on_frame(env: Env) -> None:
-            nonlocal left
-            left -= 1
-            if left < frames and left % (FPS // MP4_FPS) == 0:
+            nonlocal number
+            number += 1
+            if number >= 0 and number % (FPS // MP4_FPS) == 0:
                 picture: Any = env.render()
                 video.add(picture)
-                if left % (FPS // GIF_FPS) == 0:
+                if number % (FPS // GIF_FPS) == 0:
                     gif.add(picture)
 
         env = make_env(config, "rgb_array", on_frame)

@@ -50,7 +50,7 @@ class MindPanel:
     def _see(self, image: Image.Image, pen: ImageDraw.ImageDraw, state: np.ndarray, y: int) -> None:
         """The frames of a state, the newest at the right."""
         pen.text((MARGIN, y), "what it sees, the newest at the right", FAINT, self.small)
-        size = min((WIDTH - MARGIN) // len(state) - MARGIN, 120)
+        size = max(min((WIDTH - MARGIN) // len(state) - MARGIN, 120), 1)
         for number, frame in enumerate(state):
             large = cv2.resize(frame, (size, size), interpolation=cv2.INTER_NEAREST)
             at = MARGIN + number * (size + MARGIN), y + 22

@@ -139,14 +139,18 @@ def read_run(folder: Path) -> Run:
     """Read a run folder, see `read_runs`."""
     hydra = folder / ".hydra"
     try:
+        rows = json_lines(folder / "metrics.jsonl")
         settings = OmegaConf.load(hydra / "config.yaml")
         given = OmegaConf.load(hydra / "overrides.yaml")
-        rows = json_lines(folder / "metrics.jsonl")
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
+    except Exception:  # YAML's, of a file that was cut off, for instance
+        raise UserError(f"{folder}: .hydra/config.yaml or overrides.yaml is damaged") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
-    if not isinstance(settings, DictConfig) or "agent" not in settings:
+    if not isinstance(settings, DictConfig) or not {"agent", "env", "resume"} <= settings.keys():
         raise UserError(f"{folder}: .hydra/config.yaml has no settings; a full disk may be why")
     return Run(folder, settings, [str(each) for each in given], rows)
 
