@@ -76,7 +76,7 @@ class Trainer:
         """Train from the current step to `total_steps`, or until a signal asks to stop.
 
         Returns:
-            the number of that signal, None if there was none. The run is saved in both cases.
+            the number of that signal, None if the run is complete. It is saved in both cases.
 
         Raises:
             UserError: nothing can be written any more, or learning has broken down. What was saved
@@ -107,8 +107,12 @@ class Trainer:
                 if self.step >= total:  # or else whoever goes on completes the interval
                     self._log(clock)
                 self.save()
-                patience = None if self.stopped_by is None else HURRY
-                for drawn in self.gallery.finish(self.step, self.exploration, patience):
+                drawings = self.gallery.finish(
+                    self.step,
+                    self.exploration,
+                    lambda: math.inf if self.stopped_by is None else HURRY,
+                )
+                for drawn in drawings:
                     self._show(drawn)
         except BrokenDownError as error:
             raise UserError(
@@ -127,7 +131,7 @@ class Trainer:
             self.tracker.close()
         with suppress(OSError):  # nobody reads it any more
             print(f"saved step {self.step}: {latest(self.folder)}")
-        return self.stopped_by
+        return self.stopped_by if self.step < total else None
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""

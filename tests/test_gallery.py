@@ -1,5 +1,6 @@
 """What is drawn of a run, and when."""
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     found.visit(
         41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
     )
-    (last,) = gallery.finish(42, found, None)
+    (last,) = gallery.finish(42, found, lambda: math.inf)
     assert last.step == 42
     assert list(last.images) == ["map/1-1"]
     assert gallery.studio.assistants is None
@@ -100,7 +101,8 @@ def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert gallery.studio.assistants is not None
     drawing = psutil.Process(gallery.studio.assistants.processes[0].pid)
-    assert gallery.finish(2, explored(), 0.1) == []
+    patience = iter((math.inf, 0.0))  # a signal comes while it waits
+    assert gallery.finish(2, explored(), lambda: next(patience)) == []
     assert not drawing.is_running()
     assert [path.name for path in tmp_path.rglob("*")] == ["maps"]
 
@@ -108,6 +110,6 @@ def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
 def test_nothing_is_drawn_where_nothing_is_wanted(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=0", "video.every=0", *SHORT))
     assert gallery.update(1000, 1000, explored()) is None
-    assert gallery.finish(1000, explored(), None) == []
+    assert gallery.finish(1000, explored(), lambda: math.inf) == []
     assert gallery.studio.assistants is None
     assert not list(tmp_path.iterdir())

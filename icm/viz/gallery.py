@@ -1,6 +1,7 @@
 """What is drawn of a run, and when."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.ranks import RANK
 from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
+
+LOOK = 0.1  # seconds to wait for a drawing before the next look at how patient one is
 
 
 class Gallery:
@@ -48,25 +51,30 @@ class Gallery:
             self._order(step, exploration)
         return drawn
 
-    def finish(self, step: int, exploration: Exploration, seconds: float | None) -> list[Drawn]:
+    def finish(
+        self, step: int, exploration: Exploration, patience: Callable[[], float]
+    ) -> list[Drawn]:
         """Draw everything once more, and end.
 
         Args:
             step: agent steps by now.
             exploration: what the run has found.
-            seconds: to wait for what is being drawn and for this together; None: as long as it
-                takes.
+            patience: seconds to wait for what is being drawn and for this together; asked again
+                and again, because somebody may be in a hurry by then.
         """
         start = time.monotonic()
 
-        def left() -> float | None:
-            return None if seconds is None else max(start + seconds - time.monotonic(), 0.0)
+        def awaited() -> Drawn | None:
+            drawn = None
+            while self.studio.is_busy and drawn is None and time.monotonic() < start + patience():
+                drawn = self._finished(exploration, LOOK)
+            return drawn
 
-        drawn = [self._finished(exploration, left())]
+        drawn = [awaited()]
         if self.every and not self.studio.is_busy:
             self.due = set(self.every)
             self._order(step, exploration)
-            drawn.append(self._finished(exploration, left()))
+            drawn.append(awaited())
         self.close()
         return [each for each in drawn if each is not None]
 
@@ -75,7 +83,7 @@ class Gallery:
         self.studio.close()
         remove_leftovers(self.folder)
 
-    def _finished(self, exploration: Exploration, seconds: float | None = 0.0) -> Drawn | None:
+    def _finished(self, exploration: Exploration, seconds: float = 0.0) -> Drawn | None:
         """What has been drawn, see `Studio`; if some of it has failed, all will be drawn again."""
         drawn = self.studio.finished(seconds)
         if drawn is not None and drawn.complaints:
