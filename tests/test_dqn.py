@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from icm.agents.base import Agent
+from icm.agents.base import Agent, BrokenDownError
 from icm.agents.dqn import DQN, n_step_targets
 from icm.agents.policy import TEMPERATURE_LR, action_probabilities, entropy, scheduled
 from icm.cli import CONF
@@ -1425,6 +1425,15 @@ def test_reward_of_the_game_is_learned() -> None:
     live(agent, Chain(8, 10, tuple(moves), goal=True, limit=40), 4_000)
     assert agent.updates == 200
     assert greedy_path() == list(range(10))
+
+
+def test_after_fifty_steps_that_failed_one_after_the_other_it_has_broken_down() -> None:
+    agent = make_agent()
+    agent.skipped_running.fill_(49)
+    agent.check_updates()
+    agent.skipped_running.fill_(50)
+    with pytest.raises(BrokenDownError, match="the last 50 steps of the optimizer"):
+        agent.check_updates()
 
 
 def test_curiosity_alone_explores() -> None:

@@ -198,6 +198,17 @@ def test_the_best_episode_is_the_farthest_and_of_those_the_shortest() -> None:
     assert other.distance_max == 0
 
 
+def test_the_average_is_of_the_last_hundred_episodes() -> None:
+    found = Exploration()
+    for number in range(99):
+        found.finish(number, episode(0 if number == 0 else 100, [1]))
+    assert found.average() is None
+    found.finish(99, episode(100, [1]))
+    assert found.average() == 99
+    found.finish(100, episode(200, [1]))
+    assert found.average() == 101
+
+
 def test_news_are_the_places_visited_since_the_last_call() -> None:
     found, ended = Exploration(), np.array([False])
     for cell in ((1, 1, 37, 2, 4), (1, 1, 66, 2, 4), (1, 2, 0, 2, 4)):

@@ -4,11 +4,28 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from icm.errors import UserError
-from icm.files import json_lines, remove_leftovers
+from icm.files import json_lines, remove_leftovers, write_bytes, write_whole
+
+
+def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "latest.pt"
+    write_bytes(path, b"precious")
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        file.flush()
+        assert path.read_bytes() == b"precious"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot write .*latest\.pt: No space left on device"):
+        write_whole(path, write)
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_line_is_named_and_one_that_is_being_written_is_none(tmp_path: Path) -> None:

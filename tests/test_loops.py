@@ -10,9 +10,9 @@ from conftest import SMALL, settings
 from torch import Tensor
 
 from icm.agents.dqn import DQN
-from icm.envs import make_vector_env
+from icm.envs import episodes_in, make_vector_env
 from icm.envs.vector import WorkerVectorEnv
-from icm.evaluation import rollouts
+from icm.evaluation import rollouts, summary
 from icm.factory import build_agent
 from icm.models import NO_ACTION
 from icm.trainer import Trainer
@@ -64,6 +64,49 @@ def test_rollouts_tell_the_action_before(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = [call % 12 for call in range(len(seen))]
     expected[0] = expected[first["length"] + 1] = NO_ACTION
     assert seen == expected
+
+
+def test_every_environment_plays_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, step = [], WorkerVectorEnv.step
+
+    def watch(envs: WorkerVectorEnv, actions: np.ndarray) -> Any:
+        *found, infos = step(envs, actions)
+        ended.extend(episodes_in(infos))
+        return *found, infos
+
+    monkeypatch.setattr(WorkerVectorEnv, "step", watch)
+    config = settings(*SMALL, "env.num_envs=3", "env.stuck_steps=6")
+    assert len(rollouts(None, config, 0, 5, False, 0)) == 5
+    assert sorted(ended) == [0, 0, 1, 1, 2]
+
+
+def test_statistics_of_episodes() -> None:
+    flags = {"levels": "1-1 1-2", "flag": True}, {"levels": "1-1", "flag": False}
+    episodes = [
+        {"distance": distance, "length": length, "reward": -length, **flag}
+        for distance, length, flag in (
+            (3400, 40, flags[0]),
+            (948, 10, flags[1]),
+            (300, 10, flags[1]),
+        )
+    ]
+    found = summary(episodes, "sampled")
+    assert found.pop("distance_mean") == pytest.approx(1549.333, abs=1e-3)
+    assert found.pop("distance_stderr") == pytest.approx(944.052, abs=1e-3)
+    assert found == {
+        "policy": "sampled",
+        "episodes": 3,
+        "length_mean": 20.0,
+        "length_stderr": pytest.approx(10.0),
+        "reward_mean": -20.0,
+        "reward_stderr": pytest.approx(10.0),
+        "past_200": 1.0,
+        "past_400": pytest.approx(2 / 3),
+        "past_600": pytest.approx(2 / 3),
+        "past_948": pytest.approx(1 / 3),
+        "flag_rate": pytest.approx(1 / 3),
+        "levels": ["1-1", "1-2"],
+    }
 
 
 def test_an_episode_that_was_cut_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

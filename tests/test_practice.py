@@ -204,7 +204,8 @@ def until_one_is_cut(
     actions = [[], WAY[:100], WAY[:100]]
     actions[cut] = WAY[:played]
     seeds = [0, FROZEN_SEED, FROZEN_SEED]
-    envs.restore({"entropy": 0, "begun": [1, 1, 1], "seeds": seeds, "actions": actions})
+    running = {"seeds": seeds, "actions": actions, "resumed": [0, 0, 0]}
+    envs.restore({"entropy": 0, "begun": [1, 1, 1], **running})
     done, truncated = 100, np.zeros(3, bool)
     while not truncated[cut]:
         *_, truncated, infos = envs.step(given(cut, WAY[done]))
@@ -307,7 +308,8 @@ def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -
     envs._balance.rows = [[0, 1, 2], [3]]
     actions = [[], [], WAY[:200], []]
     seeds = [0, 5, FROZEN_SEED, 6]
-    envs.restore({"entropy": 0, "begun": [1, 1, 1, 1], "seeds": seeds, "actions": actions})
+    running = {"seeds": seeds, "actions": actions, "resumed": [0, 0, 0, 0]}
+    envs.restore({"entropy": 0, "begun": [1, 1, 1, 1], **running})
     done, truncated = 200, np.zeros(4, bool)
     while not truncated.any():
         *_, truncated, _ = envs.step(np.array([0, 0, WAY[done], 0]))
@@ -373,7 +375,7 @@ def test_after_a_flag_an_episode_begins_at_the_start() -> None:
     level = replace(settings(f"env.emulator={EMULATORS[-1]}").env, num_envs=2, num_workers=1)
     *before, last = WAY
     envs = make_vector_env(level, practice=0.5)
-    running = {"seeds": [0, FROZEN_SEED], "actions": [[], before]}
+    running = {"seeds": [0, FROZEN_SEED], "actions": [[], before], "resumed": [0, 0]}
     envs.restore({"entropy": 0, "begun": [1, 1], **running})
     _, _, terminated, truncated, infos = envs.step(np.array([0, last]))
     assert terminated.tolist() == [False, True]

@@ -282,12 +282,12 @@ def test_where_it_practises_neither_saving_nor_stopping_changes_anything(tmp_pat
         "env.num_envs=6",
         "env.stuck_steps=8",
         "agent.batch_size=12",
-        "total_steps=600",
+        "total_steps=384",
         "agent.replay_capacity=300",
     )
     config = config_of("ppo", *given)
     whole = train(config, tmp_path / "whole")
-    first = train(config, tmp_path / "first", stops_at=300, kind=EagerTrainer)
+    first = train(config, tmp_path / "first", stops_at=192, kind=EagerTrainer)
     second = train(config, tmp_path / "second", resume=latest(first), kind=EagerTrainer)
     assert_same(latest(whole), latest(second))
 
@@ -304,17 +304,33 @@ def test_another_number_of_workers_changes_nothing(
         assert (tensor == leaves(models[1])[name]).all()
 
 
-def test_what_was_found_best_and_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of("dqn", "checkpoint.every=32", "checkpoint.keep=2")
-    run = tmp_path / "run"
+    run, save, saved = tmp_path / "run", checkpoint.save, []
+
+    def watch(path: Path, content: dict[str, Any]) -> None:
+        if latest(run).exists():  # as long as it is the latest, its memory is there
+            step = checkpoint.load(latest(run))["step"]
+            assert (latest(run).parent / f"replay_{step:09d}.pt").exists()
+        save(path, content)
+        saved.append(path.name)
+
+    monkeypatch.setattr(checkpoint, "save", watch)
     train(config, run)
+    steps = (32, 64, 96, 128)
+    expected = [(f"replay_{s:09d}.pt", f"step_{s:09d}.pt", "latest.pt") for s in steps]
+    assert saved == [name for names in expected for name in names]
     names = {path.name for path in (run / "checkpoints").iterdir()}
     kept = {f"step_{TOTAL - 32:09d}.pt", f"step_{TOTAL:09d}.pt", f"replay_{TOTAL:09d}.pt"}
     assert names == {"latest.pt"} | kept
+    latest(run).write_bytes(b"damaged")
+    assert checkpoint.newest_whole(latest(run))[0].name == f"step_{TOTAL:09d}.pt"
 
 
 def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
-    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=384")
+    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=320")
     found = []
 
     class Judged(StoppedTrainer):
@@ -326,7 +342,15 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
     whole = [(average, step) for average, step in found if average is not None]
     assert len(whole) > 2
     best = max(whole, key=lambda each: (each[0], -each[1]))[1]
-    assert checkpoint.load(run / "checkpoints" / "best.pt")["step"] == best
+    path = run / "checkpoints" / "best.pt"
+    content = checkpoint.load(path)
+    assert content["step"] == best
+    # nothing worse replaces it when the run goes on in its folder
+    content["exploration"]["latest"] = [1e6] * 100
+    checkpoint.save(path, content)
+    config.total_steps = 352
+    train(config, run, resume=latest(run))
+    assert checkpoint.load(path)["step"] == best
 
 
 @pytest.mark.parametrize(

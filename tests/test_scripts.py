@@ -108,16 +108,16 @@ def test_checkpoints_hold_plain_data_under_the_documented_keys(trained: Path) ->
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     trained: Path, tmp_path: Path
 ) -> None:
-    for name, seed in (("same", 42), ("other", 43)):
-        folder = tmp_path / name
+    for seed, steps in ((42, 96), (43, 32)):
+        folder = tmp_path / str(seed)
         done = run_script(
-            *("train.py", *SMALL, "env.emulator=nes_py", "total_steps=96"),
+            *("train.py", *SMALL, "env.emulator=nes_py", f"total_steps={steps}"),
             *(f"seed={seed}", f"hydra.run.dir={folder}"),
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("env.emulator=libretro") == 1  # a hint, once
-        is_same = without_speed(metrics_of(folder)) == without_speed(metrics_of(trained))
-        assert is_same == (seed == 42)
+        lines = without_speed(metrics_of(trained))[: steps // 32]
+        assert (without_speed(metrics_of(folder)) == lines) == (seed == 42)
 
 
 def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_script
 
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
 from icm.errors import UserError
-from icm.soak.files import KINDS
+from icm.soak.files import KINDS, forged, forgeries
 from icm.soak.pieces import compare
 from icm.soak.program import QUICK, Findings, Training, end_all
 
@@ -44,6 +45,23 @@ def test_every_kind_of_damage_is_refused_or_harmless(
         damaged = KINDS[kind](whole, random.Random(number), canary)
         assert damaged != whole
         path.write_bytes(damaged)
+        for read in (checkpoint.load, lambda path: read_checkpoint(str(path))):
+            with suppress(UserError):
+                read(path)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_forgery_runs_anything(alone: bool, trained: Path, tmp_path: Path) -> None:
+    whole = (trained / "checkpoints" / "latest.pt").read_bytes()
+    path, canary = tmp_path / "latest.pt", tmp_path / "CANARY"
+    path.write_bytes(forged(whole, forgeries(canary)[0], alone=alone))
+    with suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert canary.exists()  # so it runs where pickles are trusted
+    canary.unlink()
+    for forgery in forgeries(canary):
+        path.write_bytes(forged(whole, forgery, alone=alone))
         for read in (checkpoint.load, lambda path: read_checkpoint(str(path))):
             with suppress(UserError):
                 read(path)

@@ -83,7 +83,7 @@ def test_a_job_whose_time_is_up_saves_and_comes_again(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     run = folder / "0_"
     given = ("-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={folder}")
-    launcher = forked_training(tmp_path, *given, *SMALL, "total_steps=512")
+    launcher = forked_training(tmp_path, *given, *SMALL, "total_steps=320")
     wait_for_lines(run, 1, launcher.is_alive)
     (job,) = [
         each
@@ -99,7 +99,7 @@ def test_a_job_whose_time_is_up_saves_and_comes_again(tmp_path: Path) -> None:
     _, saved, again = output.split("Starting with JobEnvironment")
     assert "saved step " in saved
     assert "of running episodes again" in again
-    assert [line["step"] for line in metrics_of(run)] == list(range(32, 513, 32))
+    assert [line["step"] for line in metrics_of(run)] == list(range(32, 321, 32))
 
 
 def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import make_env, make_vector_env
-from icm.envs.vector import WorkerVectorEnv
+from icm.envs.vector import CALM, WorkerVectorEnv
 from icm.errors import UserError
 from icm.processes import SIGNALS
 
@@ -260,6 +260,10 @@ def test_episodes_that_make_a_worker_fail_are_cut_but_not_again_and_again(
         frames = observations[0]
         assert (frames == frames[0]).all()  # an episode has begun
         assert frames.any()
+        envs._cut_at -= CALM  # as if that had been long ago
+        assert envs.step(np.array([99, 0, 0]))[3][0]
+        assert envs.failures == 4
+        envs.step(np.zeros(3, int))
         workers = workers_of(envs)
         with pytest.raises(RuntimeError, match=r"(?s)worker 1 .*Traceback.*KeyError: 99"):
             envs.step(np.array([99, 0, 0]))

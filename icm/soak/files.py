@@ -193,9 +193,13 @@ SPELLINGS = [
 
 
 def _forged(whole: bytes, chance: random.Random, canary: Path) -> bytes:
-    """A pickle that runs a command, fills the memory, or never ends, alone or in a good one."""
+    return forged(whole, chance.choice(forgeries(canary)), alone=chance.random() < 0.5)
+
+
+def forgeries(canary: Path) -> list[bytes]:
+    """Of pickles that run a command, which creates `canary`, fill the memory, or never end."""
     command = _text(f"touch {canary}")
-    forgeries = [
+    return [
         b"cposix\nsystem\n" + command + b"\x85R",
         b"cbuiltins\neval\n" + _text(f"open({str(canary)!r}, 'w')") + b"\x85R",
         b"cbuiltins\n__import__\n" + _text("os") + b"\x85R",
@@ -212,10 +216,13 @@ def _forged(whole: bytes, chance: random.Random, canary: Path) -> bytes:
         b"cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R",
         b"cos\nenviron\n}" + _text("PATH") + _text("x") + b"sb",
     ]
+
+
+def forged(whole: bytes, forgery: bytes, *, alone: bool) -> bytes:
+    """A checkpoint with this in its pickle, or with nothing else in it."""
     members = _members(whole)
     name = _pickle(members)
-    forgery = chance.choice(forgeries)
-    if chance.random() < 0.5:
+    if alone:
         members[name] = b"\x80\x02" + forgery + b"."
     else:  # as one more entry of what a good file holds
         end = members[name].rindex(b"u.")
