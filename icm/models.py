@@ -61,11 +61,11 @@ class InputNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map uint8 states (..., C, H, W) to float32 of the same shape."""
+        if self.mode == "contrast":
+            return CONTRAST * contrast_normalised(states)
         x = states.to(torch.float32)
         if self.mode == "standard":
             return (x - self.mean) / self.std
-        if self.mode == "contrast":
-            return CONTRAST * contrast_normalised(states)
         if self.mode == "scale":
             return x / 255
         return F.normalize(x, dim=-3)

@@ -150,11 +150,13 @@ class Replay:
         look_back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)  # C-1 … 0
         age = self.age[slots, envs]
         back = torch.minimum(look_back, age.unsqueeze(-1))  # (B, L + 1, C)
-        states = self.frames[(slots.unsqueeze(-1) - back) % self.num_slots, envs.unsqueeze(-1)]
+        which = (slots.unsqueeze(-1) - back) % self.num_slots * self.num_envs + envs.unsqueeze(-1)
+        # much faster than indexing, because whole frames are copied
+        states = self.frames.flatten(0, 1).index_select(0, which.flatten())
         before = self.actions[(slots - 1) % self.num_slots, envs].long()
         at = (slots[:, :-1], envs)
         return Sequences(
-            states=states,
+            states=states.unflatten(0, which.shape),
             previous=torch.where(age > 0, before, NO_ACTION),
             actions=self.actions[at].long(),
             behaviour=self.behaviour[at],

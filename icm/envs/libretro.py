@@ -42,6 +42,10 @@ ENVIRONMENT_GET_INPUT_BITMASKS = 51 | 0x10000
 ENABLE_VIDEO, HARD_DISABLE_AUDIO = 1, 8
 PIXEL_FORMAT_XRGB8888, PIXEL_FORMAT_RGB565 = 1, 2
 DEVICE_ID_JOYPAD_MASK = 256
+# by a controller's byte in nes-py, in bits: B, (Y), select, start, up, down, left, right, A
+JOYPADS = [byte & 0b11111100 | (byte & 0b10) >> 1 | (byte & 0b1) << 8 for byte in range(256)]
+# of those, each of libretro's buttons: a core asks for 17 in every frame
+PRESSED = [[bits >> button & 1 for button in range(16)] for bits in JOYPADS]
 
 ENVIRONMENT = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_uint, ctypes.c_void_p)
 VIDEO_REFRESH = ctypes.CFUNCTYPE(
@@ -211,9 +215,7 @@ class Frontend:
         if port > 1:
             return 0
         pressed = self.buttons[port]
-        # bits: B, (Y), select, start, up, down, left, right, A
-        joypad = pressed & 0b11111100 | (pressed & 0b10) >> 1 | (pressed & 0b1) << 8
-        return joypad if button == DEVICE_ID_JOYPAD_MASK else joypad >> button & 1
+        return JOYPADS[pressed] if button == DEVICE_ID_JOYPAD_MASK else PRESSED[pressed][button]
 
 
 class Core:
