@@ -144,7 +144,7 @@ class LeanGame(NESEnv):
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
-    """The specification of a game with cheap frames, see `LeanGame`; as it is, of no Mario game."""
+    """The specification of a Mario game with cheap frames, see `LeanGame`; of another, as it is."""
     kinds = (
         (SuperMarioBrosEnv, _smb_camera, _smb_height, View(32, 240, 0, 256)),
         (SuperMarioBros2Env, _smb2_camera, _level_height, View(0, 240, 32, 256)),
