@@ -413,6 +413,15 @@ def test_rewards_that_are_all_alike_are_not_blown_up() -> None:
     assert scale.std == 1
 
 
+def test_surprises_that_differ_little_are_weighed_all_the_same() -> None:
+    """Those of a forward model that knows nothing yet differ by less than a hundredth."""
+    interest = Interest(limit=2.0, half_life=60)
+    surprise = torch.tensor([1.0, 1.001, 1.002])
+    interest.update(surprise)
+    factors = interest(surprise, interest.usual()).tolist()
+    assert factors == pytest.approx([1.0, 1.0, 2.0], abs=1e-2)
+
+
 def test_sums_run_over_the_time_of_each_environment() -> None:
     """One environment always gets 1, the other 0: a sum over environments would be the same."""
     scale = RewardScale(2, 1e9)

@@ -33,12 +33,9 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 1 as long as the numbers vary by less than a hundredth of their size.
-
-        What is left of the variance of numbers that are all alike is rounding.
-        """
+        """Standard deviation; 1 as long as the numbers do not vary."""
         variance = self.square - self.mean**2
-        return variance**0.5 if variance > 1e-4 * self.square else 1.0
+        return variance**0.5 if variance > 1e-16 else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""
@@ -112,8 +109,12 @@ class RewardScale:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the discounted sums, see `Moments.std`."""
-        return self.moments.std
+        """Standard deviation of the discounted sums; 1 if they vary by less than a hundredth.
+
+        What is left of the variance of sums that are all alike is rounding.
+        """
+        moments = self.moments
+        return moments.std if moments.std**2 > 1e-4 * moments.square else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""
