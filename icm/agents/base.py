@@ -541,7 +541,7 @@ class Agent[Batch](ABC):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; without its generators, otherwise.
+        """Continue where `state_dict` was taken; without its generators, with those that are here.
 
         Raises:
             Exception: of any kind: that is no such state.
