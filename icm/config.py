@@ -391,6 +391,16 @@ def _check(config: Config) -> None:
             raise UserError(f"{name}={value}: must be at least 0")
     if env.size < 16:
         raise UserError(f"env.size={env.size}: must be at least 16")
+    for name, most in (
+        ("env.frame_stack", 255),
+        ("env.size", 256),  # the games' pictures have no more
+        ("agent.hidden", 16_384),
+        ("curiosity.hidden", 16_384),
+        ("curiosity.ensemble", 100),
+    ):
+        for _, value in given(name):
+            if value > most:
+                raise UserError(f"{name}={value}: must be at most {most}")
     for name, number in given(
         "agent.lr",
         "agent.max_grad_norm",
@@ -461,8 +471,6 @@ def _check(config: Config) -> None:
             "agent.warmup_steps=0: must be at least 1 for agent.input_norm=standard, which is "
             "measured then"
         )
-    if env.frame_stack > 255:
-        raise UserError(f"env.frame_stack={env.frame_stack}: must be at most 255")
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
     history = max(env.frame_stack, 2)

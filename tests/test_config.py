@@ -37,6 +37,8 @@ from icm.errors import UserError
         ("env.actions=all", ["env.actions=all", "complex"]),
         ("env.crop=[1,2,3]", ["env.crop=[1, 2, 3]", "in pixels"]),
         ("env.size=8", ["env.size=8", "at least 16"]),
+        ("env.size=257", ["env.size=257", "at most 256"]),
+        ("curiosity.hidden=1000000", ["curiosity.hidden=1000000", "at most 16384"]),
         ("agent=ppo agent.convolutions=0", ["agent.convolutions=0", "at least 1"]),
     ],
 )
