@@ -1,6 +1,7 @@
 """What is drawn of a run, and when."""
 
 import math
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 from conftest import settings
 
 from icm.exploration import Exploration, Recording
-from icm.files import whole
+from icm.files import write_whole
 from icm.viz.gallery import Gallery
 from icm.viz.studio import Drawn
 
@@ -57,7 +58,9 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     assert gallery.studio.assistants is None
 
 
-def test_what_could_not_be_drawn_is_drawn_the_next_time(tmp_path: Path) -> None:
+def test_what_could_not_be_drawn_or_was_due_meanwhile_is_drawn_the_next_time(
+    tmp_path: Path,
+) -> None:
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=10", *SHORT))
     found = explored()
     found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
@@ -68,42 +71,29 @@ def test_what_could_not_be_drawn_is_drawn_the_next_time(tmp_path: Path) -> None:
     for folder in ("maps", "videos"):
         (tmp_path / folder).unlink()
     gallery.update(20, 10, found)
-    drawn = wait(gallery, found, 20)
+    found.visit(
+        21, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
+    )
+    drawn = gallery.update(30, 10, found) or wait(gallery, found, 30)  # it is drawing
     assert drawn.complaints == []
     assert set(drawn.images) == {"map/1-1", "clip/best"}
+    assert list(wait(gallery, found, 31).images) == ["map/1-2"]
     gallery.close()
-
-
-def test_what_is_due_while_it_draws_is_drawn_after_that(tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path, settings("map.every=10", "video.every=0", *SHORT))
-    found = explored()
-    gallery.update(10, 10, found)
-    found.visit(
-        11, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
-    )
-    gallery.update(20, 10, found)
-    assert list(wait(gallery, found, 20).images) == ["map/1-1"]
-    assert list(wait(gallery, found, 21).images) == ["map/1-2"]
-    gallery.close()
-
-
-def draw_for_ever(path: Path) -> dict[str, bytes]:
-    with whole(path) as temporary:
-        temporary.touch()
-        time.sleep(1000)
-    return {}
 
 
 def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, settings("map.every=10", *SHORT))
-    gallery.studio.order(1, [partial(draw_for_ever, tmp_path / "maps" / "1-1.png")])
-    while not list(tmp_path.rglob("*.tmp")):
-        time.sleep(0.05)
+    for_ever = partial(subprocess.call, ["sleep", "1000"], -1, None, None)  # and into that file
+    gallery.studio.order(1, [partial(write_whole, tmp_path / "maps" / "1-1.png", for_ever)])
     assert gallery.studio.assistants is not None
     drawing = psutil.Process(gallery.studio.assistants.processes[0].pid)
+    while not (children := drawing.children()):
+        time.sleep(0.05)
+    assert list(tmp_path.rglob("*.tmp"))
     patience = iter((math.inf, 0.0))  # a signal comes while it waits
     assert gallery.finish(2, explored(), lambda: next(patience)) == []
     assert not drawing.is_running()
+    assert not psutil.wait_procs(children, timeout=10)[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["maps"]
 
 
