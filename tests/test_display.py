@@ -2,12 +2,11 @@
 
 import os
 import pty
-import subprocess
-import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import SMALL, forked_training
 
 from icm.display import Display
 
@@ -45,30 +44,25 @@ def test_a_file_gets_a_plain_line_a_minute_and_a_last_one(
     ]
 
 
-def test_a_terminal_gets_a_live_picture_of_80_columns(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_live_picture_of_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
     ours, theirs = pty.openpty()
-    command = [sys.executable, "scripts/train.py", *SMALL, "total_steps=96"]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
-    running = subprocess.Popen(
-        [*command, f"hydra.run.dir={tmp_path / 'run'}"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-    )
-    os.close(theirs)
+    (tmp_path / "stderr").symlink_to(os.ttyname(theirs))
+    given = (*SMALL, "total_steps=64", f"hydra.run.dir={tmp_path / 'run'}")
+    process = forked_training(tmp_path, *given)
     shown = b""
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError:  # Linux says so when the other end is closed
-        pass
+    while ours in wait([ours, process.sentinel]):
+        shown += os.read(ours, 4096)
+    process.join()
     os.close(ours)
-    printed, _ = running.communicate(timeout=60)
-    assert running.returncode == 0, shown
-    assert b"saved step 96" in printed
+    os.close(theirs)
+    assert process.exitcode == 0, shown
+    assert "saved step 64" in (tmp_path / "stdout").read_text()
     text = shown.decode()
-    assert "96 / 96 steps" in text
+    assert "64 / 64 steps" in text
     assert "steps/s" in text
     assert "cells" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is there again
