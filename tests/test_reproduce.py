@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, killed_training, run_script
+from conftest import SMALL, killed_training, run_script, whole_training
 
-TINY = [s for s in SMALL if s != "device=cpu"] + ["total_steps=96", "checkpoint.every=32"]
+from icm.files import latest
+
 ROWS = (
-    f"+rows.tiny.train={json.dumps(TINY)}".replace('"', "'"),
-    "+rows.tiny.evaluate={sticky:['episodes=1','env.sticky_probability=0.25']}",
-    "+rows.on.train=['total_steps=128']",
-    "+rows.on.evaluate={}",
+    "+rows.tiny.train=[]",
+    "+rows.tiny.evaluate={}",
+    "+rows.on.train=['total_steps=160','checkpoint.every=32']",
+    "+rows.on.evaluate={sticky:['episodes=1','env.sticky_probability=0.25']}",
     "+rows.on.after=tiny",
 )
 
@@ -31,33 +32,31 @@ def steps(path: Path) -> list[int]:
 
 
 def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
-    run = tmp_path / "tiny_seed1"
-    killed_training(run, *TINY, "seed=1", "device=cpu", f"hydra.run.dir={run}")
-    printed = reproduce(tmp_path, "tiny")
+    before = whole_training(tmp_path / "tiny_seed1", *SMALL, "seed=1", "total_steps=64")
+    done = run_script("reproduce.py", "row=on", "seeds=[1]", f"folder={tmp_path}", *ROWS)
+    assert done.returncode == 2  # as if it had been stopped before its end
+    assert "row=on: needs row=tiny of seed 1 first" in done.stderr
+    (tmp_path / "tiny_seed1.metrics.jsonl").touch()
+
+    run, continued = tmp_path / "on_seed1", f"resume={latest(before)}"
+    given = ("total_steps=160", "checkpoint.every=32", "seed=1", "device=cpu")
+    killed_training(run, continued, *given, f"hydra.run.dir={run}")
+    printed = reproduce(tmp_path, "on")
+    assert continued in printed
     assert "of running episodes again" in printed
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("$")] == [
         "train.py",
         "evaluate.py",
     ]
-    assert f"hydra.run.dir={tmp_path}/tiny_seed1" in printed
-    assert steps(tmp_path / "tiny_seed1.metrics.jsonl") == [32, 64, 96]
-    sticky = json.loads((tmp_path / "tiny_seed1.sticky.json").read_text())
-    assert sticky["step"] == 96
+    assert f"hydra.run.dir={run}" in printed
+    assert steps(tmp_path / "on_seed1.metrics.jsonl") == [96, 128, 160]
+    sticky = json.loads((tmp_path / "on_seed1.sticky.json").read_text())
+    assert sticky["step"] == 160
     assert sticky["env"]["sticky_probability"] == 0.25
     table = printed.splitlines()[-3:]
     policies = ["sampled", "greedy", "random"]
     assert [line.split()[:2] for line in table] == [["sticky", policy] for policy in policies]
-    assert reproduce(tmp_path, "tiny").splitlines() == table  # nothing is run again
-
-    summary = tmp_path / "tiny_seed1.metrics.jsonl"
-    summary.rename(tmp_path / "aside")  # as if it had been stopped before its end
-    done = run_script("reproduce.py", "row=on", "seeds=[1]", f"folder={tmp_path}", *ROWS)
-    assert done.returncode == 2
-    assert "row=on: needs row=tiny of seed 1 first" in done.stderr
-    (tmp_path / "aside").rename(summary)
-    continued = f"resume={tmp_path}/tiny_seed1/checkpoints/latest.pt"
-    assert continued in reproduce(tmp_path, "on")
-    assert steps(tmp_path / "on_seed1.metrics.jsonl") == [128]
+    assert reproduce(tmp_path, "on").splitlines() == table  # nothing is run again
 
 
 @pytest.mark.parametrize(
