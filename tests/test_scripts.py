@@ -6,9 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from importlib.metadata import version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -23,12 +23,16 @@ from conftest import (
     metrics_of,
     run_script,
     settings,
-    start_training,
+    unseen,
     wait_for_lines,
+    whole_training,
 )
 
 from icm import checkpoint
-from icm.soak.forked import run_forked
+from icm.config import GameConfig
+from icm.errors import UserError
+from icm.playing import load_agent
+from icm.soak.forked import run_forked, start_forked
 
 # --- what works ---------------------------------------------------------------------------------
 
@@ -124,6 +128,8 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     folder = tmp_path / "resumed"
     done = run_script(
         "train.py",
+        "agent=dqn",  # so that its settings are known
+        "agent.target_tau=0.01",
         f"resume={trained / 'checkpoints' / 'latest.pt'}",
         "total_steps=160",
         "compile=off",  # false for YAML, but not for Hydra
@@ -134,6 +140,7 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     assert "no memory of step" not in done.stdout
     changed = [line for line in done.stdout.splitlines() if line.startswith("changed")]
     assert changed == [
+        "changed: agent.target_tau=0.01, was 0.005",
         "changed: compile=off, was auto",
         "changed: map.every=0, was 32",
         "changed: report.every=0, was 32",
@@ -157,70 +164,42 @@ def test_resume_continues_step_count_schedules_and_memory(trained: Path, tmp_pat
     assert "num_envs: 1" in saved
 
 
-@pytest.mark.parametrize("agent", ["ppo", "pqn"])
-def test_learners_from_rollouts_train_resume_and_play(agent: str, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+@pytest.mark.parametrize(("agent", "network"), [("ppo", "actor_critic"), ("pqn", "qnetwork")])
+def test_learners_from_rollouts_train_and_play(agent: str, network: str, tmp_path: Path) -> None:
     small = [
         f"agent={agent}",
         *(s for s in SMALL[1:] if "steps_per_update" not in s),
         "agent.rollout_steps=16",
         "agent.epochs=1",
     ]
-    done = run_script("train.py", *small, "total_steps=96", f"hydra.run.dir={first}")
-    assert done.returncode == 0, done.stderr
-    latest = first / "checkpoints" / "latest.pt"
-    before = torch.load(latest, weights_only=True)
+    folder = whole_training(tmp_path / "run", *small, "total_steps=96")
+    assert all(line["loss/inverse"] > 0 for line in metrics_of(folder)[1:])
+    path = folder / "checkpoints" / "latest.pt"
+    content = torch.load(path, weights_only=True)
     # after 32 random steps, rollouts of 16, each learned in 2 updates while the next is made
-    assert before["agent"]["updates"] == 2 + 2 + 1
-    assert {"phi", "fnet", "inverse", "actor_critic" if agent == "ppo" else "qnetwork"} <= set(
-        before["models"]
-    )
-    done = run_script(
-        "train.py",
-        f"agent={agent}",  # so that its settings are known
-        "agent.lr=1e-5",
-        f"resume={latest}",
-        "total_steps=128",
-        f"hydra.run.dir={second}",
-    )
+    assert content["agent"]["updates"] == 2 + 2 + 1
+    assert {"phi", "fnet", "inverse", network} <= set(content["models"])
+    done = run_script("play.py", f"ckpt={path}", "render=none", "device=cpu")
     assert done.returncode == 0, done.stderr
-    assert "no memory of step" not in done.stdout
-    after = torch.load(second / "checkpoints" / "latest.pt", weights_only=True)
-    assert after["config"]["agent"]["lr"] == 1e-5
-    assert after["agent"]["updates"] > before["agent"]["updates"]
-    assert all(line["loss/inverse"] > 0 for line in metrics_of(second))
-    done = run_script("evaluate.py", f"ckpt={latest}", "episodes=1", "device=cpu")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["episodes"] == 1
+    assert json.loads(done.stdout)["length"] > 0
 
 
-def test_resume_without_the_memory_fills_a_new_one_and_says_so(
-    trained: Path, tmp_path: Path
-) -> None:
-    alone = tmp_path / "alone.pt"
-    shutil.copy(trained / "checkpoints" / "latest.pt", alone)
-    given = (f"resume={alone}", "total_steps=160", *UNSEEN)
-    done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert "no memory of step" in done.stdout
-    assert "loss/q" in metrics_of(tmp_path / "run")[-1]
-
-
-def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
+def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed_even_without_its_memory(
     trained: Path, tmp_path: Path
 ) -> None:
     saved, folder = tmp_path / "checkpoints", tmp_path / "run"
-    shutil.copytree(trained / "checkpoints", saved)
+    shutil.copytree(trained / "checkpoints", saved, ignore=shutil.ignore_patterns("replay_*"))
     latest = saved / "latest.pt"
     latest.write_bytes(flipped(latest.read_bytes()))
-    given = (f"resume={latest}", "total_steps=128", *UNSEEN)
+    given = (f"resume={latest}", "total_steps=160", *UNSEEN)
     done = run_script("train.py", *given, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
     assert str(latest) in line
     assert line.endswith("going on with step_000000096.pt")
-    assert "running episodes again" in done.stdout
-    assert [line["step"] for line in metrics_of(folder)] == [128]
+    assert "no memory of step" in done.stdout
+    assert [line["step"] for line in metrics_of(folder)] == [128, 160]
+    assert "loss/q" in metrics_of(folder)[-1]  # of a new one
     assert "step_000000096.pt" in (folder / ".hydra" / "config.yaml").read_text()
     (saved / "step_000000096.pt").write_text("damaged, too")
     done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'none'}")
@@ -230,9 +209,8 @@ def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed(
 
 def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
     folder = tmp_path / "tutorial"
-    given = ("total_steps=154", "log.every=77", *UNSEEN)
-    done = run_script("train.py", "preset=tutorial", *given, f"hydra.run.dir={folder}")
-    assert done.returncode == 0, done.stderr
+    given = ("env.emulator=libretro", "total_steps=154", "log.every=77", *UNSEEN)
+    whole_training(folder, "preset=tutorial", *given)
     last = metrics_of(folder)[-1]
     assert 0 < last["loss/q"] < float("inf")
     models = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["models"]
@@ -250,16 +228,17 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
         "    return ImgObsWrapper(RGBImgObsWrapper(gym.make('MiniGrid-Empty-5x5-v0', **kwargs)))\n"
         "gym.register('Rooms-v0', make)\n"
     )
+    script = tmp_path / "train.py"  # whose folder Python looks into
+    script.symlink_to(ROOT / "scripts" / "train.py")
     done = run_script(
-        "train.py",
+        str(script),
         *SMALL,
         "env.emulator=nes_py",
         "env.id=rooms:Rooms-v0",
         "env.crop=[0,0,0,0]",
         "env.action_repeat=1",
-        "total_steps=128",
+        "total_steps=64",
         f"hydra.run.dir={tmp_path / 'run'}",
-        env={"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     last = metrics_of(tmp_path / "run")[-1]
@@ -267,35 +246,10 @@ def test_training_on_another_packages_environment(tmp_path: Path) -> None:
     assert "explore/cells" not in last
 
 
-def started(folder: Path, nohup: bool = False) -> subprocess.Popen[str]:
-    """A training in a session of its own, as of a terminal, that has begun to log."""
-    hangup = signal.SIG_IGN if nohup else signal.SIG_DFL
-    process = start_training(
-        *SMALL,
-        f"hydra.run.dir={folder}",
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
-    )
-    wait_for_lines(folder, 1, lambda: process.poll() is None)
-    return process
-
-
-@pytest.mark.parametrize(
-    ("number", "to_workers", "status"),
-    [
-        (signal.SIGINT, False, 130),
-        (signal.SIGTERM, False, 143),
-        (signal.SIGTERM, True, 143),
-        (signal.SIGHUP, False, 129),
-        (signal.SIGUSR2, True, 140),
-    ],
-)
-def test_a_signal_saves_and_ends_with_its_status(
-    number: signal.Signals, to_workers: bool, status: int, tmp_path: Path
+def assert_a_signal_saves_and_ends(
+    number: signal.Signals, to_workers: bool, process: BaseProcess, place: Path
 ) -> None:
-    folder = tmp_path / "run"
-    process = forked_training(tmp_path, *SMALL, f"hydra.run.dir={folder}")
-    wait_for_lines(folder, 1, process.is_alive)
+    """Of a training in the folder `run`, of a place where its output is, too."""
     assert process.pid is not None
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)  # as a terminal does
@@ -304,22 +258,41 @@ def test_a_signal_saves_and_ends_with_its_status(
         worker.send_signal(number)
     process.join(60)
     process.kill()  # nothing happens to one that has ended
-    assert process.exitcode == status
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + number
+    assert "Traceback" not in (place / "stderr").read_text()
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    step = checkpoint.load(folder / "checkpoints" / "latest.pt")["step"]
-    assert metrics_of(folder)[-1]["step"] == step // 32 * 32  # the last whole interval
-    assert (folder / "checkpoints" / f"step_{step:09d}.pt").is_file()
+    step = checkpoint.load(place / "run" / "checkpoints" / "latest.pt")["step"]
+    assert metrics_of(place / "run")[-1]["step"] == step // 32 * 32  # the last whole interval
+    assert (place / "run" / "checkpoints" / f"step_{step:09d}.pt").is_file()
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
-    process = started(tmp_path / "run", nohup=True)
-    before = len(metrics_of(tmp_path / "run"))
-    process.send_signal(signal.SIGHUP)
-    wait_for_lines(tmp_path / "run", before + 3, lambda: process.poll() is None)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+@pytest.mark.parametrize(
+    ("number", "to_workers"),
+    [(signal.SIGTERM, True), (signal.SIGHUP, False), (signal.SIGUSR2, True)],
+)
+def test_a_signal_saves_and_ends_with_its_status(
+    number: signal.Signals, to_workers: bool, tmp_path: Path
+) -> None:
+    process = forked_training(tmp_path, *SMALL, f"hydra.run.dir={tmp_path / 'run'}")
+    wait_for_lines(tmp_path / "run", 1, process.is_alive)
+    assert_a_signal_saves_and_ends(number, to_workers, process, tmp_path)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing_but_ctrl_c_does(tmp_path: Path) -> None:
+    folder, script = tmp_path / "run", tmp_path / "nohup.py"
+    script.write_text(
+        "import runpy, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+    )
+    given = (*SMALL, f"hydra.run.dir={folder}")
+    process = start_forked(str(script), given, unseen(), tmp_path, session=True)
+    wait_for_lines(folder, 1, process.is_alive)
+    assert process.pid is not None
+    before = len(metrics_of(folder))
+    os.kill(process.pid, signal.SIGHUP)
+    wait_for_lines(folder, before + 3, process.is_alive)
+    assert_a_signal_saves_and_ends(signal.SIGINT, False, process, tmp_path)
 
 
 def test_learning_that_breaks_down_ends_in_one_line(tmp_path: Path) -> None:
@@ -332,7 +305,9 @@ def test_learning_that_breaks_down_ends_in_one_line(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = started(folder)
+    process = forked_training(tmp_path, *SMALL, f"hydra.run.dir={folder}")
+    wait_for_lines(folder, 1, process.is_alive)
+    assert process.pid is not None
     found = psutil.Process(process.pid).children(recursive=True)
     workers = [worker for worker in found if "spawn_main" in " ".join(worker.cmdline())]
     for worker in workers:
@@ -340,10 +315,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     main, spent = psutil.Process(process.pid), None
     while spent != (spent := sum(main.cpu_times()[:2])):  # until it waits for them
         time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == -signal.SIGINT
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == -signal.SIGINT
     for worker in workers:
         worker.resume()
     assert workers
@@ -353,7 +329,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 def test_play_prints_one_json_line_per_episode(trained: Path) -> None:
     done = run_script(
-        "play.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "episodes=2", "render=none"
+        *("play.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=6"),
+        *("episodes=2", "render=none"),
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -367,9 +344,8 @@ def test_play_prints_one_json_line_per_episode(trained: Path) -> None:
 
 def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "game.mp4"
-    done = run_script(
-        "play.py", f"ckpt={trained / 'checkpoints' / 'latest.pt'}", f"out={out}", "greedy=true"
-    )
+    given = (f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=6", "greedy=true")
+    done = run_script("play.py", *given, f"out={out}")
     assert done.returncode == 0, done.stderr
     length = json.loads(done.stdout)["length"]
     reader = imageio.get_reader(out)
@@ -401,18 +377,18 @@ def test_play_writes_animations_and_single_pictures_of_the_game_alone(
 
 def test_play_opens_a_window_where_there_is_a_display(trained: Path, tmp_path: Path) -> None:
     # SDL's driver without a screen; nobody closes the window
-    environment = os.environ | {"SDL_VIDEODRIVER": "dummy", "CUDA_VISIBLE_DEVICES": ""}
+    environment = unseen() | {"SDL_VIDEODRIVER": "dummy"}
     latest = trained / "checkpoints" / "latest.pt"
-    command = [sys.executable, ROOT / "scripts" / "play.py", f"ckpt={latest}", "speed=8"]
-    with subprocess.Popen(
-        [*command, "env.stuck_steps=6"], env=environment, stdout=subprocess.PIPE, text=True
-    ) as running:
-        assert running.stdout is not None
-        line = running.stdout.readline()
-        assert json.loads(line)["length"] >= 6
-        assert running.poll() is None
-        running.terminate()
-        running.communicate()
+    given = (f"ckpt={latest}", "speed=8", "env.stuck_steps=6")
+    process = start_forked("play.py", given, environment, tmp_path)
+    printed = tmp_path / "stdout"
+    while not (printed.exists() and printed.read_text().endswith("\n")):
+        assert process.is_alive()
+        time.sleep(0.05)
+    assert json.loads(printed.read_text())["length"] >= 6
+    assert process.is_alive()
+    process.terminate()
+    process.join()
     # but who wants a file gets one
     given = (f"ckpt={latest}", "speed=8", "env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}")
     ended = run_forked("play.py", given, environment, timeout=120)
@@ -427,6 +403,7 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
         "episodes=2",
         "env.stuck_steps=1",
         "env.id=SuperMarioBros-1-2-v0",
+        "env.emulator=libretro",
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
@@ -437,6 +414,7 @@ def test_evaluate_ends_with_json_and_prints_a_table(trained: Path) -> None:
     assert result["levels"] == ["1-2"]
     assert result["env"]["stuck_steps"] == 1  # trained with 20
     assert result["env"]["id"] == "SuperMarioBros-1-2-v0"  # and on 1-1
+    assert result["env"]["emulator"] == "libretro"  # and on nes_py
     assert result["env"]["sticky_probability"] == 0  # as trained
     assert result["random"]["length_mean"] == 1  # nobody runs 15 pixels in his first 6 frames
     for key in ("distance_mean", "distance_stderr", "flag_rate", "past_200", "past_948"):
@@ -495,21 +473,17 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("learning_rate=1", ["learning_rate"]),
         ("agent.learning_rate=1", ["learning_rate"]),
         ("preset=nothing", ["nothing", "tutorial"]),
         ("env.num_envs=many", ["env.num_envs", "many"]),
         ("env.num_envs=0", ["env.num_envs=0", "at least 1"]),
-        ("total_steps=0", ["total_steps=0", "at least 1"]),
         ("agent.replay_capacity=100000000000", ["agent.replay_capacity", "GB", "would fit"]),
         ("env.crop=[300,0,0,0]", ["env.crop"]),
         ("env.id=SuperMarioBros-9-9-v0", ["SuperMarioBros-9-9-v0"]),
         ("env.id=CartPole-v1", ["CartPole-v1", "uint8 images"]),
-        ("precision=float64", ["precision=float64", "bf16"]),
         ("device=gpu", ["device=gpu", "cuda"]),
         ("device=cuda", ["device=cuda", "0 CUDA devices"]),
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
-        ("total_steps=", ["total_steps"]),
         ("=", ["unknown setting"]),
     ],
 )
@@ -622,29 +596,27 @@ def bad_checkpoint(kind: str, trained: Path, tmp_path: Path) -> Path:
     return path
 
 
-EVERY_KIND = (
-    "missing", "empty", "truncated", "flipped", "text", "foreign", "pickle", "directory", "sizes",
-    "game", "hollow", "nan",
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing", "empty", "truncated", "flipped", "text", "foreign", "pickle", "directory",
+        "sizes", "game", "nan", "endless", "hollow", "listed",
+    ],
 )  # fmt: skip
+def test_a_bad_checkpoint_is_not_loaded(kind: str, trained: Path, tmp_path: Path) -> None:
+    path = bad_checkpoint(kind, trained, tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_agent(path, torch.device("cpu"), GameConfig(None, None, None, None, None))
 
 
 @pytest.mark.parametrize(
-    ("script", "kind"),
-    [
-        *(("play.py", kind) for kind in EVERY_KIND),
-        *(
-            ("train.py", kind)
-            for kind in ("missing", "truncated", "sizes", "hollow", "listed", "endless")
-        ),
-        *(("evaluate.py", kind) for kind in ("missing", "game")),
-    ],
+    ("script", "kind"), [("play.py", "flipped"), ("train.py", "sizes"), ("evaluate.py", "game")]
 )
 def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_path: Path) -> None:
     path = bad_checkpoint(kind, trained, tmp_path)
     if script == "train.py":
-        done = run_script(
-            script, f"resume={path}", "total_steps=500", f"hydra.run.dir={tmp_path / 'run'}"
-        )
+        folder = f"hydra.run.dir={tmp_path / 'run'}"
+        done = run_script(script, f"resume={path}", "total_steps=500", folder)
     else:
         done = run_script(script, f"ckpt={path}", "device=cpu")
     assert_refused(done, str(path))
@@ -659,7 +631,6 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("evaluate.py", ["episodes=-3"], ["episodes=-3"]),
         ("evaluate.py", ["env.stuck_steps=-1"], ["env.stuck_steps=-1"]),
         ("play.py", ["env.id=CartPole-v1"], ["CartPole-v1"]),
-        ("play.py", ["episodes=some"], ["episodes"]),
         ("play.py", ["render=film"], ["render=film", "video"]),
         ("play.py", ["render=human"], ["render=human", "display"]),
         ("play.py", ["render=video", "out=film.avi"], ["film.avi", ".mp4"]),
@@ -669,8 +640,6 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("play.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("evaluate.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("play.py", ["speed=0"], ["speed=0", "between"]),
-        ("play.py", ["device=cuda"], ["device=cuda"]),
-        ("evaluate.py", ["speed=2"], ["speed"]),
     ],
 )
 def test_players_refuse(script: str, arguments: list[str], words: list[str], trained: Path) -> None:
@@ -682,9 +651,9 @@ def test_players_refuse(script: str, arguments: list[str], words: list[str], tra
 def test_what_cannot_go_on_is_not_resumed(trained: Path, tmp_path: Path) -> None:
     latest = trained / "checkpoints" / "latest.pt"
     folder = f"hydra.run.dir={tmp_path / 'run'}"
-    for same in ((), ("preset=default", "agent=dqn", "curiosity=icm")):
-        done = run_script("train.py", f"resume={latest}", *same, folder)
-        assert_refused(done, "total_steps=96")
+    same = ("preset=default", "agent=dqn", "curiosity=icm")
+    done = run_script("train.py", f"resume={latest}", *same, folder)
+    assert_refused(done, "total_steps=96")
     done = run_script("train.py", f"resume={latest}", "preset=tutorial", folder)
     assert_refused(done, "preset=tutorial")
     done = run_script("train.py", f"resume={latest}", "agent=pqn", folder)
