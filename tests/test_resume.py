@@ -1,10 +1,10 @@
 """A run that was stopped and resumed is the run that was not, to the last bit."""
 
-import functools
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, settings
+from filelock import FileLock
 
 from icm import checkpoint
 from icm.config import Config
 from icm.device import resolve_device
 from icm.envs import action_count, make_vector_env
+from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError
 from icm.factory import build_agent
 from icm.files import latest
@@ -31,6 +33,9 @@ LEARNERS = {
     "ppo": ["agent=ppo", *ROLLOUTS],
     "pqn": ["agent=pqn", *ROLLOUTS],
 }
+STOPS = 64, 96, 100
+IDLE: dict[str, WorkerVectorEnv] = {}
+"""Environments of trainings that have ended, by their settings, for those that come."""
 
 
 class StoppedTrainer(Trainer):
@@ -78,38 +83,83 @@ def config_of(learner: str, *more: str) -> Config:
     return settings(*given)
 
 
+@contextmanager
+def environments(config: Config, used: bool) -> Generator[WorkerVectorEnv]:
+    """New ones, or `used` ones if there are some: those tell nothing of scenery they have shown."""
+    name = repr((config.env, config.practice))
+    kept = IDLE.pop(name, None) if used else None
+    envs = kept or make_vector_env(config.env, scenery=True, practice=config.practice)
+    are_idle = name not in IDLE
+    try:
+        yield envs
+    except Exception as error:
+        are_idle &= isinstance(error, UserError)  # of a checkpoint, before any step
+        raise
+    finally:
+        if are_idle:
+            IDLE[name] = envs
+        else:
+            envs.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while IDLE:
+        IDLE.popitem()[1].close()
+
+
 def train(
     config: Config,
     folder: Path,
     stops_at: int = 0,
     resume: Path | None = None,
     kind: type[StoppedTrainer] = StoppedTrainer,
+    used: bool = False,
 ) -> Path:
-    """Train until a step; the run folder."""
-    envs = make_vector_env(config.env, scenery=True, practice=config.practice)
-    try:
+    """Train until a step; the run folder. `used`: see `environments`."""
+    with environments(config, used) as envs:
         shape: Any = envs.single_observation_space.shape
         actions = action_count(envs.single_action_space)
         agent = build_agent(config, shape, actions, resolve_device(config.device))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         trainer = kind(agent, envs, folder, config)
         trainer.stops_at = stops_at
         if resume is not None:
             trainer.resume(resume)
         stopped_by = trainer.run()
         assert stopped_by == (signal.SIGTERM if stops_at else None)
-    finally:
-        envs.close()
     return folder
 
 
-@pytest.fixture(scope="module")
-def trained_until(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run folder of a training of `config_of` until a step: one for all tests, to be read."""
+def stop_of(*given: str) -> int:
+    """Where else a training of `config_of` stops: at random, but always there."""
+    rng = np.random.default_rng([*" ".join(given).encode()])
+    return 2 * int(rng.integers(1, TOTAL // 2))
 
-    @functools.cache
-    def run(stops_at: int, learner: str, *more: str) -> Path:
-        return train(config_of(learner, *more), tmp_path_factory.mktemp(learner), stops_at)
+
+@pytest.fixture(scope="module")
+def trained_until(for_all: Path) -> Callable[..., Path]:
+    """The run folder of a training of `config_of` until a step, 0: its end; for all, to be read.
+
+    It is one training, which saves as it would if it were stopped, and a copy is made of its folder
+    there: at `STOPS`, and at its own of `stop_of`.
+    """
+
+    def run(stops_at: int, *given: str) -> Path:
+        folder = for_all / "stopped" / ",".join(given)
+
+        class CopiedTrainer(StoppedTrainer):
+            def _show(self, drawn: Drawn | None) -> None:
+                if self.step in (*STOPS, stop_of(*given)):
+                    self.save()
+                    shutil.copytree(self.folder, folder / str(self.step))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (whole := folder / "0").exists():
+                train(config_of(*given), whole, kind=CopiedTrainer)
+        return folder / str(stops_at)
 
     return run
 
@@ -151,28 +201,36 @@ def metrics_of(*folders: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("learner", "more"),
+    ("given", "kind"),
     [
-        ("dqn", []),
-        ("ppo", []),
-        ("pqn", []),
-        ("ppo", ["curiosity=random_features", "env.sticky_probability=0.25"]),
-        ("ppo", ["curiosity=rnd", "curiosity.episodic_scale=null"]),
-        ("ppo", ["curiosity=disagreement", "env.noisy_tv=always"]),
-        ("dqn", ["curiosity=none", "env.emulator=nes_py"]),
-        ("pqn", ["curiosity.extrinsic_coef=1", "curiosity.surprise_limit=null"]),
+        (("dqn",), EagerTrainer),
+        (("ppo",), StoppedTrainer),
+        (
+            ("pqn", "curiosity=rnd", "curiosity.surprise_limit=null", "curiosity.extrinsic_coef=1"),
+            EagerTrainer,
+        ),
+        (
+            (
+                *("ppo", "curiosity=random_features", "curiosity.episodic_scale=null"),
+                "env.sticky_probability=0.25",
+            ),
+            StoppedTrainer,
+        ),
+        (("ppo", "curiosity=disagreement", "env.noisy_tv=always"), StoppedTrainer),
+        (("dqn", "curiosity=none", "env.emulator=nes_py"), StoppedTrainer),
     ],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(
-    learner: str, more: list[str], tmp_path: Path, trained_until: Callable[..., Path]
+    given: tuple[str, ...],
+    kind: type[StoppedTrainer],
+    tmp_path: Path,
+    trained_until: Callable[..., Path],
 ) -> None:
-    config = config_of(learner, *more)
-    whole = trained_until(0, learner, *more)
-    rng = np.random.default_rng(len(" ".join([learner, *more])))
-    stop = 2 * int(rng.integers(1, TOTAL // 2))
-    first = train(config, tmp_path / "first", stop)
+    """Also if it then observes as early as if it saved in every step."""
+    stop = stop_of(*given)
+    whole, first = trained_until(0, *given), trained_until(stop, *given)
     assert checkpoint.load(latest(first))["step"] == stop
-    second = train(config, tmp_path / "second", resume=latest(first))
+    second = train(config_of(*given), tmp_path / "second", resume=latest(first), kind=kind)
     assert_same(latest(whole), latest(second))
     assert_same(memory(whole), memory(second))
     lines = metrics_of(whole)
@@ -184,10 +242,9 @@ def test_a_run_that_still_lives_is_resumed_with_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_until: Callable[..., Path]
 ) -> None:
     """Which it replaces with its next checkpoint, be it when that has just been read."""
-    config = config_of("ppo")
     whole = trained_until(0, "ppo")
-    first = train(config, tmp_path / "first", 64)
-    later = train(config, tmp_path / "later", 96)
+    first = shutil.copytree(trained_until(64, "ppo"), tmp_path / "first")
+    later = trained_until(96, "ppo")
     load, live = checkpoint.load, [later]
 
     def load_slowly(path: Path) -> dict[str, Any]:
@@ -198,7 +255,7 @@ def test_a_run_that_still_lives_is_resumed_with_its_memory(
         return content
 
     monkeypatch.setattr(checkpoint, "load", load_slowly)
-    second = train(config, tmp_path / "second", resume=latest(first))
+    second = train(config_of("ppo"), tmp_path / "second", resume=latest(first))
     assert_same(latest(whole), latest(second))
     assert len(metrics_of(second)) == 1  # from the later one on
 
@@ -206,35 +263,46 @@ def test_a_run_that_still_lives_is_resumed_with_its_memory(
 def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
     tmp_path: Path,
 ) -> None:
-    given = ("practice=0.5", "total_steps=480", "agent.batch_size=8", "env.id=SuperMarioBros-v0")
-    config = config_of("ppo", *given, "seed=2")  # whose lives are long enough to go back
+    """There it is stopped, and saving at other steps then changes nothing either."""
+    given = (
+        "practice=0.75",
+        "env.num_envs=4",
+        "env.id=SuperMarioBros-v0",
+        "agent.batch_size=8",
+        "agent.replay_capacity=240",
+        "total_steps=320",
+    )
+    # whose lives are long enough to go back, in step 148, and in step 240 to where another one is
+    config = config_of("ppo", *given, "seed=4")
     whole = train(config, tmp_path / "whole", kind=PractisingTrainer)
     first = train(config, tmp_path / "first", stops_at=1, kind=PractisingTrainer)
     stopped = checkpoint.load(latest(first))["step"]
-    assert 0 < stopped < config.total_steps - 64
-    second = train(config, tmp_path / "second", resume=latest(first), kind=PractisingTrainer)
+    assert 0 < stopped < config.total_steps - 128
+    start, second = latest(first), tmp_path / "second"
+    train(config, second, resume=start, kind=EagerTrainer)
     assert_same(latest(whole), latest(second))
     assert_same(memory(whole), memory(second))
+    assert metrics_of(first, second) == metrics_of(whole)
 
     config.practice = 0.0  # what has been practised is no episode of those that do not
-    third = train(config, tmp_path / "third", stopped + 2, latest(first))
+    third = train(config, tmp_path / "third", stopped + 4, start)
     running = checkpoint.load(latest(third))["episodes"]["actions"]
-    assert [len(actions) for actions in running] == [1, 1]
+    assert [len(actions) for actions in running] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"rollout_steps": 24}, {"sequence_length": 8}, {"batch_size": 2, "epochs": 2}],
+    [{"rollout_steps": 24}, {"sequence_length": 8}, {"batch_size": 4, "epochs": 2}],
     ids=str,
 )
 def test_rollouts_of_other_settings_are_not_gone_on_with(
     change: dict[str, int], tmp_path: Path, trained_until: Callable[..., Path]
 ) -> None:
-    config = config_of("ppo", "agent.batch_size=4")
-    first = trained_until(100, "ppo", "agent.batch_size=4")
+    config = config_of("ppo")
+    first = trained_until(100, "ppo")
     vars(config.agent).update(change)
     config.total_steps = 192
-    second = train(config, tmp_path / "second", resume=latest(first))
+    second = train(config, tmp_path / "second", resume=latest(first), used=True)
     content = checkpoint.load(latest(second))
     updates = checkpoint.load(latest(first))["agent"]["updates"]
     assert content["agent"]["updates"] > updates
@@ -261,35 +329,9 @@ def test_the_latest_metrics_are_those_from_before_until_there_are_newer_ones(
     tmp_path: Path, trained_until: Callable[..., Path]
 ) -> None:
     first = trained_until(100, "ppo")
-    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first))
+    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first), used=True)
     before, now = (checkpoint.load(latest(run))["metrics"] for run in (first, second))
     assert now == before != {}
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_at_which_steps_it_saves_changes_nothing(
-    learner: str, tmp_path: Path, trained_until: Callable[..., Path]
-) -> None:
-    seldom = trained_until(0, learner)
-    often = train(config_of(learner), tmp_path / "often", kind=EagerTrainer)
-    assert_same(latest(seldom), latest(often))
-    assert metrics_of(seldom) == metrics_of(often)
-
-
-def test_where_it_practises_neither_saving_nor_stopping_changes_anything(tmp_path: Path) -> None:
-    given = (
-        "practice=0.88",
-        "env.num_envs=6",
-        "env.stuck_steps=8",
-        "agent.batch_size=12",
-        "total_steps=384",
-        "agent.replay_capacity=300",
-    )
-    config = config_of("ppo", *given)
-    whole = train(config, tmp_path / "whole")
-    first = train(config, tmp_path / "first", stops_at=192, kind=EagerTrainer)
-    second = train(config, tmp_path / "second", resume=latest(first), kind=EagerTrainer)
-    assert_same(latest(whole), latest(second))
 
 
 def test_another_number_of_workers_changes_nothing(
@@ -318,7 +360,7 @@ def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
         saved.append(path.name)
 
     monkeypatch.setattr(checkpoint, "save", watch)
-    train(config, run)
+    train(config, run, used=True)
     steps = (32, 64, 96, 128)
     expected = [(f"replay_{s:09d}.pt", f"step_{s:09d}.pt", "latest.pt") for s in steps]
     assert saved == [name for names in expected for name in names]
@@ -330,7 +372,15 @@ def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
 
 
 def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
-    config = config_of("dqn", "checkpoint.every=32", "env.stuck_steps=1", "total_steps=320")
+    given = (
+        "checkpoint.every=32",
+        "env.num_envs=4",
+        "env.stuck_steps=1",
+        "env.noop_max=0",
+        "agent.steps_per_update=32",
+        "total_steps=320",
+    )
+    config = config_of("dqn", *given)
     found = []
 
     class Judged(StoppedTrainer):
@@ -349,31 +399,31 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
     content["exploration"]["latest"] = [1e6] * 100
     checkpoint.save(path, content)
     config.total_steps = 352
-    train(config, run, resume=latest(run))
+    train(config, run, resume=latest(run), used=True)
     assert checkpoint.load(path)["step"] == best
 
 
 @pytest.mark.parametrize(
-    ("learner", "change", "learn_from"),
-    [("ppo", "env.num_envs=4", 64 + 32), ("dqn", "agent.replay_capacity=400", 64 + 32)],
+    ("learner", "change", "total"),
+    [("ppo", "env.num_envs=4", 160), ("dqn", "agent.replay_capacity=400", 128)],
 )
 def test_a_memory_of_another_size_is_filled_anew(
     learner: str,
     change: str,
-    learn_from: int,
+    total: int,
     tmp_path: Path,
     trained_until: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = trained_until(64, learner)
-    longer = config_of(learner, change, "total_steps=192")
-    second = train(longer, tmp_path / "second", resume=latest(first))
+    other = config_of(learner, change, f"total_steps={total}")
+    second = train(other, tmp_path / "second", resume=latest(first), used=True)
     assert "no memory of step 64 and of this size beside" in capsys.readouterr().out
     content = checkpoint.load(latest(second))
-    assert content["step"] == 192
+    assert content["step"] == total
     before = checkpoint.load(latest(first))["exploration"]["latest"]
     assert content["exploration"]["latest"][: len(before)] == before != []
-    assert content["agent"]["learn_from"] == learn_from
+    assert content["agent"]["learn_from"] == 64 + 32
     assert content["agent"]["updates"] > checkpoint.load(latest(first))["agent"]["updates"]
 
 
@@ -399,7 +449,7 @@ def test_on_another_core_new_episodes_begin(
     content = checkpoint.load(latest(first))
     assert content["core"] == "fceumm_libretro"
     checkpoint.save(latest(first), content | {"core": "quicknes_libretro"})
-    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first))
+    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first), used=True)
     assert "core is fceumm_libretro, was quicknes_libretro" in capsys.readouterr().out
     episodes = checkpoint.load(latest(second))["episodes"]
     assert [len(actions) for actions in episodes["actions"]] == [1, 1]
@@ -408,11 +458,11 @@ def test_on_another_core_new_episodes_begin(
 def test_a_damaged_best_checkpoint_keeps_nothing_from_going_on(
     tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = shutil.copytree(trained_until(64, "ppo"), tmp_path / "run")
+    run = shutil.copytree(trained_until(100, "ppo"), tmp_path / "run")
     (run / "checkpoints" / "best.pt").write_bytes(b"damaged")
-    train(config_of("ppo"), run, resume=latest(run))
+    train(config_of("ppo"), run, 102, latest(run), used=True)
     assert "best.pt" in capsys.readouterr().err
-    assert checkpoint.load(latest(run))["step"] == TOTAL
+    assert checkpoint.load(latest(run))["step"] == 102
 
 
 def without_agent(content: dict[str, Any]) -> None:
@@ -469,4 +519,4 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_is_one_line(
     change(content)
     checkpoint.save(path, content)
     with pytest.raises(UserError, match=rf"{path.name}: incomplete or of another version"):
-        train(config_of("ppo"), tmp_path / "second", resume=latest(run))
+        train(config_of("ppo"), tmp_path / "second", resume=latest(run), used=True)
