@@ -1,22 +1,25 @@
 """Several learners of one agent, started by torchrun."""
 
+import os
 import signal
 import socket
-import subprocess
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import UNSEEN, metrics_of, run_script, saved_training, unseen, whole_training
+from conftest import ROOT, UNSEEN, metrics_of, run_script, unseen, whole_training
 
 from icm import checkpoint
+from icm.files import latest
 from icm.soak.forked import start_forked
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 COMMON = (
     "env.emulator=libretro",
     "env.num_envs=8",
+    "env.num_workers=1",
     "env.stuck_steps=20",  # short episodes
     "agent.warmup_steps=160",
     "agent.replay_capacity=4000",
@@ -43,19 +46,47 @@ DQN = (
     "curiosity=disagreement",
     "curiosity.episodic_scale=null",
     "agent.steps_per_update=16",
+    "agent.warmup_steps=80",
+    "total_steps=440",
+    "checkpoint.every=160",
 )
 
 
-def ranks(folder: Path, *given: str, launcher: tuple[str, ...]) -> subprocess.Popen[str]:
-    """A training that has a checkpoint by now."""
-    how = {"launcher": launcher, "stderr": subprocess.DEVNULL}
-    return saved_training(folder, *given, f"hydra.run.dir={folder}", **how)
+AS_A_RANK = """
+import sys
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "icm"]:
+    del sys.modules[name]  # imported before this was a rank
+"""
+LAUNCHER = f"""{AS_A_RANK}
+from torch.distributed.run import main
+
+main()
+"""
 
 
-def assert_same(run: Path, other: Path) -> None:
+def ranks(place: Path, run: Path, *given: str) -> BaseProcess:
+    """torchrun, whose training has a checkpoint in its run folder by now; it forks two ranks."""
+    launcher = place / "torchrun.py"
+    launcher.write_text(LAUNCHER)
+    # or the second attempt may read what the first has left in it, and wait for ever
+    environment = unseen() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    arguments = (
+        *("--standalone", "--nproc-per-node=2", "--max-restarts=1"),
+        *("--start-method=fork", "--run-path", str(ROOT / "scripts" / "train.py")),
+        *(*given, f"hydra.run.dir={run}"),
+    )
+    training = start_forked(str(launcher), arguments, environment, place, session=True)
+    while not latest(run).exists():
+        assert training.is_alive()
+        time.sleep(0.01)
+    return training
+
+
+def assert_same(run: Path, other: Path, total: int) -> None:
     """Two runs did the same, and what they learned differs by rounding alone."""
     one, two = (checkpoint.load(each / "checkpoints" / "latest.pt") for each in (run, other))
-    assert one["step"] == two["step"] == 560
+    assert one["step"] == two["step"] == total
     assert one["agent"]["updates"] == two["agent"]["updates"] >= 20
     assert one["episodes"] == two["episodes"]
     for name, weights in one["models"].items():
@@ -63,18 +94,18 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    # or the second attempt may read what the first has left in it, and wait for ever
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    expected = whole_training(tmp_path / "alone", *PPO)
-    run = tmp_path / "ranks"
-    training = ranks(run, *PPO, launcher=(*TORCHRUN, "--max-restarts=1"))
+    expected, run = whole_training(tmp_path / "alone", *PPO), tmp_path / "ranks"
+    training = ranks(tmp_path, run, *PPO)
+    # what a rank starts has its environment from its beginning
     of_it = psutil.Process(training.pid).children(recursive=True)
-    second = next(p for p in of_it if "RANK" in (env := p.environ()) and env["RANK"] == "1")
+    second = next(p.parent() for p in of_it if p.environ().get("RANK") == "1")
+    assert second is not None
     second.kill()
-    assert training.wait(120) == 0
-    assert_same(expected, run)
+    training.join(120)
+    assert training.exitcode == 0
+    assert_same(expected, run, 560)
     lines, told = metrics_of(expected), metrics_of(run)
     assert [line["step"] for line in told] == [80, 160, 240, 320, 400, 480, 560]
     for line, its in zip(lines, told, strict=True):
@@ -96,12 +127,13 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
     expected = whole_training(tmp_path / "alone", *DQN)
     run = tmp_path / "ranks"
-    training = ranks(run, *DQN, launcher=TORCHRUN)
-    training.send_signal(signal.SIGTERM)
-    assert training.wait(60) != 0
-    saved = checkpoint.load(run / "checkpoints" / "latest.pt")["step"]
-    assert 320 <= saved < 560
-    assert_same(expected, whole_training(run, *DQN))
+    training = ranks(tmp_path, run, *DQN)
+    assert training.pid is not None
+    os.kill(training.pid, signal.SIGTERM)
+    training.join(60)
+    assert training.exitcode != 0
+    assert 160 <= checkpoint.load(latest(run))["step"] < 440
+    assert_same(expected, whole_training(run, *DQN), 440)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +154,7 @@ def test_what_ranks_cannot_do_is_one_line(
     assert not folder.exists()
 
 
-OF_EACH_RANK = """
-import sys
-
-for name in [name for name in sys.modules if name.partition(".")[0] == "icm"]:
-    del sys.modules[name]  # imported before this was a rank
+OF_EACH_RANK = f"""{AS_A_RANK}
 import torch
 from icm.collectives import average_, own, together
 from icm.curiosity import ICM
