@@ -219,6 +219,7 @@ def metrics_of(*folders: Path) -> list[dict[str, Any]]:
         (("ppo", "curiosity=disagreement", "env.noisy_tv=always"), StoppedTrainer),
         (("dqn", "curiosity=none", "env.emulator=nes_py"), StoppedTrainer),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(
     given: tuple[str, ...],
