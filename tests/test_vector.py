@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,11 @@ from conftest import ROOT, settings
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
-from icm.envs import make_env, make_vector_env
+from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.vector import CALM, WorkerVectorEnv
 from icm.errors import UserError
 from icm.processes import SIGNALS
+from icm.ranks import CORES
 
 # three environments whose episodes end in the third step at the latest
 ENV = replace(settings("env.emulator=libretro").env, num_envs=3, num_workers=2, stuck_steps=3)
@@ -42,6 +43,13 @@ def vector_env(config: EnvConfig = ENV, scenery: bool = False) -> Generator[Work
 
 def workers_of(envs: WorkerVectorEnv) -> list[psutil.Process]:
     return [psutil.Process(process.pid) for process in envs._workers.processes]
+
+
+@pytest.fixture(scope="module")
+def envs() -> Iterator[WorkerVectorEnv]:
+    """Environments for all tests that leave them as they were; each begins with a reset."""
+    with vector_env() as shared:
+        yield shared
 
 
 class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
@@ -94,13 +102,16 @@ def expected() -> list[Any]:
     return play(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3, None])
-@pytest.mark.parametrize("busy_cores", [0, 9])
+@pytest.mark.parametrize(
+    ("num_workers", "busy_cores", "processes"),
+    [(1, 9, 1), (9, 9, 3), (None, 0, min(CORES, 3))],  # at most as many as environments
+)
 def test_steps_are_those_of_gymnasium_whatever_the_number_of_workers(
-    num_workers: int | None, busy_cores: int, expected: list[Any]
+    num_workers: int | None, busy_cores: int, processes: int, expected: list[Any]
 ) -> None:
     assert sum("episode" in infos for *_, infos in expected) > 2
     envs = make_vector_env(replace(ENV, num_workers=num_workers), busy_cores)
+    assert len(workers_of(envs)) == processes
     assert_equal(play(envs), expected)
 
 
@@ -115,41 +126,39 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
 
 
-def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_be() -> None:
-    rng = np.random.default_rng(0)
-    given = [rng.integers(0, 12, 3) for _ in range(12)]
-    with vector_env() as envs, vector_env(ONE_WORKER) as all_at_work:
-        for e in (envs, all_at_work):
-            e.reset(seed=5)
-        rested, stood = list[int](), np.empty(0)
-        for actions in given:
-            found, expected = envs.step(actions), all_at_work.step(actions)
-            ended = expected[2] | expected[3]
-            awake = [row for row in range(3) if row not in rested]
-            for results, wanted in zip(found[:4], expected[:4], strict=True):
-                assert_equal(results[awake], wanted[awake])
-            if rested:
-                assert (found[0][0] == stood).all()
-                assert not found[2][0]
-                assert not found[3][0]
-                assert not found[4].get("_episode", np.zeros(1))[0]
-            elif ended[0]:
-                envs.rest([0])
-                rested, stood = [0], found[0][0].copy()
-        assert rested
-        assert (envs.reset(seed=5)[0] == all_at_work.reset(seed=5)[0]).all()
-        assert (envs.step(given[0])[0] == all_at_work.step(given[0])[0]).all()
+def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_be(
+    envs: WorkerVectorEnv, expected: list[Any]
+) -> None:
+    rng = np.random.default_rng(0)  # the same actions as there
+    assert_equal(envs.reset(seed=5)[0], expected[0][0])
+    rested, stood = list[int](), np.empty(0)
+    for wanted in expected[1:]:
+        found = envs.step(rng.integers(0, 12, 3))
+        ended = wanted[2] | wanted[3]
+        awake = [row for row in range(3) if row not in rested]
+        for results, all_of_them in zip(found[:4], wanted[:4], strict=True):
+            assert_equal(results[awake], all_of_them[awake])
+        if rested:
+            assert (found[0][0] == stood).all()
+            assert not found[2][0]
+            assert not found[3][0]
+            assert not found[4].get("_episode", np.zeros(1))[0]
+        elif ended[0]:
+            envs.rest([0])
+            rested, stood = [0], found[0][0].copy()
+    assert rested
+    assert (envs.reset(seed=5)[0] == expected[0][0]).all()
+    actions = np.random.default_rng(0).integers(0, 12, 3)
+    assert (envs.step(actions)[0] == expected[1][0]).all()
 
 
-def test_episodes_tell_how_to_play_them_again() -> None:
+def test_episodes_tell_how_to_play_them_again(envs: WorkerVectorEnv) -> None:
     rng, episodes, given = np.random.default_rng(0), [], list[np.ndarray]()
-    with vector_env() as envs:
-        envs.reset(seed=5)
-        for _ in range(12):
-            given.append(rng.integers(0, 12, 3))
-            infos = envs.step(given[-1])[-1]
-            if infos.get("_episode", [False])[0]:
-                episodes.append({k: v[0] for k, v in infos["episode"].items()})
+    envs.reset(seed=5)
+    for _ in range(12):
+        given.append(rng.integers(0, 12, 3))
+        ended = episodes_in(envs.step(given[-1])[-1])
+        episodes += [ended[0]] if 0 in ended else []
     assert len(episodes) > 1
     done = 0  # steps, of which the first of an episode after the first has no action
     for number, episode in enumerate(episodes):
@@ -160,41 +169,42 @@ def test_episodes_tell_how_to_play_them_again() -> None:
         done += episode["length"]
 
 
-@pytest.mark.parametrize(
-    ("emulator", "steps"),
-    [("nes_py", 0), ("nes_py", 9), *(("libretro", n) for n in (0, 2, 3, 4, 9))],
-)
-def test_another_one_goes_on_where_one_was(emulator: str, steps: int) -> None:
-    config = replace(ENV, emulator=emulator, sticky_probability=0.25)
-    given = np.random.default_rng(0).integers(0, 12, (steps + 8, 3))
+def test_another_one_goes_on_where_one_was() -> None:
+    config = replace(ENV, sticky_probability=0.25)
+    moments = (0, 2, 3, 4, 9)  # of an episode its start, middle, end and what follows
+    given = np.random.default_rng(0).integers(0, 12, (moments[-1] + 8, 3))
     with vector_env(config) as envs:
         envs.reset(seed=5)
-        last = [envs.step(actions) for actions in given[:steps]]
-        state = envs.state_dict()
-        later = [envs.step(actions)[:4] for actions in given[steps:]]
-        end = envs.state_dict()
-    assert state["begun"] != end["begun"]
+        states, steps = [envs.state_dict()], []
+        for actions in given:
+            steps.append(envs.step(actions))
+            states.append(envs.state_dict())
+    assert states[0]["begun"] != states[8]["begun"]
     with vector_env(replace(config, num_workers=1)) as envs:
-        observations, ended, infos = envs.restore(json.loads(json.dumps(state)))
-        assert envs.state_dict() == state
-        if last:
-            assert (observations == last[-1][0]).all()
-            assert (ended == last[-1][2] | last[-1][3]).all()
-            assert (infos["cell"] == last[-1][4]["cell"]).all()
-        assert_equal([envs.step(actions)[:4] for actions in given[steps:]], later)
-        assert envs.state_dict() == end
+        for done in reversed(moments):
+            state = states[done]
+            observations, ended, infos = envs.restore(json.loads(json.dumps(state)))
+            assert envs.state_dict() == state
+            if done:
+                last = steps[done - 1]
+                assert (observations == last[0]).all()
+                assert (ended == last[2] | last[3]).all()
+                assert (infos["cell"] == last[4]["cell"]).all()
+            for step in range(done, done + 8):
+                assert_equal(envs.step(given[step])[:4], steps[step][:4])
+            assert envs.state_dict() == states[done + 8]
 
 
-def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:
-    with vector_env(ONE_WORKER) as envs:
-        envs.reset(seed=5)
-        assert envs.step(np.array([3, 3, 3]))[-1]["scenery"] == []
+def test_scenery_is_passed_on_once_if_it_is_wanted(envs: WorkerVectorEnv) -> None:
+    envs.reset(seed=5)
+    assert envs.step(np.array([3, 3, 3]))[-1]["scenery"] == []
     found = []
-    for parts in ([[0], [1, 2]], [[2, 0], [1]]):
-        with vector_env(scenery=True) as envs:
-            envs._balance.rows = parts
-            envs.reset(seed=5)
-            found.append([envs.step(np.array([3, 3, 3]))[-1]["scenery"] for _ in range(5)])
+    with vector_env(scenery=True) as watched:
+        for parts in ([[2, 0], [1]], [[1], [0, 2]]):  # those that move are new ones: all of them
+            watched._balance.rows = parts
+            watched._balance.wanted = np.array([len(part) for part in parts], float)
+            watched.reset(seed=5)
+            found.append([watched.step(np.array([3, 5, 0]))[-1]["scenery"] for _ in range(5)])
     steps, others = found
     # in the same order whoever steps them: what is shown first stays
     for one, other in zip(steps, others, strict=True):
@@ -208,36 +218,26 @@ def test_scenery_is_passed_on_once_if_it_is_wanted() -> None:
     ] * 3
 
 
-def test_an_unseeded_reset_goes_on_with_the_seeds() -> None:
+def test_an_unseeded_reset_goes_on_with_the_seeds(envs: WorkerVectorEnv) -> None:
     def seeds_after_reset(seed: int | None) -> list[int]:
         envs.reset(seed=seed)
         return envs._arrays["seeds"].tolist()
 
-    with vector_env(ONE_WORKER) as envs:
-        first = [seeds_after_reset(seed) for seed in (1, None, None)]
-        assert len(set(itertools.chain(*first))) == 9
-        assert [seeds_after_reset(seed) for seed in (1, None, None)] == first
+    first = [seeds_after_reset(seed) for seed in (1, None, None)]
+    assert len(set(itertools.chain(*first))) == 9
+    assert [seeds_after_reset(seed) for seed in (1, None, None)] == first
 
 
-@pytest.mark.parametrize(("num_workers", "processes"), [(1, 1), (2, 2), (9, 3)])
-def test_there_are_at_most_as_many_workers_as_environments(
-    num_workers: int, processes: int
-) -> None:
-    with vector_env(replace(ENV, num_workers=num_workers)) as envs:
-        assert len(workers_of(envs)) == processes
-
-
-def test_results_are_copies() -> None:
-    with vector_env(ONE_WORKER) as envs:
-        first, infos = envs.reset(seed=0)
-        kept = first.copy(), infos["cell"].copy()
-        step = envs.step(np.array([3, 3, 3]))
-        kept_step = [array.copy() for array in step[:4]]
-        for _ in range(4):
-            envs.step(np.array([4, 3, 3]))
-        assert (first == kept[0]).all()
-        assert (infos["cell"] == kept[1]).all()
-        assert all((a == b).all() for a, b in zip(step[:4], kept_step, strict=True))
+def test_results_are_copies(envs: WorkerVectorEnv) -> None:
+    first, infos = envs.reset(seed=0)
+    kept = first.copy(), infos["cell"].copy()
+    step = envs.step(np.array([3, 3, 3]))
+    kept_step = [array.copy() for array in step[:4]]
+    for _ in range(4):
+        envs.step(np.array([4, 3, 3]))
+    assert (first == kept[0]).all()
+    assert (infos["cell"] == kept[1]).all()
+    assert all((a == b).all() for a, b in zip(step[:4], kept_step, strict=True))
 
 
 def test_episodes_that_make_a_worker_fail_are_cut_but_not_again_and_again(
@@ -272,15 +272,17 @@ def test_episodes_that_make_a_worker_fail_are_cut_but_not_again_and_again(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-@pytest.mark.parametrize("when", ["before", "early", "late"])
-def test_in_place_of_a_worker_that_dies_another_goes_on(
-    when: str, expected: list[Any], capsys: pytest.CaptureFixture[str]
+def test_in_place_of_a_worker_that_dies_or_hangs_another_goes_on(
+    expected: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     envs = make_vector_env(ENV, busy_cores=9)  # the second worker steps late
-    stepped = 0
+    # in steps in which all episodes begin, 4, 8 and 12, and in others
+    fates = {2: "late", 4: "before", 6: "before", 8: "early", 10: "early", 11: "hangs", 12: "late"}
+    patience, stepped = envs._patience, 0
+    victims = list[psutil.Process]()
 
-    class Killing:
-        """Kills a worker in every third step."""
+    class Failing:
+        """Kills a worker, or lets it hang."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(envs, name)
@@ -288,39 +290,28 @@ def test_in_place_of_a_worker_that_dies_another_goes_on(
         def step(self, actions: np.ndarray) -> Any:
             nonlocal stepped
             stepped += 1
-            victim = workers_of(envs)[when == "late"]
-            if stepped % 3 == 0 and when == "before":
-                victim.kill()
-            elif stepped % 3 == 0:
-                victim.suspend()
+            if stepped not in fates:
+                return envs.step(actions)
+            fate = fates[stepped]
+            victims.append(workers_of(envs)[fate == "late"])
+            if fate == "before":
+                victims[-1].kill()
+            else:
+                victims[-1].suspend()
             envs.step_async(actions)
-            if stepped % 3 == 0:
-                victim.kill()
+            if fate != "hangs":
+                victims[-1].kill()
+            envs._patience = 3.0 if fate == "hangs" else patience
             return envs.step_wait()
 
-    assert_equal(play(Killing()), expected)
-    assert envs.failures == 4
-    said = capsys.readouterr().err.splitlines()
-    number = int(when == "late")
-    line = (
-        f"worker {number} of the environments failed, and begins anew: it ended with exit code -9"
-    )
-    assert said == [line] * 4
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_in_place_of_a_worker_that_hangs_another_goes_on(expected: list[Any]) -> None:
-    envs = make_vector_env(ENV)
-    observations, _ = envs.reset(seed=5)
-    envs._patience = 3.0
-    hanging = workers_of(envs)[0]
-    assert (observations == expected[0][0]).all()
-    hanging.suspend()
-    actions = np.random.default_rng(0).integers(0, 12, 3)
-    assert (envs.step(actions)[0] == expected[1][0]).all()
-    assert envs.failures == 1
-    assert not hanging.is_running()
-    envs.close()
+    assert_equal(play(Failing()), expected)
+    assert not any(victim.is_running() for victim in victims)
+    assert envs.failures == len(fates)
+    assert capsys.readouterr().err.splitlines() == [
+        f"worker {int(fate == 'late')} of the environments failed, and begins anew: "
+        + ("it did not answer for 3 seconds" if fate == "hangs" else "it ended with exit code -9")
+        for fate in fates.values()
+    ]
 
 
 def test_closing_ends_the_workers_in_the_middle_of_a_step_and_twice() -> None:
@@ -334,7 +325,7 @@ def test_closing_ends_the_workers_in_the_middle_of_a_step_and_twice() -> None:
 
 
 def test_forgetting_ends_the_workers() -> None:
-    envs = make_vector_env(ENV)
+    envs = make_vector_env(ONE_WORKER)
     workers = workers_of(envs)
     del envs
     assert not any(worker.is_running() for worker in workers)
@@ -354,12 +345,14 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def start(
+    tmp_path: Path, how: str, config: EnvConfig
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A process with environments in workers, which it never closes itself."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     process = subprocess.Popen(
-        [sys.executable, script, repr(vars(ENV)), how],
+        [sys.executable, script, repr(vars(config)), how],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -368,12 +361,12 @@ def start(tmp_path: Path, how: str) -> tuple[subprocess.Popen[str], list[psutil.
     )
     assert process.stdout is not None
     pids = process.stdout.readline().split()
-    assert len(pids) == 2
+    assert len(pids) == config.num_workers
     return process, [psutil.Process(int(pid)) for pid in pids]
 
 
 def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
-    process, workers = start(tmp_path, "stay")
+    process, workers = start(tmp_path, "stay", ENV)
     if sys.platform == "linux":  # the memory is that of a file which is gone already
         maps = Path(f"/proc/{workers[0].pid}/maps").read_text().splitlines()
         shared = [line for line in maps if "/pym-" in line]
@@ -387,7 +380,7 @@ def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_program_that_does_not_close_them_ends_all_the_same(tmp_path: Path) -> None:
-    process, workers = start(tmp_path, "end")
+    process, workers = start(tmp_path, "end", ONE_WORKER)
     assert process.wait(timeout=60) == 0
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
@@ -395,26 +388,25 @@ def test_a_program_that_does_not_close_them_ends_all_the_same(tmp_path: Path) ->
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has other signals")
 def test_workers_are_deaf_to_signals_for_everybody_and_this_process_is_not() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with vector_env() as envs:
+    with vector_env(ONE_WORKER) as envs:
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-        for worker in workers_of(envs):
-            worker.send_signal(signal.SIGINT)
-            worker.send_signal(signal.SIGTERM)
-            if sys.platform == "linux":  # from the first moment: inherited
-                status = Path(f"/proc/{worker.pid}/status").read_text()
-                blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
-                assert all(blocked >> (number - 1) & 1 for number in SIGNALS)
+        (worker,) = workers_of(envs)
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGTERM)
+        if sys.platform == "linux":  # from the first moment: inherited
+            status = Path(f"/proc/{worker.pid}/status").read_text()
+            blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+            assert all(blocked >> (number - 1) & 1 for number in SIGNALS)
         envs.reset(seed=0)
-        assert all(worker.is_running() for worker in workers_of(envs))
+        assert worker.is_running()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_workers_do_not_load_torch() -> None:
-    with vector_env() as envs:
-        for worker in workers_of(envs):
-            maps = Path(f"/proc/{worker.pid}/maps").read_text()
-            assert "numpy" in maps
-            assert "libtorch" not in maps
+def test_workers_do_not_load_torch(envs: WorkerVectorEnv) -> None:
+    for worker in workers_of(envs):
+        maps = Path(f"/proc/{worker.pid}/maps").read_text()
+        assert "numpy" in maps
+        assert "libtorch" not in maps
 
 
 def test_a_mistake_is_found_before_there_are_workers() -> None:
