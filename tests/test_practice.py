@@ -2,7 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ GAME = replace(
 )
 
 
+ACTIONS = np.random.default_rng(0).choice(12, 76, p=RUNNING).tolist()
+
+
 def replayed(env: Env, seed: int, actions: list[int]) -> tuple[np.ndarray, dict[str, Any]]:
     state, info = env.reset(seed=seed)
     for action in actions:
@@ -30,71 +35,77 @@ def replayed(env: Env, seed: int, actions: list[int]) -> tuple[np.ndarray, dict[
     return state, info
 
 
-def step(env: Env, action: int) -> list[Any]:
-    state, reward, terminated, truncated, info = env.step(action)
-    cell, lost = info["cell"].tolist(), info["life_lost"]
-    return [state.tobytes(), reward, terminated, truncated, cell, lost, info.get("episode")]
+def outcome(state: np.ndarray, *ends: Any) -> list[Any]:
+    """What a step has given, so that it can be compared."""
+    *others, info = ends
+    return [state.tobytes(), *others, info["cell"].tolist(), info["life_lost"], info.get("episode")]
+
+
+@cache
+def plainly(emulator: str) -> list[list[Any]]:
+    """What the actions give in an episode with seed 7 of which nobody takes snapshots."""
+    env = make_env(replace(GAME, emulator=emulator))
+    env.reset(seed=7)
+    outcomes = [outcome(*env.step(action)) for action in ACTIONS]
+    env.close()
+    return outcomes
+
+
+def played(emulator: str, number: int) -> tuple[Env, Snapshots]:
+    """An environment that has gone through so many steps of that, and its snapshots."""
+    env = make_env(replace(GAME, emulator=emulator))
+    snapshots = Snapshots(env)
+    env.reset(seed=7)
+    snapshots.begin(7)
+    for action, expected in zip(ACTIONS[:number], plainly(emulator)[:number], strict=True):
+        state, *ends, info = env.step(action)
+        assert outcome(state, *ends, info) == expected
+        snapshots.add(action, state, info)
+    return env, snapshots
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)
 def test_going_back_is_playing_again(emulator: str) -> None:
-    config = replace(GAME, emulator=emulator)
-    actions = np.random.default_rng(0).choice(12, 120, p=RUNNING).tolist()
-    env, plain = make_env(config), make_env(config)
-    snapshots = Snapshots(env)
-    env.reset(seed=7)
-    snapshots.begin(7)
-    for action in actions:
-        state, *_, info = env.step(action)
-        snapshots.add(action, state, info)
+    plain = plainly(emulator)
+    env, snapshots = played(emulator, len(ACTIONS))
     for length in (70, 69, 2 * EVERY):  # ever further back
-        found = snapshots.go_back(7, actions[:length])
+        found = snapshots.go_back(7, ACTIONS[:length])
         assert found is not None
         assert found.done == length // EVERY * EVERY
-        state, _ = replayed(plain, 7, actions[: found.done])
-        assert (found.state == state).all()
-        for action in actions[found.done :][:40]:
-            assert step(env, action) == step(plain, action)
-    assert snapshots.go_back(7, actions[:EVERY]) is not None
-    assert snapshots.go_back(7, [*actions[:5], 11 - actions[5]]) is None  # another way
-    assert snapshots.go_back(8, actions[:EVERY]) is None  # another episode
-    assert snapshots.go_back(7, actions[: EVERY - 1]) is None  # before the first one
+        assert found.state.tobytes() == plain[found.done - 1][0]
+        for number in range(found.done, found.done + 12):
+            assert outcome(*env.step(ACTIONS[number])) == plain[number]
+    assert snapshots.go_back(7, ACTIONS[:EVERY]) is not None
+    assert snapshots.go_back(7, [*ACTIONS[:5], 11 - ACTIONS[5]]) is None  # another way
+    assert snapshots.go_back(8, ACTIONS[:EVERY]) is None  # another episode
+    assert snapshots.go_back(7, ACTIONS[: EVERY - 1]) is None  # before the first one
     env.close()
-    plain.close()
 
 
 @pytest.mark.parametrize("emulator", EMULATORS)
 def test_another_environment_goes_on_from_a_snapshot(emulator: str) -> None:
-    config = replace(GAME, emulator=emulator)
-    actions = np.random.default_rng(0).choice(12, 60, p=RUNNING).tolist()
-    env, other, plain = make_env(config), make_env(config), make_env(config)
-    snapshots, others = Snapshots(env), Snapshots(other)
-    env.reset(seed=7)
-    snapshots.begin(7)
-    for action in actions:
-        state, *_, info = env.step(action)
-        snapshots.add(action, state, info)
+    env, snapshots = played(emulator, 3 * EVERY)
+    other = make_env(replace(GAME, emulator=emulator))
+    others = Snapshots(other)
     other.reset(seed=8)
     others.begin(8)
-    assert snapshots.trail.reach(7, actions[:EVERY]) == EVERY
-    assert snapshots.trail.reach(7, actions[: EVERY - 1]) == 0
-    assert snapshots.trail.reach(8, actions[:EVERY]) == 0
-    assert others.trail.reach(7, actions[:EVERY]) == 0
+    assert snapshots.trail.reach(7, ACTIONS[:EVERY]) == EVERY
+    assert snapshots.trail.reach(7, ACTIONS[: EVERY - 1]) == 0
+    assert snapshots.trail.reach(8, ACTIONS[:EVERY]) == 0
+    assert others.trail.reach(7, ACTIONS[:EVERY]) == 0
     others.take_over(snapshots.trail)
-    found = others.go_back(7, actions[: 3 * EVERY - 1])
+    found = others.go_back(7, ACTIONS[: 3 * EVERY - 1])
     assert found is not None
     assert found.done == 2 * EVERY
-    replayed(plain, 7, actions[: found.done])
     state, *_, info = env.step(0)
     snapshots.add(0, state, info)  # both go on for themselves
-    for number, action in enumerate(actions[found.done :]):
-        assert step(other, action) == step(plain, action)
-        if number == 10:
+    for number in range(found.done, found.done + 24):
+        assert outcome(*other.step(ACTIONS[number])) == plainly(emulator)[number]
+        if number == found.done + 8:
             env.close()  # nothing of it is used any more
-    assert snapshots.trail.reach(7, actions[: 3 * EVERY]) == 3 * EVERY
-    assert snapshots.trail.reach(7, [11 - actions[0], *actions[1:EVERY]]) == 0
+    assert snapshots.trail.reach(7, ACTIONS[: 3 * EVERY]) == 3 * EVERY
+    assert snapshots.trail.reach(7, [11 - ACTIONS[0], *ACTIONS[1:EVERY]]) == 0
     other.close()
-    plain.close()
 
 
 def test_of_long_ago_few_snapshots_are_kept() -> None:
@@ -115,15 +126,24 @@ def test_of_long_ago_few_snapshots_are_kept() -> None:
 
 def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
     config = replace(GAME, emulator=EMULATORS[-1], num_envs=4, num_workers=2)
-    alone = make_env(config)
     rng = np.random.default_rng(0)
-    given = [rng.choice(12, 4, p=RUNNING) for _ in range(200)]
+    given = [rng.choice(12, 4, p=RUNNING) for _ in range(100)]
 
     envs = make_vector_env(config, practice=0.75)
     assert envs._arrays["practises"].tolist() == [False, True, True, True]
-    envs.reset(seed=3)
+    observations, infos = envs.reset(seed=11)  # in which each of the three dies
     returned = 0
     before = envs.state_dict()
+    # what has been seen after which actions of which episode: the same whenever it is seen again
+    seen: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+
+    def see(row: int, state: dict[str, Any]) -> None:
+        way = (state["seeds"][row], *state["actions"][row])
+        here = observations[row].tobytes(), infos["cell"][row].tobytes()
+        assert seen.setdefault(way, here) == here
+
+    for row in range(4):
+        see(row, before)
     ended = np.zeros(4, bool)
     results = []
     for number, actions in enumerate(given):
@@ -145,27 +165,27 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
                 assert begins == before["actions"][row][: len(begins)]
             assert len(begins) % EVERY == 0  # where there is a snapshot
             assert state["resumed"][row] == len(begins)
-            expected, info = replayed(alone, state["seeds"][row], begins)
-            assert (observations[row] == expected).all()
-            assert (infos["cell"][row] == info["cell"]).all()
+            assert (seed, *begins) in seen
             assert not infos["life_lost"][row]
             assert rewards[row] == 0
             returned += 1
+        for row in range(4):
+            see(row, state)
         ended = terminated | truncated
         assert ended[1:][infos["life_lost"][1:]].all()
         assert infos.get("_episode", np.zeros(4, bool)).tolist() == [ended[0], False, False, False]
         before = state
-        if number == 149:
+        if number == 74:
             saved = json.loads(json.dumps(state))
-    assert returned > 5
+    assert returned > 3
     envs.close()
-    alone.close()
 
+    # and it is what playing all of it again gives
     envs = make_vector_env(replace(config, num_workers=1), practice=0.75)
     envs.restore(saved)
-    again = [envs.step(actions) for actions in given[150:]]
+    again = [envs.step(actions) for actions in given[75:]]
     envs.close()
-    for one, other in zip(again, results[150:], strict=True):
+    for one, other in zip(again, results[75:], strict=True):
         for found, expected in zip(one[:4], other[:4], strict=True):
             assert (found == expected).all()
 
@@ -186,20 +206,37 @@ def test_short_lives_do_not_lead_ever_further_back() -> None:
     assert 70 < ways[Middle(1, 49 * EVERY, knows=True)] < 100
 
 
-TOGETHER, APART = [[0, 1, 2]], [[0, 1], [2]]
-LEVEL = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=40").env
+TOGETHER, APART = [[0, 1, 2], []], [[0, 1], [2]]
+LEVEL = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=16").env
+
+
+def three_of_which_two_practise(collector: str = "local") -> WorkerVectorEnv:
+    config = replace(LEVEL, num_envs=3, num_workers=2)
+    return make_vector_env(config, collector=collector, practice=0.67)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[WorkerVectorEnv]:
+    """Such environments for many tests, each of which begins new episodes in them."""
+    envs = three_of_which_two_practise()
+    yield envs
+    envs.close()
 
 
 def until_one_is_cut(
-    parts: list[list[int]], played: int = 0, cut: int = 1, collector: str = "local"
+    parts: list[list[int]],
+    played: int = 0,
+    cut: int = 1,
+    collector: str = "local",
+    envs: WorkerVectorEnv | None = None,
 ) -> tuple[WorkerVectorEnv, int]:
     """Three environments, these in each worker, of which 1 and 2 practise; and a number on WAY.
 
     `cut` is one of these. It has gone so far on it, and then stood until it was cut; the next
-    action of the other one is that of the number.
+    action of the other one is that of the number. `envs`: which; new ones by default.
     """
-    config = replace(LEVEL, num_envs=3, num_workers=len(parts))
-    envs = make_vector_env(config, collector=collector, practice=0.67)
+    envs = envs or three_of_which_two_practise(collector)
+    envs.reset(seed=0)  # forgets the snapshots of tests before
     envs._balance.rows = [part.copy() for part in parts]
     actions = [[], WAY[:100], WAY[:100]]
     actions[cut] = WAY[:played]
@@ -231,13 +268,12 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
 
 
 @pytest.mark.parametrize("parts", [TOGETHER, APART])
-@pytest.mark.parametrize("played", [0, 130])
+@pytest.mark.parametrize("played", [0, 110])
 @pytest.mark.parametrize("cut", [1, 2])
 def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
-    parts: list[list[int]], played: int, cut: int
+    parts: list[list[int]], played: int, cut: int, three: WorkerVectorEnv
 ) -> None:
-    alone = make_env(LEVEL)
-    envs, done = until_one_is_cut(parts, played, cut)
+    envs, done = until_one_is_cut(parts, played, cut, envs=three)
     observations, rewards, _, _, infos = envs.step(given(cut, WAY[done]))
     assert infos["origin"].tolist() == [-1, 2 if cut == 1 else -1, -1]
     assert rewards[cut] == 0
@@ -252,13 +288,13 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
         assert 4 <= done - len(begins) < 40 + EVERY
     else:  # it repeats the way: anywhere on it
         assert len(begins) in range(0, done, SELDOM)
+    alone = make_env(LEVEL)
+    expected, info = replayed(alone, FROZEN_SEED, begins)
     for action in (1, 1, 2):  # and is from there on an episode of its own
-        expected, info = replayed(alone, FROZEN_SEED, begins)
         assert (observations[cut] == expected).all()
         assert (infos["cell"][cut] == info["cell"]).all()
-        begins = [*begins, action]
         observations, *_, infos = envs.step(given(cut, WAY[done + 1], action))
-    envs.close()
+        expected, *_, info = alone.step(action)
     alone.close()
 
 
@@ -280,6 +316,11 @@ def test_who_is_cut_goes_on_where_another_has_played_for_longer(
     assert {middle.other for middle in begun if middle is not None} == others
 
 
+def test_who_is_cut_begins_anew_where_no_other_practises() -> None:
+    practice, played = Practice(2, 1), [[0] * 9, [0] * 5]
+    assert practice.begin(1, False, True, played, np.random.default_rng(0)) is None
+
+
 def test_the_way_is_repeated_from_ever_other_places() -> None:
     practice, rng = Practice(3, 2), np.random.default_rng(0)
     played = [[], [0] * (3 * SELDOM - 1), [0] * 10]
@@ -288,8 +329,8 @@ def test_the_way_is_repeated_from_ever_other_places() -> None:
 
 
 @pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
-def test_a_worker_lends_snapshots_to_another() -> None:
-    envs, done = until_one_is_cut(APART)
+def test_a_worker_lends_snapshots_to_another(three: WorkerVectorEnv) -> None:
+    envs, done = until_one_is_cut(APART, envs=three)
     envs.step(np.array([0, 0, WAY[done]]))
     begins = len(envs.state_dict()["actions"][1])
     assert begins > SELDOM
@@ -297,7 +338,6 @@ def test_a_worker_lends_snapshots_to_another() -> None:
     assert trail_of(envs, 1, EVERY) == []  # it did not play there again
     assert trail_of(envs, 2, EVERY) == [EVERY]
     assert trail_of(envs, 0, EVERY) == []  # does not practise
-    envs.close()
 
 
 @pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
@@ -306,11 +346,11 @@ def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -
     config = replace(LEVEL, num_envs=4, num_workers=2)
     envs = make_vector_env(config, practice=0.75)
     envs._balance.rows = [[0, 1, 2], [3]]
-    actions = [[], [], WAY[:200], []]
+    actions = [[], [], WAY[:112], []]
     seeds = [0, 5, FROZEN_SEED, 6]
     running = {"seeds": seeds, "actions": actions, "resumed": [0, 0, 0, 0]}
     envs.restore({"entropy": 0, "begun": [1, 1, 1, 1], **running})
-    done, truncated = 200, np.zeros(4, bool)
+    done, truncated = 112, np.zeros(4, bool)
     while not truncated.any():
         *_, truncated, _ = envs.step(np.array([0, 0, WAY[done], 0]))
         done += 1
@@ -333,54 +373,49 @@ def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -
     envs.close()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(three: WorkerVectorEnv) -> tuple[int, list[Any]]:
+    """What `until_one_is_cut` says of one worker, and what the next three steps give there."""
+    envs, done = until_one_is_cut(TOGETHER, envs=three)
+    return done, [envs.step(np.array([0, 1, action])) for action in WAY[done : done + 3]]
+
+
 @pytest.mark.parametrize("fate", ["is gone", "hangs"])
 def test_without_a_snapshot_of_a_worker_that_failed_the_way_is_played_again(
-    fate: str, capsys: pytest.CaptureFixture[str]
+    fate: str,
+    three: WorkerVectorEnv,
+    uninterrupted: tuple[int, list[Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    envs, done = until_one_is_cut(APART)
-    expected, expected_done = until_one_is_cut(TOGETHER)
+    expected_done, expected = uninterrupted
+    envs, done = until_one_is_cut(APART, envs=three)
     assert done == expected_done
+    failures = envs.failures
     workers: Any = envs._workers
     process = psutil.Process(workers.processes[envs._balance.home(2)].pid)
     if fate == "is gone":
         process.kill()
     else:
-        envs._patience = 3.0
+        monkeypatch.setattr(envs, "_patience", 3.0)
         process.suspend()
-    for action in WAY[done : done + 3]:
-        found, wanted = (each.step(np.array([0, 1, action])) for each in (envs, expected))
+    for action, wanted in zip(WAY[done : done + 3], expected, strict=True):
+        found = envs.step(np.array([0, 1, action]))
         for one, other in zip(found[:4], wanted[:4], strict=True):
             assert (one == other).all()
-    assert envs.failures == 1
+    assert envs.failures == failures + 1
     assert capsys.readouterr().err.count("begins anew") == 1
-    envs.close()
-    expected.close()
 
 
-def test_a_practised_episode_that_is_cut_begins_anew_where_no_other_is_practised() -> None:
-    level = settings(f"env.emulator={EMULATORS[-1]}", "env.stuck_steps=20").env
-    envs = make_vector_env(replace(level, num_envs=2, num_workers=1), practice=0.5)
-    envs.reset(seed=0)
-    truncated = np.zeros(2, bool)
-    while not truncated.any():
-        *_, truncated, _ = envs.step(np.zeros(2, int))
-    assert truncated.tolist() == [True, True]
-    *_, infos = envs.step(np.zeros(2, int))
-    assert "origin" not in infos
-    assert envs.state_dict()["actions"] == [[], []]
-    envs.close()
-
-
-def test_after_a_flag_an_episode_begins_at_the_start() -> None:
-    level = replace(settings(f"env.emulator={EMULATORS[-1]}").env, num_envs=2, num_workers=1)
+def test_after_a_flag_an_episode_begins_at_the_start(three: WorkerVectorEnv) -> None:
     *before, last = WAY
-    envs = make_vector_env(level, practice=0.5)
-    running = {"seeds": [0, FROZEN_SEED], "actions": [[], before], "resumed": [0, 0]}
-    envs.restore({"entropy": 0, "begun": [1, 1], **running})
-    _, _, terminated, truncated, infos = envs.step(np.array([0, last]))
-    assert terminated.tolist() == [False, True]
+    three.reset(seed=0)
+    actions = [[], before, []]
+    running = {"seeds": [0, FROZEN_SEED, 0], "actions": actions, "resumed": [0, 0, 0]}
+    three.restore({"entropy": 0, "begun": [1, 1, 1], **running})
+    _, _, terminated, truncated, infos = three.step(np.array([0, last, 0]))
+    assert terminated.tolist() == [False, True, False]
     assert not truncated.any()
     assert not infos["life_lost"].any()
-    envs.step(np.array([0, 0]))
-    assert envs.state_dict()["actions"] == [[0, 0], []]
-    envs.close()
+    three.step(np.array([0, 0, 0]))
+    assert three.state_dict()["actions"] == [[0, 0], [], [0, 0]]
