@@ -25,7 +25,7 @@ from nes_py.wrappers import JoypadSpace
 from omegaconf import OmegaConf
 
 from icm.config import EnvConfig, typed
-from icm.envs import ACTION_SETS, cores, describe_emulator, make_env, make_vector_env
+from icm.envs import ACTION_SETS, cores, describe_emulator, make_env
 from icm.envs.cores import SUFFIX, find_core
 from icm.envs.libretro import (
     HEIGHT,
@@ -134,23 +134,22 @@ def test_every_frame_of_single_stages_is_that_of_nes_py(core: Path, nes_py_plays
     """
     frame_counter, nes_py_steps = nes_py_plays
     frames = same = 0
-    for stage in ("1-1", "2-2", "4-2", "6-3", "8-1"):
+    for seed, stage in enumerate(("1-1", "2-2", "4-2", "6-3", "8-1")):
         env_id = f"SuperMarioBros-{stage}-v0"
         game = game_on(core, env_id)
         behind = frame_counter(env_id) - int(game.ram[9])
-        for seed in range(3):
-            steps = play(game, max(0, behind), seed)
-            theirs = nes_py_steps(env_id, max(0, -behind), seed)[1:]
-            length = min(len(steps), len(theirs))
-            assert abs(len(steps) - len(theirs)) <= 1
-            for (screen, rest), (their_screen, their_rest) in zip(
-                steps[:length], theirs[:length], strict=True
-            ):
-                assert rest == their_rest
-                same += np.array_equal(screen, their_screen)
-            frames += length
+        steps = play(game, max(0, behind), seed)
+        theirs = nes_py_steps(env_id, max(0, -behind), seed)[1:]
+        length = min(len(steps), len(theirs))
+        assert abs(len(steps) - len(theirs)) <= 1
+        for (screen, rest), (their_screen, their_rest) in zip(
+            steps[:length], theirs[:length], strict=True
+        ):
+            assert rest == their_rest
+            same += np.array_equal(screen, their_screen)
+        frames += length
         game.close()
-    assert frames > 3000
+    assert frames > 1000
     assert same / frames >= 0.97
 
 
@@ -197,18 +196,6 @@ def test_states_of_the_agent_are_those_of_nes_py(core: Path) -> None:
     assert all((a == b).all() for a, b in zip(states[4:], theirs[4:], strict=True))
     env.close()
     nes_py_env.close()
-
-
-def test_vector_environments_train_on_it(core: Path) -> None:
-    config = replace(ENV, num_envs=2, emulator="libretro", core=str(core))
-    single = make_env(config)
-    envs = make_vector_env(config)
-    states, _ = envs.reset(seed=3)
-    assert (states[1] == single.reset(seed=4)[0]).all()
-    states, *_ = envs.step(np.array([3, 3]))
-    assert (states[1] == single.step(3)[0]).all()
-    envs.close()
-    single.close()
 
 
 def test_both_render_modes_work(core: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,9 +454,9 @@ def test_opening_and_closing_leaves_nothing_behind(
     gc.collect()
     if sys.platform == "linux":
         copies = loaded_copies()
-    before = cycles(50)
-    after = cycles(200)
-    assert after - before < 1 << 20  # a copy takes more than that alone
+    before = cycles(30)
+    after = cycles(100)
+    assert after - before < 1 << 19  # a copy takes more than that alone
     assert not list(tmp_path.iterdir())
     if sys.platform == "linux":
         assert loaded_copies() == copies
