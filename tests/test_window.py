@@ -19,7 +19,8 @@ from icm.viz.window import BAR, FPS, Window
 
 pytestmark = pytest.mark.filterwarnings("ignore:no fast renderer")  # of the driver
 
-GAME = GameConfig(None, 6, None, None, None)  # episodes are cut after 6 agent steps
+# episodes are cut after 6 agent steps
+GAME = GameConfig(None, stuck_steps=6, sticky_probability=None, emulator="libretro", core=None)
 
 
 def load(path: Path) -> tuple[Agent, int]:
@@ -62,16 +63,15 @@ def test_a_window_shows_the_game_and_the_mind(window: Window) -> None:
     assert shown[720:].std() > 10
 
 
-@pytest.mark.parametrize("speed", [0.5, 1, 3, 4, 5, 8, 10])
-def test_a_moment_takes_the_time_it_should(
-    speed: float, window: Window, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moment_takes_the_time_it_should(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     monkeypatch.setattr(window, "clock", SimpleNamespace(tick=rates.append))
-    window.speed = speed
-    next(window.play(1))
-    assert sum(1 / rate for rate in rates) == pytest.approx(6 / (FPS * speed))
-    assert max(rates) <= 2 * FPS  # no more pictures than a screen shows
+    for speed in (0.5, 1, 3, 4, 5, 8, 10):
+        rates.clear()
+        window.speed = speed
+        next(window.play(1))
+        assert sum(1 / rate for rate in rates) == pytest.approx(6 / (FPS * speed))
+        assert max(rates) <= 2 * FPS  # no more pictures than a screen shows
 
 
 def test_keys_pause_and_go_on_step_by_step(window: Window) -> None:
