@@ -1131,8 +1131,7 @@ BOMBS = {
 HARMLESS = {"deep_tuple_as_key"}  # such a key cannot name a tensor, so the dict is empty
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_bombs_end_in_one_line_and_little_memory(flags: list[str], tmp_path: Path) -> None:
+def test_bombs_end_in_one_line_and_little_memory(tmp_path: Path) -> None:
     """All bombs, one after the other, in one process of 256 MiB."""
 
     def limit_memory() -> None:
@@ -1143,18 +1142,18 @@ def test_bombs_end_in_one_line_and_little_memory(flags: list[str], tmp_path: Pat
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * (32 << 20) + b"N.")
     paths["zip_bomb"] = tmp_path / "bomb.pt"
     assert paths["zip_bomb"].stat().st_size < 1 << 18
-    result = run(*flags, *paths.values(), preexec_fn=limit_memory)
+    result = run(*paths.values(), preexec_fn=limit_memory)
     assert result.returncode == 2
     assert result.stdout == "".join(
-        run(*flags, paths[name]).stdout
-        if flags
-        else f"{paths[name]}:\ntotal: 0 tensors, 0 elements, 0 bytes\n"
-        for name in HARMLESS
+        f"{paths[name]}:\ntotal: 0 tensors, 0 elements, 0 bytes\n" for name in HARMLESS
     )
     refused = [path for name, path in paths.items() if name not in HARMLESS]
     for line, path in zip(result.stderr.splitlines(), refused, strict=True):
         assert line.startswith(f"inspect_ckpt.py: error: {path}: ")
         assert line.endswith(EXPECTED)
+    for name in HARMLESS:  # the others are refused before it matters how they would be printed
+        accepted = run("--json", paths[name], preexec_fn=limit_memory)
+        assert strict_json(accepted.stdout)["total"]["count"] == 0
 
 
 def test_reasons_of_the_common_refusals(tmp_path: Path) -> None:
