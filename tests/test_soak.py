@@ -2,16 +2,19 @@
 
 import json
 import random
+import runpy
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
+from hydra import compose, initialize_config_dir
 
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
+from icm.cli import CONF
 from icm.errors import UserError
 from icm.soak.files import KINDS, forged, forgeries
 from icm.soak.pieces import compare
@@ -19,11 +22,18 @@ from icm.soak.program import QUICK, Findings, Training, end_all
 
 
 @pytest.mark.usefixtures("shared_memory")
-def test_a_short_soak_holds_and_is_written(tmp_path: Path) -> None:
+def test_a_short_soak_holds_and_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, whose scripts are forked: a new one would have to import all for that."""
     folder = tmp_path / "soak"
-    short = ("parts=[kills,files]", "kills=1", "files=1", "seed=14", f"folder={folder}")
-    done = run_script("soak.py", *short, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    short = ["parts=[kills,files]", "kills=1", "files=1", "seed=14", f"folder={folder}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = compose("soak", short)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "soak.py"))["main"](settings)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed
     result = json.loads((folder / "soak.json").read_text())
     assert [part["failures"] for part in result["parts"].values()] == [[], []]
     kills, files = result["parts"].values()
@@ -32,7 +42,7 @@ def test_a_short_soak_holds_and_is_written(tmp_path: Path) -> None:
     assert files["tried"] == 1
     assert files["figures"].keys() == KINDS.keys()
     assert sum(sum(ends.values()) for ends in files["figures"].values()) == 1
-    assert f"written to {folder / 'soak.json'}" in done.stdout
+    assert f"written to {folder / 'soak.json'}" in printed
 
 
 @pytest.mark.parametrize("kind", KINDS)
