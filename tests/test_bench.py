@@ -24,7 +24,7 @@ def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
     # total_steps: an end for the training, should the benchmark be killed
     train = [*SMALL, "total_steps=50000"]
     done = run_script(
-        "bench.py", "quick=true", "seconds=0.5", "rounds=1", f"out={out}", f"train={train}",
+        "bench.py", "quick=true", "seconds=0.1", "rounds=1", f"out={out}", f"train={train}",
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
