@@ -1,8 +1,8 @@
 """Several learners of one agent, started by torchrun."""
 
-import os
 import signal
 import socket
+import subprocess
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, UNSEEN, metrics_of, run_script, unseen, whole_training
+from conftest import ROOT, UNSEEN, metrics_of, run_script, saved_training, unseen, whole_training
 
 from icm import checkpoint
 from icm.files import latest
@@ -127,11 +127,11 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
     expected = whole_training(tmp_path / "alone", *DQN)
     run = tmp_path / "ranks"
-    training = ranks(tmp_path, run, *DQN)
-    assert training.pid is not None
-    os.kill(training.pid, signal.SIGTERM)
-    training.join(60)
-    assert training.exitcode != 0
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # as a user
+    how = {"launcher": torchrun, "stderr": subprocess.DEVNULL}
+    training = saved_training(run, *DQN, f"hydra.run.dir={run}", **how)
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(60) != 0
     assert 160 <= checkpoint.load(latest(run))["step"] < 440
     assert_same(expected, whole_training(run, *DQN), 440)
 
