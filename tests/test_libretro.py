@@ -134,22 +134,23 @@ def test_every_frame_of_single_stages_is_that_of_nes_py(core: Path, nes_py_plays
     """
     frame_counter, nes_py_steps = nes_py_plays
     frames = same = 0
-    for seed, stage in enumerate(("1-1", "2-2", "4-2", "6-3", "8-1")):
+    for stage in ("1-1", "2-2", "4-2", "6-3", "8-1"):
         env_id = f"SuperMarioBros-{stage}-v0"
         game = game_on(core, env_id)
         behind = frame_counter(env_id) - int(game.ram[9])
-        steps = play(game, max(0, behind), seed)
-        theirs = nes_py_steps(env_id, max(0, -behind), seed)[1:]
-        length = min(len(steps), len(theirs))
-        assert abs(len(steps) - len(theirs)) <= 1
-        for (screen, rest), (their_screen, their_rest) in zip(
-            steps[:length], theirs[:length], strict=True
-        ):
-            assert rest == their_rest
-            same += np.array_equal(screen, their_screen)
-        frames += length
+        for seed in range(2):
+            steps = play(game, max(0, behind), seed)
+            theirs = nes_py_steps(env_id, max(0, -behind), seed)[1:]
+            length = min(len(steps), len(theirs))
+            assert abs(len(steps) - len(theirs)) <= 1
+            for (screen, rest), (their_screen, their_rest) in zip(
+                steps[:length], theirs[:length], strict=True
+            ):
+                assert rest == their_rest
+                same += np.array_equal(screen, their_screen)
+            frames += length
         game.close()
-    assert frames > 1000
+    assert frames > 2000
     assert same / frames >= 0.97
 
 
