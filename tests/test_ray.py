@@ -97,7 +97,9 @@ def ray_in_a_folder() -> Generator[str]:
 def cluster() -> Iterator[tuple[str, psutil.Process]]:
     """Two nodes: the folder of their files, and the raylet of the second one."""
     with ray_in_a_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        from ray.cluster_utils import Cluster  # only now, because Ray reads the environment
+        # only now, because Ray reads the environment, some of which the first of these sets
+        import icm.envs.on_ray  # noqa: F401, I001
+        from ray.cluster_utils import Cluster
 
         nodes = Cluster(shutdown_at_exit=False)
         # of one core; nobody reads its logs
