@@ -79,14 +79,17 @@ def curves(
     metric: tuple[str, str],
     by_minutes: bool = False,
 ) -> None:
-    """Means over seeds and their standard errors, a line for each row."""
+    """Means over seeds and their standard errors, a line for each row.
+
+    Minutes are those of the fastest seed, because others had something else run beside them.
+    """
     name, title = metric
     for row, (label, colour) in rows.items():
         seeds = read(row)
         if not seeds or name not in seeds[0][-1]:
             continue
         if by_minutes:
-            x = np.mean([minutes(lines) for lines in seeds], axis=0)
+            x = min((minutes(lines) for lines in seeds), key=lambda each: each[-1])
         else:
             x = np.array([line["step"] for line in seeds[0]]) / 1000
         ys = [[line.get(name, np.nan) for line in lines] for lines in seeds]
