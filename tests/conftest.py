@@ -1,5 +1,7 @@
 """What the tests share: the composed settings, and running the real scripts."""
 
+import copy
+import functools
 import json
 import os
 import signal
@@ -17,6 +19,8 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from icm.config import Config, parse_config
 from icm.files import latest
@@ -32,10 +36,26 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.process_cpu_count() or 1) + 1
 
 
-def settings(*overrides: str) -> Config:
-    """The default settings of scripts/train.py with overrides."""
+@functools.cache
+def composed(*choices: str) -> DictConfig:
+    """The default settings with other choices of groups: Hydra takes a quarter of a second."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return parse_config(compose("config", list(overrides)))
+        return compose("config", list(choices))
+
+
+def settings(*overrides: str, **values: Any) -> Config:
+    """The default settings of scripts/train.py with overrides.
+
+    And with values that are given as they are: `agent__n_step=5` is `agent.n_step`.
+    """
+    given = [OverridesParser.create().parse_override(override) for override in overrides]
+    groups = {"agent", "curiosity", "preset"}
+    choices = [o.input_line for o in given if o.key_or_group in groups]
+    config = copy.deepcopy(composed(*choices))
+    changes = {o.key_or_group: o.value() for o in given if o.key_or_group not in groups}
+    for name, value in (changes | {k.replace("__", "."): v for k, v in values.items()}).items():
+        OmegaConf.update(config, name, value)
+    return parse_config(config)
 
 
 def unseen() -> dict[str, str]:

@@ -2,24 +2,20 @@
 
 import copy
 import io
-import json
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from conftest import settings
 from torch import Tensor, nn
 
 from icm.agents.base import Agent, BrokenDownError
 from icm.agents.dqn import DQN, n_step_targets
 from icm.agents.policy import TEMPERATURE_LR, action_probabilities, entropy, scheduled
-from icm.cli import CONF
-from icm.config import Config, parse_config
+from icm.config import Config
 from icm.errors import UserError
 from icm.factory import build_agent
 from icm.models import NO_ACTION
@@ -30,47 +26,33 @@ SIZE = 16
 SMALL = {
     "precision": "float32",
     "compile": "off",
-    "env.num_envs": 3,
-    "env.frame_stack": 2,
-    "env.size": SIZE,
-    "agent.hidden": 16,
-    "agent.lr_final": 1.0,
-    "agent.n_step": 3,
-    "agent.batch_size": 12,
-    "agent.sequence_length": 6,
-    "agent.replay_capacity": 300,
-    "agent.warmup_steps": 1,
-    "agent.target_tau": 0.01,
-    "agent.max_grad_norm": 1e9,
-    "curiosity.hidden": 16,
-    "curiosity.inverse_dropout": 0.0,
+    "env__num_envs": 3,
+    "env__frame_stack": 2,
+    "env__size": SIZE,
+    "agent__hidden": 16,
+    "agent__lr_final": 1.0,
+    "agent__n_step": 3,
+    "agent__batch_size": 12,
+    "agent__sequence_length": 6,
+    "agent__replay_capacity": 300,
+    "agent__warmup_steps": 1,
+    "agent__target_tau": 0.01,
+    "agent__max_grad_norm": 1e9,
+    "curiosity__hidden": 16,
+    "curiosity__inverse_dropout": 0.0,
 }
 FIXED_POLICY = {"temperature": [[0, 0.1]], "epsilon": [[0, 0.05]]}
 
 
-@cache
-def small_settings(curiosity: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("config", ["agent=dqn", f"curiosity={curiosity}"])
-    for key, value in SMALL.items():
-        if not (curiosity == "none" and key.startswith("curiosity.")):
-            OmegaConf.update(settings, key, value)
-    return settings
-
-
-@cache
-def configure(changes: str) -> Config:
-    """Small settings with changes, of which it is given the JSON."""
-    given = json.loads(changes)
-    settings = copy.deepcopy(small_settings(given.pop("curiosity", "icm")))
-    for key, value in given.items():
-        OmegaConf.update(settings, key, value)
-    return parse_config(settings)
+def configure(curiosity: str = "icm", **changes: Any) -> Config:
+    """Small settings with changes; `agent__n_step=5` changes `agent.n_step`."""
+    small = {k: v for k, v in SMALL.items() if curiosity != "none" or not k.startswith("curiosity")}
+    return settings("agent=dqn", f"curiosity={curiosity}", **small | changes)
 
 
 def make_agent(num_actions: int = ACTIONS, **changes: Any) -> DQN:
-    """An agent with small settings; `agent__n_step=5` changes `agent.n_step`."""
-    config = configure(json.dumps({k.replace("__", "."): v for k, v in changes.items()}))
+    """An agent with the settings of `configure`."""
+    config = configure(**changes)
     shape = (config.env.frame_stack, SIZE, SIZE)
     return build_agent(config, shape, num_actions, torch.device("cpu"))
 
@@ -1286,7 +1268,7 @@ def test_same_seed_same_agent() -> None:
 
 
 def test_agent_that_only_plays_has_no_memory() -> None:
-    config = configure("{}")
+    config = configure()
     agent = build_agent(config, (2, SIZE, SIZE), ACTIONS, torch.device("cpu"), remember=False)
     assert len(agent.memory) == agent.memory.frames.numel() == 0
     assert not agent.due(10_016)

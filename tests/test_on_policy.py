@@ -2,23 +2,17 @@
 
 import copy
 import itertools
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import settings
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
 from test_dqn import Game, interact, same, start, through_a_file, weights
 from torch import Tensor
 
 from icm.agents.on_policy import Batch, OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
-from icm.cli import CONF
-from icm.config import Config, parse_config
 from icm.errors import UserError
 from icm.factory import build_agent
 from icm.models import contrast_normalised
@@ -44,30 +38,12 @@ SMALL = (
 UPDATES = 2 * (3 * 8 // 4) // 2
 
 
-@cache
-def small_settings(name: str, curiosity: str) -> DictConfig:
-    """Composed by Hydra, which takes a quarter of a second."""
-    lacks = ("agent.rollout_steps", "agent.epochs") if name == "dqn" else ()
-    lacks += ("curiosity.hidden",) if curiosity == "none" else ()
-    small = [setting for setting in SMALL if not setting.startswith(lacks)]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"agent={name}", f"curiosity={curiosity}", *small])
-
-
-@cache
-def configure(name: str, *overrides: str) -> Config:
-    """Small settings, as far as the agent has them, with overrides."""
-    given = [OverridesParser.create().parse_override(override) for override in overrides]
-    changes = {override.key_or_group: override.value() for override in given}
-    config = copy.deepcopy(small_settings(name, str(changes.pop("curiosity", "icm"))))
-    for key, value in changes.items():
-        OmegaConf.update(config, key, value)
-    return parse_config(config)
-
-
 def make_agent(name: str, *overrides: str) -> Any:
-    """An agent with the settings of `configure`."""
-    config = configure(name, *overrides)
+    """An agent with small settings, as far as it has them, and overrides."""
+    lacks = ("agent.rollout_steps", "agent.epochs") if name == "dqn" else ()
+    lacks += ("curiosity.hidden",) if "curiosity=none" in overrides else ()
+    small = [setting for setting in SMALL if not setting.startswith(lacks)]
+    config = settings(f"agent={name}", *small, *overrides)
     return build_agent(config, (STACK, SIZE, SIZE), ACTIONS, torch.device("cpu"))
 
 
