@@ -12,6 +12,7 @@ from icm.errors import UserError
 from icm.exploration import Region, Visits
 from icm.viz.studio import NICENESS, Studio, maps, report
 
+LONG = 120.0  # seconds, in which everything here is drawn
 REGION = Region(cells={(3, 4): Visits(first=1, count=1)})
 
 
@@ -38,10 +39,10 @@ def die() -> dict[str, bytes]:
 
 def test_orders_are_carried_out_elsewhere(tmp_path: Path) -> None:
     studio = Studio()
-    assert studio.finished(None) is None
+    assert studio.finished(LONG) is None
     studio.order(7, [partial(maps, {"1-1": REGION}, tmp_path), refuse, niceness])
     assert studio.is_busy
-    drawn = studio.finished(None)
+    drawn = studio.finished(LONG)
     assert drawn is not None
     assert drawn.step == 7
     assert drawn.images["map/1-1"] == (tmp_path / "1-1.png").read_bytes()
@@ -49,7 +50,7 @@ def test_orders_are_carried_out_elsewhere(tmp_path: Path) -> None:
     assert drawn.complaints == ["no"]
     assert not studio.is_busy
     studio.order(8, [partial(report, tmp_path, [])])
-    drawn = studio.finished(None)
+    drawn = studio.finished(LONG)
     assert drawn is not None
     (complaint,) = drawn.complaints
     assert "no run folder" in complaint
@@ -59,7 +60,7 @@ def test_orders_are_carried_out_elsewhere(tmp_path: Path) -> None:
 def assert_draws_again(studio: Studio) -> None:
     """In a new process, of which nothing is left when it is closed."""
     studio.order(9, [niceness])
-    drawn = studio.finished(None)
+    drawn = studio.finished(LONG)
     assert drawn is not None
     assert drawn.step == 9
     studio.close()
@@ -70,7 +71,7 @@ def assert_draws_again(studio: Studio) -> None:
 def test_a_process_that_fails_is_replaced(drawing: object, words: str, tmp_path: Path) -> None:
     studio = Studio()
     studio.order(7, [drawing])
-    drawn = studio.finished(None)
+    drawn = studio.finished(LONG)
     assert drawn is not None
     assert drawn.images == {}
     (complaint,) = drawn.complaints
@@ -81,12 +82,12 @@ def test_a_process_that_fails_is_replaced(drawing: object, words: str, tmp_path:
 def test_a_process_that_is_killed_while_it_waits_is_replaced() -> None:
     studio = Studio()
     studio.order(7, [niceness])
-    assert studio.finished(None) is not None
+    assert studio.finished(LONG) is not None
     (process,) = processes()
     process.kill()
     process.wait()
     studio.order(8, [niceness])
-    drawn = studio.finished(None)
+    drawn = studio.finished(LONG)
     assert drawn is not None
     assert drawn.complaints == ["drawing failed: its process was killed"]
     assert_draws_again(studio)

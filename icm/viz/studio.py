@@ -76,8 +76,8 @@ class Studio:
         self.assistants.send(0, (step, drawings))
         self.is_busy = True
 
-    def finished(self, seconds: float | None = 0.0) -> Drawn | None:
-        """What has been drawn; None if nothing has within so many seconds (None: no limit)."""
+    def finished(self, seconds: float = 0.0) -> Drawn | None:
+        """What has been drawn; None if nothing has within so many seconds."""
         if self.assistants is None or not self.is_busy:
             return None
         pipe = self.assistants.pipes[0]
