@@ -2,11 +2,12 @@
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from icm.versions import versions
 
 
 def machine() -> dict[str, Any]:
@@ -24,6 +25,5 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.process_cpu_count(),
         "busy": psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1),
-        "torch": version("torch"),
-        "python": platform.python_version(),
+        **versions(),
     }
