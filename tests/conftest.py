@@ -37,10 +37,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @functools.cache
-def composed(*choices: str) -> DictConfig:
-    """The default settings with other choices of groups: Hydra takes a quarter of a second."""
+def composed(name: str, *overrides: str) -> DictConfig:
+    """The settings of a script, to be read: Hydra takes a quarter of a second."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(choices))
+        return compose(name, list(overrides))
 
 
 def settings(*overrides: str, **values: Any) -> Config:
@@ -51,7 +51,7 @@ def settings(*overrides: str, **values: Any) -> Config:
     given = [OverridesParser.create().parse_override(override) for override in overrides]
     groups = {"agent", "curiosity", "preset"}
     choices = [o.input_line for o in given if o.key_or_group in groups]
-    config = copy.deepcopy(composed(*choices))
+    config = copy.deepcopy(composed("config", *choices))
     changes = {o.key_or_group: o.value() for o in given if o.key_or_group not in groups}
     for name, value in (changes | {k.replace("__", "."): v for k, v in values.items()}).items():
         OmegaConf.update(config, name, value)
@@ -103,19 +103,11 @@ def wait_for_lines(folder: Path, number: int, is_running: Callable[[], bool]) ->
         time.sleep(0.05)
 
 
-def start_training(
-    *arguments: object, launcher: tuple[str, ...] = (), **how: Any
-) -> subprocess.Popen[str]:
-    """Start scripts/train.py in a session of its own, as of a terminal; `how`: see `Popen`."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        **how,
-    )
+def wait_for_checkpoint(folder: Path, is_running: Callable[[], bool]) -> None:
+    """Until a training has one in its folder."""
+    while not latest(folder).exists():
+        assert is_running()
+        time.sleep(0.01)
 
 
 def whole_training(folder: Path, *arguments: object) -> Path:
@@ -125,12 +117,23 @@ def whole_training(folder: Path, *arguments: object) -> Path:
     return folder
 
 
-def saved_training(folder: Path, *arguments: object, **how: Any) -> subprocess.Popen[str]:
-    """A training that has a checkpoint in its folder by now; `how`: see `start_training`."""
-    process = start_training(*arguments, **how)
-    while not latest(folder).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+def saved_training(
+    folder: Path, *arguments: object, launcher: tuple[str, ...]
+) -> subprocess.Popen[bytes]:
+    """A training that a launcher has started in new processes; it has a checkpoint by now.
+
+    In a session of its own, as of a terminal.
+    """
+    script = (ROOT / "scripts" / "train.py", *map(str, arguments), f"hydra.run.dir={folder}")
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *script],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for_checkpoint(folder, lambda: process.poll() is None)
     return process
 
 
@@ -147,9 +150,7 @@ def killed_training(folder: Path, *arguments: object) -> None:
     """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
     with tempfile.TemporaryDirectory() as place:
         process = forked_training(Path(place), *arguments)
-        while not latest(folder).exists():
-            assert process.is_alive()
-            time.sleep(0.01)
+        wait_for_checkpoint(folder, process.is_alive)
         training = psutil.Process(process.pid)
         for each in (training, *training.children(recursive=True)):
             each.kill()

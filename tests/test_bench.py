@@ -1,5 +1,6 @@
 """The benchmark through its real script, and the loop it takes as its baseline. No speeds here."""
 
+import copy
 import json
 import runpy
 import sys
@@ -10,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, SMALL, composed, run_script
 
 from icm.bench.apart import apart
 from icm.bench.contenders import Contender, rate_of
@@ -96,8 +96,7 @@ def test_a_mistake_is_found_before_anything_is_measured(
     key: str, value: object, message: str
 ) -> None:
     bench = runpy.run_path(str(ROOT / "scripts" / "bench.py"))
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = compose("bench")
+    settings = copy.deepcopy(composed("bench"))
     settings[key] = value
     with pytest.raises(UserError) as error:
         bench["main"](settings)

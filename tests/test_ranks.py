@@ -2,15 +2,22 @@
 
 import signal
 import socket
-import subprocess
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, UNSEEN, metrics_of, run_script, saved_training, unseen, whole_training
+from conftest import (
+    ROOT,
+    UNSEEN,
+    metrics_of,
+    run_script,
+    saved_training,
+    unseen,
+    wait_for_checkpoint,
+    whole_training,
+)
 
 from icm import checkpoint
 from icm.files import latest
@@ -77,9 +84,7 @@ def ranks(place: Path, run: Path, *given: str) -> BaseProcess:
         *(*given, f"hydra.run.dir={run}"),
     )
     training = start_forked(str(launcher), arguments, environment, place, session=True)
-    while not latest(run).exists():
-        assert training.is_alive()
-        time.sleep(0.01)
+    wait_for_checkpoint(run, training.is_alive)
     return training
 
 
@@ -128,8 +133,7 @@ def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
     expected = whole_training(tmp_path / "alone", *DQN)
     run = tmp_path / "ranks"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # as a user
-    how = {"launcher": torchrun, "stderr": subprocess.DEVNULL}
-    training = saved_training(run, *DQN, f"hydra.run.dir={run}", **how)
+    training = saved_training(run, *DQN, launcher=torchrun)
     training.send_signal(signal.SIGTERM)
     assert training.wait(60) != 0
     assert 160 <= checkpoint.load(latest(run))["step"] < 440

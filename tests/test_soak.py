@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, composed, run_script
 
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
-from icm.cli import CONF
 from icm.errors import UserError
 from icm.soak.files import KINDS, forged, forgeries
 from icm.soak.pieces import compare
@@ -28,10 +26,8 @@ def test_a_short_soak_holds_and_is_written(
     """In this process, whose scripts are forked: a new one would have to import all for that."""
     folder = tmp_path / "soak"
     short = ["parts=[kills,files]", "kills=1", "files=1", "seed=14", f"folder={folder}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("soak", short)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "soak.py"))["main"](settings)
+        runpy.run_path(str(ROOT / "scripts" / "soak.py"))["main"](composed("soak", *short))
     printed = capsys.readouterr().out
     assert ended.value.code == 0, printed
     result = json.loads((folder / "soak.json").read_text())
