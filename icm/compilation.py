@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -60,8 +61,11 @@ def given_up_on_signals() -> Generator[None]:
     def handle(number: int, frame: Any) -> None:
         nonlocal is_over
         for compiler in set(this.children(recursive=True)) - others:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error, OSError, ValueError):
+                command, folder = compiler.cmdline(), compiler.cwd()
                 compiler.kill()
+                # or every later run would take half a library in PyTorch's cache for a whole one
+                Path(folder, command[command.index("-o") + 1]).unlink()
         handler = before[number]
         assert callable(handler)
         handler(number, frame)

@@ -2,7 +2,10 @@
 
 import functools
 import math
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from icm.agents.base import Agent
-from icm.compilation import WORTHWHILE, Compiler, resolve_compile
+from icm.compilation import (
+    WORTHWHILE,
+    Compiler,
+    GivenUp,
+    given_up_on_signals,
+    resolve_compile,
+)
 from icm.device import resolve_device
 from icm.factory import build_agent
 from icm.soak.forked import run_forked
@@ -228,3 +237,23 @@ def test_a_signal_ends_compiling_and_the_function_is_used_as_it_is(tmp_path: Pat
     assert float(value) == pytest.approx(2 * math.e)
     assert rest == "[2.0, 2.0] 1 ['here'] 0"
     assert handler == "<lambda>"
+
+
+def test_what_a_compiler_was_writing_when_a_signal_came_is_removed(tmp_path: Path) -> None:
+    """Or every later run would take half a library in PyTorch's cache for a whole one."""
+    path, program = tmp_path / "half.so", "import sys, time; open(sys.argv[2], 'w'); time.sleep(99)"
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+
+    def compile_until_a_signal_comes() -> None:
+        with given_up_on_signals():
+            subprocess.Popen([sys.executable, "-c", program, "-o", path])
+            while not path.exists():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(GivenUp):
+            compile_until_a_signal_comes()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not path.exists()
