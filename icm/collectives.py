@@ -26,8 +26,6 @@ def together(device: torch.device) -> Generator[None]:
     if WORLD_SIZE == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
@@ -39,7 +37,8 @@ def together(device: torch.device) -> Generator[None]:
 def seconds() -> float:
     """Spent in exchanges since the last call: waiting for other ranks, and the transfer itself.
 
-    Those within compiled functions, which are small, are not counted.
+    Not within compiled functions, where they are small; and of what GPUs exchange only the time to
+    order it, because nothing waits for that.
     """
     global _seconds
     spent, _seconds = _seconds, 0.0

@@ -91,8 +91,8 @@ class Compiler:
     about to end.
 
     On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
-    returns is then overwritten by its next call. On a CPU, dropout draws the same numbers compiled
-    or not.
+    returns is then overwritten by the next call of any of them. On a CPU, dropout draws the same
+    numbers compiled or not.
 
     Args:
         mode: `on`, `off` (functions stay as they are), or `auto`: where compiling fails, for want
@@ -109,7 +109,10 @@ class Compiler:
         self.device = device
 
     def __call__[**P, R](self, function: Callable[P, R], *, alone: bool = True) -> Callable[P, R]:
-        """`function`, compiled; not `alone` if it is a part of what is `recorded`.
+        """`function`, compiled; not `alone` if it has no CUDA graph of its own.
+
+        That is for a part of what is `recorded`, and for gradients that have to outlive other
+        calls.
 
         Raises:
             UserError: (of its first call) compiling is `on` and failed.

@@ -11,6 +11,8 @@ from icm.ranks import CORES, LOCAL_RANK
 def resolve_device(name: str) -> torch.device:
     """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; `cuda` is one GPU for each rank.
 
+    A GPU is made the current one, in which PyTorch records graphs.
+
     Raises:
         UserError: the name is none of these, or there is no such GPU.
     """
@@ -27,6 +29,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"device={name}: {count} CUDA devices available here; device=cpu or device=auto work"
         )
+    torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 

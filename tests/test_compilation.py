@@ -257,3 +257,13 @@ def test_what_a_compiler_was_writing_when_a_signal_came_is_removed(tmp_path: Pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert not path.exists()
+
+
+def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a graph would be recorded in another one, and do nothing."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:2") == torch.device("cuda", 2)
+    assert current == [2]

@@ -8,6 +8,7 @@ from test_compilation import make_agent, updated
 from test_resume import config_of, latest, leaves, memory, train
 
 from icm import checkpoint
+from icm.agents import base
 from icm.bench.learner import update
 from icm.compilation import WARM_UPS
 
@@ -52,26 +53,30 @@ def test_an_update_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "curiosity", "accumulate"),
-    [("dqn", "icm", 1), ("ppo", "icm", 1), ("pqn", "icm", 1), ("ppo", "icm", 3)]
-    + [("ppo", other, 1) for other in ("random_features", "rnd", "disagreement", "none")],
+    ("name", "curiosity", "accumulate", "world_size"),
+    [("dqn", "icm", 1, 1), ("ppo", "icm", 1, 1), ("pqn", "icm", 1, 1), ("ppo", "icm", 3, 1)]
+    + [("ppo", other, 1, 1) for other in ("random_features", "rnd", "disagreement", "none")]
+    + [("ppo", "icm", 3, 2)],
 )
-def test_a_recorded_update_does_what_one_call_after_the_other_does(
-    name: str, curiosity: str, accumulate: int
+def test_a_compiled_update_does_what_one_call_after_the_other_does(
+    name: str, curiosity: str, accumulate: int, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is recorded whole, but not that of one of several ranks, which exchange in between."""
+    monkeypatch.setattr(base, "WORLD_SIZE", world_size)
+    last = torch.cuda.device_count() - 1
     quiet = ("curiosity.inverse_dropout=0",) if curiosity == "icm" else ()
     found = []
     for compiling in ("on", "off"):
         agent = make_agent(
-            *(name, f"curiosity={curiosity}", "device=cuda"),
+            *(name, f"curiosity={curiosity}", f"device=cuda:{last}"),
             *("precision=float32", f"compile={compiling}", *quiet),
             f"agent.accumulate={accumulate}",
         )
         losses = [update(agent) for _ in range(accumulate * (WARM_UPS + 4))]
         found.append([{key: value.item() for key, value in parts.items()} for parts in losses])
-    for recorded, plain in zip(*found, strict=True):
+    for compiled, plain in zip(*found, strict=True):
         for key, value in plain.items():
-            assert recorded[key] == pytest.approx(value, rel=0.05, abs=0.02), key
+            assert compiled[key] == pytest.approx(value, rel=0.05, abs=0.02), key
 
 
 @pytest.mark.parametrize("learner", ["dqn", "ppo"])

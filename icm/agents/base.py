@@ -108,9 +108,8 @@ class Agent[Batch](ABC):
         self.encoded: list[Tensor] = []  # this rank's latest next states, and their features
         self._choose = compiler(self.choose)
         self._errors = compiler(self.errors)
-        # ranks exchange gradients between loss and step
-        is_whole = WORLD_SIZE == 1
-        self._losses = compiler(self.loss_and_parts, alone=not is_whole)
+        self._losses = compiler(self.loss_and_parts, alone=False)
+        is_whole = WORLD_SIZE == 1  # ranks exchange gradients between loss and step
         # by whether a batch begins and completes what the optimizer makes a step of
         self._steps: dict[tuple[bool, bool], Callable[[Batch], tuple[list[str], Tensor]]] = {}
         for begins in (True, False):
