@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.config import patch
 
 from icm.errors import UserError
-from icm.processes import SIGNALS
+from icm.processes import SIGNALS, say
 
 WORTHWHILE = 2_000
 """Updates after which the time that compiling takes, up to a minute, is won back (measured)."""
@@ -139,7 +139,7 @@ class Compiler:
                     raise UserError(
                         f"compile=on: failed ({reason}); compile=auto and compile=off work"
                     ) from None
-                print(f"compile=auto: not compiled, learning is slower ({reason})")
+                say(f"compile=auto: not compiled, learning is slower ({reason})", sys.stdout)
                 self.mode = "off"
                 return function(*args, **kwargs)
             chosen = faster

@@ -21,9 +21,12 @@ class Stderr(Console):
     def __init__(self, is_quiet: bool) -> None:
         super().__init__(stderr=True, quiet=is_quiet)
 
-    def on_broken_pipe(self) -> None:
-        """See the class; rich would end the program."""
-        discard(sys.stderr.fileno())
+    def _write_buffer(self) -> None:
+        """See the class; of a closed pipe rich would end the program, of a lost terminal raise."""
+        try:
+            super()._write_buffer()
+        except OSError:
+            discard(sys.stderr.fileno())
 
 
 class Display:

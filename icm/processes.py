@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, TextIO
 
 CLOSING_TIME = 4.0  # seconds in which a process has to end
 
@@ -121,6 +121,14 @@ def signals_blocked() -> Generator[None]:
 def discard(output: int) -> None:
     """What is written to a file descriptor from now on is lost, and no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+
+
+def say(line: str, output: TextIO) -> None:
+    """Print a line; that nobody reads it any more is no reason to end."""
+    try:
+        print(line, file=output, flush=True)
+    except OSError:
+        discard(output.fileno())
 
 
 def leave_terminal() -> None:

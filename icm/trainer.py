@@ -27,7 +27,7 @@ from icm.exploration import Exploration, restored
 from icm.files import latest, remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
-from icm.processes import HANGUP, SIGNALS, leave_terminal
+from icm.processes import HANGUP, SIGNALS, leave_terminal, say
 from icm.ranks import RANK, WORLD_SIZE
 from icm.shared_envs import SharedVectorEnv
 from icm.tracking import Tracker
@@ -129,8 +129,7 @@ class Trainer:
             self.gallery.close()
             self.display.close()
             self.tracker.close()
-        with suppress(OSError):  # nobody reads it any more
-            print(f"saved step {self.step}: {latest(self.folder)}")
+        say(f"saved step {self.step}: {latest(self.folder)}", sys.stdout)
         return self.stopped_by if self.step < total else None
 
     def _steps(self, total: int, clock: "Clock") -> Iterator[None]:

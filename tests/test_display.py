@@ -44,6 +44,21 @@ def test_a_file_gets_a_plain_line_a_minute_and_a_last_one(
     ]
 
 
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_terminal_that_is_gone_is_no_reason_to_end(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        display = Display(0, 64)
+        os.close(ours)
+        display.show(64, METRICS)
+        display.say("drawing failed")
+        display.close()
+
+
 def test_a_terminal_gets_a_live_picture_of_80_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,16 @@ from multiprocessing.connection import Connection
 import psutil
 import pytest
 
-from icm.processes import Assistants
+from icm.processes import Assistants, say
 
 LONG = bytes(4_000_000)  # more than a pipe holds
+
+
+def test_what_nobody_reads_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:  # which writes when it is closed, too
+        say("a line", output)
 
 
 def speak(pipe: Connection) -> None:

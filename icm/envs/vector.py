@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from icm.envs.practice import Practice
 from icm.envs.snapshots import Trail
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
+from icm.processes import say
 
 NO_ORIGIN = -1  # of an episode that begins at its start
 SLOWEST = 50.0  # agent steps per second that an emulator plays again at least
@@ -339,8 +339,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _say(self, what: str, reason: str) -> None:
         """Count a failure, and tell it."""
         self.failures += 1
-        with suppress(OSError):  # that nobody reads it any more is no reason to end
-            print(f"{what}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
+        say(f"{what}: {reason.strip().splitlines()[-1]}", sys.stderr)
 
     def _begin_anew(self, failed: list[int]) -> dict[int, Answer]:
         """The answers to the running step of new workers in the places of those that failed.
