@@ -93,8 +93,9 @@ class Assistants:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         serve, arguments = self._given
-        with signals_blocked():  # its own, because starting it lets some through again
-            resource_tracker.ensure_running()
+        if os.name == "posix":  # elsewhere there is none
+            with signals_blocked():  # its own, because starting it lets some through again
+                resource_tracker.ensure_running()
         with signals_blocked():
             process = context.Process(target=_assist, args=(serve, theirs, *arguments), daemon=True)
             process.start()

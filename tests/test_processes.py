@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -34,7 +35,12 @@ def stopped(assistants: Assistants) -> psutil.Process:
     return process
 
 
-def test_long_messages_arrive() -> None:
+@pytest.mark.parametrize("system", [os.name, "nt"])
+def test_long_messages_arrive(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no resource tracker, as on Windows."""
+    if system == "nt":
+        monkeypatch.setattr("icm.processes.os", SimpleNamespace(name=system))
+        monkeypatch.setattr("icm.processes.resource_tracker", None)
     assistants = Assistants(1, speak, patience=60.0)
     for _ in range(2):
         assistants.send(0, LONG)
