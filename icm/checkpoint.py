@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +86,8 @@ def for_playing(content: dict[str, Any]) -> dict[str, Any]:
 def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint `path`, and what it holds.
 
-    Where that is `latest.pt` and damaged, the newest whole one beside it; a line on stderr says so.
+    Where that is `latest.pt` and damaged or missing, the newest whole one beside it; a line on
+    stderr says so.
 
     Raises:
         UserError: there is none.
@@ -98,9 +100,15 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
         for older in sorted(path.parent.glob("step_*.pt"), reverse=True):
             with suppress(UserError):
                 content = load(older)
-                print(f"{error}; going on with {older.name}", file=sys.stderr)
+                _say_once(f"{error}; going on with {older.name}")
                 return older, content
         raise
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Print a line on stderr: a run looks when it claims its folder, and again when it begins."""
+    print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
         UserError: the settings are not those of that run.
     """
     newest = latest(folder)
-    if not newest.exists():
+    if not newest.exists() and not any(newest.parent.glob("step_*.pt")):
         return None
     from icm import checkpoint  # here, because torch takes its time to import
 

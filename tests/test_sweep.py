@@ -25,6 +25,7 @@ LENGTH = ("total_steps=96", "checkpoint.every=32")
 def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     killed_training(run, *SMALL, *LENGTH, f"hydra.run.dir={run}")
+    latest(run).unlink()  # which kill -9 may come before, and a full disk
     with (run / "metrics.jsonl").open("a") as file:  # what it did after it had saved
         file.write('{"step": 64}\n{"step": 9')
     again = (*SMALL, *LENGTH, f"hydra.run.dir={run}")
@@ -35,6 +36,8 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None
     holder.lock.release()
     done = run_script("train.py", *again)
     assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if str(latest(run)) in line)
+    assert "; going on with step_" in line
     assert "of running episodes again" in done.stdout
     assert [line["step"] for line in metrics_of(run)] == [32, 64, 96]
     assert all("policy/entropy" in line for line in metrics_of(run))
