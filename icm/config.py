@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icm.errors import UserError
@@ -10,6 +11,9 @@ from icm.ranks import WORLD_SIZE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+SETTINGS = ".hydra/config.yaml"
+"""In a run folder."""
 
 INPUT_NORMS = ("standard", "contrast", "scale", "stack")
 """See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
@@ -306,6 +310,30 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(result, kind)
     return result
+
+
+def settings_of(run: Path) -> "DictConfig":
+    """The settings of a run folder, which may be those of an older version.
+
+    Raises:
+        OSError: they cannot be read.
+        UserError: they are damaged.
+    """
+    from omegaconf import DictConfig, OmegaConf  # see `typed`
+
+    try:
+        settings = OmegaConf.load(run / SETTINGS)
+    except OSError:
+        raise
+    except Exception:  # YAML's
+        settings = None
+    if isinstance(settings, DictConfig):
+        known = OmegaConf.to_container(settings)
+        assert isinstance(known, dict)
+        # Hydra writes these after all others: a file that was cut off lacks one
+        if {"env.id", "agent.name", "curiosity.name"} <= flat(known).keys():
+            return settings
+    raise UserError(f"{run / SETTINGS}: damaged; a full disk may be why")
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:

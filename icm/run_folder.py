@@ -16,12 +16,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from icm.cli import fail, quoted
-from icm.config import Config, flat, parse_config
+from icm.config import SETTINGS, Config, flat, parse_config, settings_of
 from icm.errors import UserError
 from icm.files import LOCK, latest, lock
 from icm.ranks import RANK, WORLD_SIZE
-
-SETTINGS = ".hydra/config.yaml"
 
 
 class RunFolder(Callback):
@@ -163,14 +161,12 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             )
         if own_checkpoint(settings, folder) is None:
             try:
-                before = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS))
-            except Exception:  # of a file that was cut off, for instance
-                before = None
-            if not isinstance(before, dict):
+                before = parse_config(settings_of(folder))
+            except UserError:  # of a file that was cut off, for instance
                 raise UserError(
                     f"hydra.run.dir={folder}: exists, with no settings in {SETTINGS}; "
                     "give another folder"
-                )
+                ) from None
             must_be_same(folder, before, settings)
 
 
@@ -197,17 +193,19 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
     from icm import checkpoint  # here, because torch takes its time to import
 
     path, content = checkpoint.newest_whole(newest)
-    must_be_same(folder, content["config"], config)
+    with checkpoint.restoring(path):
+        before = parse_config(OmegaConf.create(content["config"]))
+    must_be_same(folder, before, config)
     return path, content
 
 
-def must_be_same(folder: Path, before: Any, config: Config) -> None:
-    """Refuse settings that are not those, plain containers, of the run in a folder.
+def must_be_same(folder: Path, before: Config, config: Config) -> None:
+    """Refuse settings that are not those of the run in a folder.
 
-    Where environments live may change, and in how many processes.
+    Where environments live may change, and in how many processes. Of settings that are newer than
+    that run, it had the defaults.
     """
-    # of settings that are newer than the run, it had the defaults
-    was, now = (flat(asdict(each)) for each in (parse_config(OmegaConf.create(before)), config))
+    was, now = (flat(asdict(each)) for each in (before, config))
     for name in sorted(now.keys() - {"resume", "collector", "env.num_workers"}):
         if now[name] != was.get(name):
             raise UserError(

@@ -10,6 +10,7 @@ import pytest
 from conftest import run_script
 from omegaconf import OmegaConf
 
+from icm.errors import UserError
 from icm.viz.report import names_of, read_run, read_runs, smoothed, thousands, write_report
 
 
@@ -162,20 +163,28 @@ def test_report_refuses(tmp_path: Path) -> None:
     (make_run(tmp_path / "empty", 1) / "metrics.jsonl").write_text("")
     with (make_run(tmp_path / "damaged", 1) / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n")
-    (make_run(tmp_path / "cut", 1) / ".hydra" / "config.yaml").write_text("agent: {name")
     run = make_run(tmp_path / "run", 1)
     for arguments, words in (
         ([], "RUN"),
         ([tmp_path / "none"], f"{tmp_path}/none: no run folder"),
         ([tmp_path / "empty"], "nothing has been logged"),
         ([tmp_path / "damaged"], "metrics.jsonl: line"),
-        ([tmp_path / "cut"], ".hydra/config.yaml or overrides.yaml is damaged"),
         ([run, "--out", "/proc/report.html"], "cannot write /proc/report.html"),
     ):
         done = run_script("report.py", *arguments)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["resume: null\nenv: {id: SMB}\nagent: {name: ppo}\n", "agent: {name", "- agent", ""]
+)
+def test_settings_that_were_cut_off_are_refused(text: str, tmp_path: Path) -> None:
+    settings = make_run(tmp_path, 1) / ".hydra" / "config.yaml"
+    settings.write_text(text)
+    with pytest.raises(UserError, match=f"^{settings}: damaged"):
+        read_run(tmp_path)
 
 
 def test_smoothing_is_a_mean_over_neighbours() -> None:

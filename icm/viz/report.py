@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from icm.config import settings_of
 from icm.errors import UserError
 from icm.files import json_lines, latest, write_bytes
 from icm.uncertainty import standard_error
@@ -137,21 +138,19 @@ def read_runs(folder: Path) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder, see `read_runs`."""
-    hydra = folder / ".hydra"
+    overrides = folder / ".hydra" / "overrides.yaml"
     try:
         rows = json_lines(folder / "metrics.jsonl")
-        settings = OmegaConf.load(hydra / "config.yaml")
-        given = OmegaConf.load(hydra / "overrides.yaml")
+        settings = settings_of(folder)
+        given = OmegaConf.load(overrides)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
     except Exception:  # YAML's, of a file that was cut off, for instance
-        raise UserError(f"{folder}: .hydra/config.yaml or overrides.yaml is damaged") from None
+        raise UserError(f"{overrides}: damaged; a full disk may be why") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
-    if not isinstance(settings, DictConfig) or not {"agent", "env", "resume"} <= settings.keys():
-        raise UserError(f"{folder}: .hydra/config.yaml has no settings; a full disk may be why")
     return Run(folder, settings, [str(each) for each in given], rows)
 
 
