@@ -27,7 +27,8 @@ from icm.ranks import RANK
 
 CONF = ROOT / "conf"
 PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+"""Errors of the operating system for which the program has no fault: no traceback is wanted."""
 
 # the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
 OmegaConf.register_new_resolver(
@@ -36,7 +37,16 @@ OmegaConf.register_new_resolver(
 
 
 def fail(error: Exception) -> None:
-    """Print one line on stderr and exit with status 2."""
+    """For a mistake of the user, print one line on stderr and exit with status 2.
+
+    With status 1 if nobody reads the output any more. Returns for any other error.
+    """
+    if isinstance(error, BrokenPipeError):
+        discard(sys.stdout.fileno())
+        sys.exit(1)
+    is_mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    if not is_mistake and getattr(error, "errno", None) not in OF_FILES:
+        return
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']*)'", text):
         text = f"{unknown[1]}: unknown setting (--help lists all)"
@@ -61,12 +71,6 @@ def quoted(argument: str) -> str:
     return f"{name}='{re.sub(r'(\\+)$', r'\1\1', path)}'"
 
 
-def leave() -> None:
-    """Exit with status 1 because nobody reads the output any more."""
-    discard(sys.stdout.fileno())
-    sys.exit(1)
-
-
 def one_voice() -> AbstractContextManager[None]:
     """Inside, of all ranks the first alone prints."""
     return nullcontext() if RANK == 0 else redirect_stdout(None)
@@ -83,24 +87,18 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
             multiprocessing.set_start_method("spawn", force=True)
         try:
             return task(settings)
-        except (UserError, OmegaConfBaseException) as error:
-            if is_one_of_many:  # the others go on
-                raise
-            fail(error)
-        except BrokenPipeError:  # here, because Hydra would print it
-            leave()
+        except Exception as error:
+            # here, because Hydra would print it; of many, the others go on
+            if not is_one_of_many or isinstance(error, BrokenPipeError):
+                fail(error)
+            raise
 
     sys.argv[1:] = map(quoted, sys.argv[1:])
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
         application(careful)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        fail(error)
-    except BrokenPipeError:  # of --help
-        leave()
-    except OSError as error:  # of Hydra, which writes before it begins
-        if error.errno not in UNWRITABLE:
-            raise
-        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:  # also of Hydra, which writes before it begins
+        fail(error)
+        raise

@@ -13,7 +13,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from icm.cli import fail, quoted
 from icm.config import SETTINGS, Config, flat, parse_config, settings_of
@@ -43,9 +42,8 @@ class RunFolder(Callback):
             claim_folder(config, settings)
             # as long as this process lives
             self.lock = lock(Path(config.hydra.run.dir))
-        except (UserError, OmegaConfBaseException) as error:
+        except Exception as error:
             fail(error)
-        except Exception:
             traceback.print_exc()
             sys.exit(1)
 

@@ -584,6 +584,8 @@ def test_what_is_no_core_is_refused(core: Path, tmp_path: Path) -> None:
     missing = tmp_path / "no.so"
     assert f"env.core={missing}: no such file" in refused(core=str(missing))
     assert f"env.core={tmp_path}: no such file" in refused(core=str(tmp_path))
+    too_long = tmp_path / f"{300 * 'x'}.so"
+    assert f"env.core={too_long}: no such file" in refused(core=str(too_long))
     text = tmp_path / "text.so"
     text.write_text("not a library")
     assert f"env.core={text}: cannot be loaded" in refused(core=str(text))

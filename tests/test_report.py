@@ -187,6 +187,11 @@ def test_settings_that_were_cut_off_are_refused(text: str, tmp_path: Path) -> No
         read_run(tmp_path)
 
 
+def test_a_folder_that_cannot_be_looked_at_is_none() -> None:
+    with pytest.raises(UserError, match=r"xx: no run folder .*File name too long"):
+        read_runs(Path(300 * "x"))
+
+
 def test_smoothing_is_a_mean_over_neighbours() -> None:
     values = np.array([np.nan, *range(12)], dtype=float)
     assert smoothed(values)[6] == pytest.approx(5)

@@ -34,6 +34,9 @@ from icm.errors import UserError
 from icm.playing import load_agent
 from icm.soak.forked import run_forked, start_forked
 
+TOO_LONG = "/" + 300 * "x"
+"""A path that cannot be looked at, not even by root."""
+
 # --- what works ---------------------------------------------------------------------------------
 
 
@@ -484,6 +487,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("device=gpu", ["device=gpu", "cuda"]),
         ("device=cuda", ["device=cuda", "0 CUDA devices"]),
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
+        (f"resume={TOO_LONG}", [TOO_LONG, "File name too long"]),
         ("=", ["unknown setting"]),
     ],
 )
@@ -638,6 +642,7 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("play.py", ["render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
         ("play.py", ["render=none", "out=film.mp4"], ["out=film.mp4", "render=none"]),
         ("play.py", ["out=."], ["out=.", "exists"]),
+        ("play.py", [f"out={TOO_LONG}"], [TOO_LONG, "File name too long"]),
         ("play.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("evaluate.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("play.py", ["speed=0"], ["speed=0", "between"]),

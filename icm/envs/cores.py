@@ -22,7 +22,7 @@ def find_core(core: str) -> Path:
         UserError: there is no such file, or no core was found.
     """
     if core != "auto":
-        if not Path(core).is_file():
+        if not os.path.isfile(core):  # of a path that cannot be looked at, pathlib raises
             raise UserError(f"env.core={core}: no such file; auto finds installed cores")
         return Path(core)
     for path in installed_cores().values():
@@ -40,7 +40,7 @@ def installed_cores() -> dict[str, Path]:
     found = {}
     for name in ("quicknes", "fceumm"):
         paths = [folder / f"{name}_libretro{SUFFIX}" for folder in core_folders()]
-        if path := next((path for path in paths if path.is_file()), None):
+        if path := next((path for path in paths if os.path.isfile(path)), None):
             found[name] = path
     return found
 

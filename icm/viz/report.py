@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def read_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: it is none, or nothing has been logged there.
     """
-    if (folder / "metrics.jsonl").exists():
+    if os.path.exists(folder / "metrics.jsonl"):  # pathlib raises if that cannot be looked at
         return [read_run(folder)]
     logs = sorted(folder.glob("*/metrics.jsonl"))
     return [read_run(log.parent) for log in logs if log.stat().st_size] or [read_run(folder)]
