@@ -37,9 +37,16 @@ def picture(number: int) -> np.ndarray:
     ],
 )
 def test_a_video_has_its_pictures_at_its_rate(
-    name: str, fps: float, pictures: int, rate: float, length: int, tmp_path: Path
+    name: str,
+    fps: float,
+    pictures: int,
+    rate: float,
+    length: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "new" / name
+    monkeypatch.chdir(tmp_path)
+    out = Path("new: 100%") / name
     with record(out, fps) as video:
         for number in range(pictures):
             video.add(picture(number))
@@ -59,13 +66,15 @@ def test_a_video_has_its_pictures_at_its_rate(
         assert meta["loop"] == 0  # for ever
 
 
-def test_a_folder_gets_single_pictures(tmp_path: Path) -> None:
-    with record(tmp_path / "frames") as video:
+def test_a_folder_gets_single_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("frames: 100%d")
+    with record(out) as video:
         for number in range(3):
             video.add(picture(number))
-    names = sorted(path.name for path in (tmp_path / "frames").iterdir())
+    names = sorted(path.name for path in out.iterdir())
     assert names == ["000001.png", "000002.png", "000003.png"]
-    assert (imageio.imread(tmp_path / "frames" / "000003.png") == picture(2)).all()
+    assert (imageio.imread(out / "000003.png") == picture(2)).all()
 
 
 def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Video:
         rate = ["-r", str(self.fps)]
         command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", *given, *rate, "-i", "-"]
         return subprocess.Popen(
-            [*command, *written, str(self.file)],
+            [*command, *written, f"file:{self.file}"],  # or "a:b" would be a protocol and its path
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,  # a few lines at most
             start_new_session=True,  # Ctrl-C is not for it
@@ -113,7 +113,7 @@ def record(path: Path, fps: float = FPS) -> Generator[Video]:
             file = temporary
         else:
             temporary.mkdir()
-            file = temporary / "%06d.png"
+            file = Path(str(temporary).replace("%", "%%"), "%06d.png")
         video = Video(file, form, fps)
         try:
             yield video
