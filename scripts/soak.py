@@ -10,10 +10,15 @@ from icm import cli
 
 def main(settings: DictConfig) -> None:
     """Run the parts, print what held, write JSON; exit with 1 if something did not hold."""
+    import signal
     import sys
 
     from icm.config import typed
-    from icm.soak.suite import SoakConfig, soak
+    from icm.errors import UserError
+
+    if not hasattr(signal, "SIGSTOP"):
+        raise UserError("soak.py sends signals, which Linux and macOS have")
+    from icm.soak.suite import SoakConfig, soak  # which only these can import
 
     sys.exit(0 if soak(typed(settings, SoakConfig)) else 1)
 

@@ -4,6 +4,7 @@ import json
 import random
 import runpy
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def test_a_short_soak_holds_and_is_written(
     assert files["figures"].keys() == KINDS.keys()
     assert sum(sum(ends.values()) for ends in files["figures"].values()) == 1
     assert f"written to {folder / 'soak.json'}" in printed
+
+
+def test_without_the_signals_it_sends_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGSTOP")
+    monkeypatch.setitem(sys.modules, "icm.soak.suite", None)  # there it cannot be imported
+    with pytest.raises(UserError, match=r"soak\.py sends signals"):
+        runpy.run_path(str(ROOT / "scripts" / "soak.py"))["main"](composed("soak"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -106,6 +106,7 @@ def _as_script(
         status = error.code or 0
         raise
     finally:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # files, because of several processes of several threads an exit status may get lost
-        outputs[3].write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        outputs[3].write_text(str(peak if sys.platform == "darwin" else peak * 1024))
         outputs[2].write_text(str(status))

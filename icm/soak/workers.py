@@ -2,6 +2,7 @@
 
 import random
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
         "lines_compared": len(logged),
         **{
             f"seconds_until_{ON}_more_steps_after_{what}": {
-                "median": sorted(seconds)[len(seconds) // 2],
+                "median": statistics.median(seconds),
                 "most": max(seconds),
             }
             for what, seconds in delays.items()
