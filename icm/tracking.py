@@ -41,7 +41,7 @@ class Tracker:
         threading.excepthook = self._report
         metrics = folder / "metrics.jsonl"
         with self._writing():
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
             self.writer.add_custom_scalars(
                 {
                     question: {title: ["Multiline", list(names)] for title, names in charts.items()}
