@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 SETTINGS = ".hydra/config.yaml"
 """In a run folder."""
 
+SLOWEST, FASTEST = 0.1, 10.0
+"""Speeds that a game is watched at, times its own."""
+
 INPUT_NORMS = ("standard", "contrast", "scale", "stack")
 """See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
 

@@ -16,14 +16,15 @@ def main(settings: DictConfig) -> None:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from icm.config import PlayConfig, check_seed, typed
+    from icm.config import FASTEST, SLOWEST, PlayConfig, check_seed, typed
     from icm.errors import UserError
 
     options = typed(settings, PlayConfig)
     if options.episodes < 1:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
-    if not 0.1 <= options.speed <= 10:
-        raise UserError(f"speed={options.speed}: must be between 0.1 and 10, times the game's own")
+    if not SLOWEST <= options.speed <= FASTEST:
+        limits = f"between {SLOWEST:g} and {FASTEST:g}"
+        raise UserError(f"speed={options.speed}: must be {limits}, times the game's own")
     check_seed(options.seed)
     displays = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
     has_display = sys.platform != "linux" or any(map(os.environ.get, displays))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from icm.agents.base import Agent
-from icm.config import GameConfig
+from icm.config import FASTEST, SLOWEST, GameConfig
 from icm.errors import UserError
 from icm.playing import Moment, Player, load_agent
 from icm.viz.window import BAR, FPS, Window
@@ -102,9 +102,9 @@ def test_keys_change_the_speed_within_limits(window: Window) -> None:
     moments = window.play(9)
     for keys, speed in (
         ([pygame.K_MINUS], 4),
-        ([pygame.K_PLUS, pygame.K_EQUALS], 8),
-        ([pygame.K_MINUS] * 9, 1 / 8),
-        ([pygame.K_KP_PLUS] * 6, 8),
+        ([pygame.K_PLUS, pygame.K_EQUALS], FASTEST),
+        ([pygame.K_KP_MINUS] * 9, SLOWEST),
+        ([pygame.K_KP_PLUS] * 9, FASTEST),
     ):
         press(*keys)
         next(moments)

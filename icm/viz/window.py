@@ -10,6 +10,7 @@ os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"  # it would stand among the resul
 import pygame
 
 from icm.agents.base import Agent
+from icm.config import FASTEST, SLOWEST
 from icm.errors import UserError
 from icm.playing import Moment, Player
 from icm.viz.mind import (
@@ -28,7 +29,6 @@ from icm.viz.video import FPS
 
 BAR = 52  # pixels below the picture
 USUAL_WIDTH = 768  # of an NES picture
-SLOWEST, FASTEST = 1 / 8, 8.0
 
 BUTTONS = {
     pygame.K_RIGHT: "right",
