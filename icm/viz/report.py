@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ def names_of(kinds: list[list[Run]]) -> list[str]:
 
 
 def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """A table of runs by kind, the farthest first: means, and standard errors where there are some.
+    """A table of runs by kind: means, and standard errors where there are some.
+
+    That of the greatest distance comes first.
 
     Returns:
         the names of the columns, and the colour of its curves and the cells of each kind.
@@ -181,7 +184,7 @@ def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, li
     figures = {name: [run.figures() for run in runs] for name, runs in kinds.items()}
     columns = list(dict.fromkeys(key for found in figures.values() for one in found for key in one))
     rows = []
-    for (name, found), colour in zip(figures.items(), _colours(), strict=False):
+    for (name, found), colour in zip(figures.items(), cycle(COLOURS), strict=False):
         cells = []
         for column in columns:
             values = np.array([one[column] for one in found if column in one])
@@ -226,6 +229,7 @@ def write_report(runs: list[Run], out: Path) -> None:
 
 def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
     """A question and the SVG of its charts, for each question."""
+    coloured = list(zip(kinds.values(), cycle(COLOURS), strict=False))
     for question, charts in CHARTS.items():
         known = {
             title: names
@@ -242,7 +246,7 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
         grid = {**room, "wspace": 0.12, "hspace": 0.45}
         all_axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).flatten()
         for axes, (title, names) in zip(all_axes, known.items(), strict=False):
-            for number, (runs, colour) in enumerate(zip(kinds.values(), _colours(), strict=False)):
+            for number, (runs, colour) in enumerate(coloured):
                 for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
                     label = "_" if number else name.partition("/")[2]  # "_": not in the legend
                     _curve(axes, runs, name, label, colour, style)
@@ -258,11 +262,6 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
         figure.savefig(text, format="svg", metadata=dict.fromkeys(SVG_METADATA))
         svg = text.getvalue()
         yield question, svg[svg.index("<svg") :]
-
-
-def _colours() -> Iterator[str]:
-    while True:
-        yield from COLOURS
 
 
 def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, style: str) -> None:
