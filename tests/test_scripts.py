@@ -455,11 +455,22 @@ def test_an_exported_checkpoint_is_small_and_plays_but_is_not_resumed(
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_the_real_keys() -> None:
-    done = run_script("train.py", "--help")
+@pytest.mark.parametrize(
+    ("name", "keys", "others"),
+    [
+        ("train.py", ("total_steps", "action_repeat", "inverse_dropout", "agent: dqn"), ("ckpt",)),
+        ("play.py", ("ckpt", "mind"), ("agent",)),
+    ],
+)
+def test_help_shows_the_real_keys(
+    name: str, keys: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    done = run_script(name, "--help")
     assert done.returncode == 0
-    for key in ("total_steps", "action_repeat", "replay_capacity", "inverse_dropout"):
+    for key in keys:
         assert key in done.stdout
+    for key in others:
+        assert key not in done.stdout
 
 
 # --- what is refused: one line, status 2, nothing changed ----------------------------------------
