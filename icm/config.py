@@ -331,8 +331,7 @@ def settings_of(run: Path) -> "DictConfig":
     except Exception:  # YAML's
         settings = None
     if isinstance(settings, DictConfig):
-        known = OmegaConf.to_container(settings)
-        assert isinstance(known, dict)
+        known: Any = OmegaConf.to_container(settings)
         # Hydra writes these after all others: a file that was cut off lacks one
         if {"env.id", "agent.name", "curiosity.name"} <= flat(known).keys():
             return settings
