@@ -40,6 +40,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 *((name, dtype, shape) for name, (shape, dtype) in RESULTS.items()),
                 ("returned", np.bool),
                 ("origin", np.int64),
+                ("undone", np.int64),
                 ("failures", np.int64),  # of the rank
                 ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
             ]
@@ -102,6 +103,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rows["life_lost"] = infos.get("life_lost", False)
         rows["returned"] = infos.get("returned", False)
         rows["origin"] = infos.get("origin", NO_ORIGIN)
+        rows["undone"] = infos.get("undone", 0)
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
         packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
@@ -109,7 +111,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
         if whole["returned"].any() or (whole["origin"] != NO_ORIGIN).any():
-            found |= {name: whole[name].copy() for name in ("returned", "origin")}
+            found |= {name: whole[name].copy() for name in ("returned", "origin", "undone")}
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:

@@ -169,6 +169,7 @@ class Trainer:
                 "reset": reset,
                 "respawned": torch.from_numpy(life_lost & ~terminated),
                 "origin": torch.from_numpy(infos.get("origin", np.full(n, NO_ORIGIN))),
+                "undone": torch.from_numpy(infos.get("undone", np.zeros(n, np.int64))),
             }
             self.exploration.visit(self.step + n, infos, ended)
             for episode in episodes_in(infos).values():

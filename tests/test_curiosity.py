@@ -600,6 +600,21 @@ def test_the_oldest_are_forgotten() -> None:
     assert novelty(one, no, no).item() > 0.9
 
 
+@pytest.mark.parametrize("before", [0, CAPACITY - 2])  # the latter go round its memory
+def test_who_goes_on_knows_the_way_there_and_nothing_else(before: int) -> None:
+    novelty, no = EpisodicNovelty(2, 4, 0.5, CPU), torch.zeros(2, dtype=torch.bool)
+    zero, first, second, third, fourth = torch.cat((torch.zeros(1, 4), 5 * torch.eye(4))).unbind()
+    for one, other in [(zero, zero)] * before + [(first, third), (second, zero), (third, fourth)]:
+        novelty(torch.stack((one, other)), no, no)
+    novelty.inherit(torch.tensor([-1, 0]), torch.tensor([0, 1]))  # the second begins in `second`
+    novelty(torch.stack((zero, second)), no, no)
+    assert novelty.count.tolist() == [before + 4, before + 2]
+    for known in (first, second):
+        assert novelty(torch.stack((known, known)), no, no)[1].item() < 1e-30
+    for new in (third, fourth):
+        assert novelty(torch.stack((new, new)), no, no)[1].item() > 0.9
+
+
 def test_without_a_scale_every_state_is_new() -> None:
     novelty, no = EpisodicNovelty(2, 3, None, CPU), torch.zeros(2, dtype=torch.bool)
     for _ in range(3):

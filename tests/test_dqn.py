@@ -112,6 +112,7 @@ class Game:
             "reset": reset,
             "respawned": np.zeros(self.num_envs, dtype=bool),
             "origin": np.full(self.num_envs, -1),
+            "undone": np.zeros(self.num_envs, dtype=np.int64),
         }
         return {name: torch.from_numpy(value) for name, value in given.items()}
 

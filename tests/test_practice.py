@@ -279,6 +279,7 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
     assert rewards[cut] == 0
     state = envs.state_dict()
     begins = state["actions"][cut]
+    assert infos["undone"][cut] == (done - len(begins) if cut == 1 else 0)
     # at the start, it begins as others do
     assert np.flatnonzero(infos["returned"]).tolist() == ([cut] if begins else [])
     assert state["seeds"][cut] == FROZEN_SEED

@@ -296,6 +296,7 @@ class Agent[Batch](ABC):
         reset: Tensor,
         respawned: Tensor,
         origin: Tensor,
+        undone: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Store one step of every environment, and judge the signal on it before it learns from it.
 
@@ -310,6 +311,7 @@ class Agent[Batch](ABC):
                 consequence of the action, so that its surprise is neither rewarded nor learned.
             origin: int64 (num_envs,), -1, or where a reset opens an episode that goes on with that
                 of an environment, the number of this: that life goes on, and knows what it saw.
+            undone: int64 (num_envs,), how many of the latest actions of that one are undone.
 
         Returns:
             statistics of transitions, of each those that it is of, (transitions,); and the surprise
@@ -318,7 +320,7 @@ class Agent[Batch](ABC):
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
         opens = reset & (origin < 0) | respawned & ~truncated
-        self.novelty.inherit(origin)
+        self.novelty.inherit(origin, undone)
         novelty = self.novelty(places, opens, respawned)
         surprise = errors.surprise.cpu()
         valid = ~reset

@@ -69,6 +69,7 @@ def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str,
         "reset": never,
         "respawned": never,
         "origin": torch.full((n,), -1),
+        "undone": torch.zeros(n, dtype=torch.int64),
     }
 
 

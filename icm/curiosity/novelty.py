@@ -74,16 +74,24 @@ class EpisodicNovelty:
         novelty = (1 - self.scale / (distance + self.scale)).clamp_min(LEAST).cpu()
         return novelty.masked_fill(respawned, 0.0)
 
-    def inherit(self, origin: Tensor) -> None:
-        """Let lives know what those have seen in the middle of which they go on.
+    def inherit(self, origin: Tensor, undone: Tensor) -> None:
+        """Let lives know what those have seen in the middle of which they go on, up to there.
 
         Args:
             origin: numbers of the environments of these, int64 (num_envs,), on the CPU; -1: none.
+            undone: how many of the latest actions of these are undone, int64 (num_envs,), likewise.
         """
         rows = (origin >= 0).nonzero().squeeze(1)
-        if self.scale is not None and len(rows):
-            for known in (self.seen, self.squares, self.count):
-                known[rows] = known[origin[rows]]
+        if self.scale is None or not len(rows):
+            return
+        for known in (self.seen, self.squares, self.count):
+            known[rows] = known[origin[rows]]
+        for row in rows.tolist():
+            last = int(self.count[row])
+            # and the state that it begins in, which is about to be seen again
+            forgotten = min(int(undone[row]) + 1, last, CAPACITY)
+            self.squares[row, torch.arange(last - forgotten, last) % CAPACITY] = torch.inf
+            self.count[row] -= forgotten
 
     def state_dict(self) -> dict[str, Any]:
         """What the running lives have seen, on the CPU."""

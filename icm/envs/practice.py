@@ -19,7 +19,7 @@ class Middle(NamedTuple):
 
     other: int  # number of the environment whose episode it is
     done: int  # how many of its actions lead there
-    knows: bool  # whether who begins there knows what the episode has seen
+    knows: bool  # whether who begins there knows what the episode has seen up to there
 
 
 class Practice:
@@ -29,7 +29,8 @@ class Practice:
     begins in that of another environment that practises: some steps before where that is, and it is
     one that has played for longer, if there is one. So what is hard is met more often, and many are
     soon where one has come (returning to where one was, by restoring the emulator: Ecoffet et al.
-    2021, Go-Explore).
+    2021, Go-Explore). What was tried in vain is forgotten: it is as new to who tries again as it is
+    to any life that comes there.
 
     That the way there is not forgotten, every second one repeats it: its episodes begin anywhere on
     the way of one that does not, as if nothing of it had been seen.

@@ -73,16 +73,18 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
     `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again. `returned` and `origin`, if one has begun in the middle of another: see below.
+    play it again. `returned`, `origin` and `undone`, if one has begun in the middle of another: see
+    below.
 
     In environments that practise (`icm.envs.practice`), a life is an episode, which ends truncated,
     and the next one may begin in the middle of it or of another, with the same seed: it is that
     episode again, up to there.
 
     `returned`, bool (num_envs,), tells who has begun in the middle; `origin`, int64 (num_envs,),
-    the number of the environment whose episode has been gone on with, knowing what it has seen, -1
-    if none has. `episode` is of those alone that do not practise: the others tell nothing of how
-    far an agent comes from the start.
+    the number of the environment whose episode has been gone on with, knowing what it had seen up
+    to there, -1 if none has; `undone`, int64 (num_envs,), how many of its actions came after that.
+    `episode` is of those alone that do not practise: the others tell nothing of how far an agent
+    comes from the start.
 
     In place of a worker that fails, or does not answer for long, a new one plays the running
     episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
@@ -126,6 +128,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
         self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
+        self._undone = np.zeros(num_envs, np.int64)  # how many of their latest ones are not
         self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
         self._patience, self._first = patience, first
@@ -249,6 +252,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             middle = [row for row, actions in self._returning.items() if actions]
             infos["returned"] = np.isin(np.arange(self.num_envs), middle)
             infos["origin"] = self._origin.copy()
+            infos["undone"] = self._undone.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
@@ -264,6 +268,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NO_ORIGIN
+        self._undone[:] = 0
         sources: dict[int, int] = {}  # of those that have begun here: whose way it is
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
@@ -277,10 +282,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             other, done, knows = middle
             source = sources.get(other, other)
             self._arrays["seeds"][row] = self._arrays["seeds"][other]
-            self._played[row] = self._returning[row] = self._played[other][:done]
             if knows:
-                begun = other in sources
-                self._origin[row] = self._origin[other] if begun else self._first + other
+                self._origin[row] = self._origin[other] if other in sources else self._first + other
+                self._undone[row] = len(self._played[other]) - done + self._undone[other]
+            self._played[row] = self._returning[row] = self._played[other][:done]
             sources[row] = source
             home = self._balance.home(source)
             if home != self._balance.home(row):
