@@ -343,33 +343,39 @@ def test_a_worker_lends_snapshots_to_another(three: WorkerVectorEnv) -> None:
 
 @pytest.mark.skipif(EMULATORS[-1] != "libretro", reason="states of nes-py stay in their process")
 def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -> None:
-    """Environment 1 goes on where 2 is, and 3, in the other worker, repeats the way of 1."""
-    config = replace(LEVEL, num_envs=4, num_workers=2)
-    envs = make_vector_env(config, practice=0.75)
-    envs._balance.rows = [[0, 1, 2], [3]]
-    actions = [[], [], WAY[:112], []]
-    seeds = [0, 5, FROZEN_SEED, 6]
-    running = {"seeds": seeds, "actions": actions, "resumed": [0, 0, 0, 0]}
-    envs.restore({"entropy": 0, "begun": [1, 1, 1, 1], **running})
-    done, truncated = 112, np.zeros(4, bool)
+    """1 goes on where 3 is, 2 where 1 is, and 4, in the other worker, repeats the way of 1 or 2."""
+    config = replace(LEVEL, num_envs=5, num_workers=2)
+    envs = make_vector_env(config, practice=0.8)
+    envs._balance.rows = [[0, 1, 2, 3], [4]]
+    actions = [[], [], [], WAY[:112], []]
+    seeds = [0, 5, 7, FROZEN_SEED, 6]
+    running = {"seeds": seeds, "actions": actions, "resumed": [0] * 5}
+    envs.restore({"entropy": 0, "begun": [1] * 5, **running})
+    done, truncated = 112, np.zeros(5, bool)
     while not truncated.any():
-        *_, truncated, _ = envs.step(np.array([0, 0, WAY[done], 0]))
+        *_, truncated, _ = envs.step(np.array([0, 0, 0, WAY[done], 0]))
         done += 1
-    assert truncated.tolist() == [True, True, False, True]
+    assert truncated.tolist() == [True, True, True, False, True]
 
     def chosen(entropy: int) -> bool:
-        rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(3, 1)))
-        return bool(rng.choice([1, 2]) == 1 and rng.integers(done // SELDOM) > 0)
+        second, fourth = (
+            np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(row, 1)))
+            for row in (2, 4)
+        )
+        fourth.choice([1, 2])
+        return bool(second.choice([1, 3]) == 1 and fourth.integers(done // SELDOM) > 0)
 
     envs._entropy = next(filter(chosen, range(100)))
-    observations, *_, infos = envs.step(np.array([0, 0, WAY[done], 0]))
-    assert np.flatnonzero(infos["returned"]).tolist() == [1, 3]
-    assert infos["origin"].tolist() == [-1, 2, -1, -1]
-    begins = envs.state_dict()["actions"][3]
+    observations, *_, infos = envs.step(np.array([0, 0, 0, WAY[done], 0]))
+    assert np.flatnonzero(infos["returned"]).tolist() == [1, 2, 4]
+    assert infos["origin"].tolist() == [-1, 3, 3, -1, -1]
+    _, first, second, _, begins = envs.state_dict()["actions"]
+    assert len(second) < len(first) < done
+    assert infos["undone"].tolist() == [0, done - len(first), done - len(second), 0, 0]
     assert len(begins) >= SELDOM
-    assert envs._lent[3].reach(FROZEN_SEED, begins) == len(begins)
+    assert envs._lent[4].reach(FROZEN_SEED, begins) == len(begins)
     alone = make_env(LEVEL)
-    assert (observations[3] == replayed(alone, FROZEN_SEED, begins)[0]).all()
+    assert (observations[4] == replayed(alone, FROZEN_SEED, begins)[0]).all()
     alone.close()
     envs.close()
 
