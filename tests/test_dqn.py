@@ -1349,6 +1349,7 @@ def interact(agent: Agent, world: Any, steps: int) -> Iterator[Tensor]:
             reset,
             torch.zeros(n, dtype=torch.bool),
             torch.full((n,), -1),
+            torch.zeros(n, dtype=torch.int64),
         )
         previous = actions.masked_fill(reset, NO_ACTION)
         reset = world.ended
