@@ -67,10 +67,14 @@ def read(row: str) -> list[list[dict[str, float]]]:
     return [lines[:shortest] for lines in seeds]
 
 
-def minutes(lines: list[dict[str, float]]) -> np.ndarray:
-    """Time since the start of training at the end of every log interval."""
-    steps = np.diff([0, *(line["step"] for line in lines)])
-    return np.cumsum(steps / [line["speed/agent_steps_per_s"] for line in lines]) / 60
+def minutes(seeds: list[list[dict[str, float]]]) -> np.ndarray:
+    """Time since the start of training at the end of every log interval, each as its fastest seed.
+
+    Others had something else run beside them, or stood still for a while.
+    """
+    steps = np.diff([0, *(line["step"] for line in seeds[0])])
+    speeds = [[line["speed/agent_steps_per_s"] for line in lines] for lines in seeds]
+    return np.cumsum(steps / np.max(speeds, axis=0)) / 60
 
 
 def curves(
@@ -79,19 +83,13 @@ def curves(
     metric: tuple[str, str],
     by_minutes: bool = False,
 ) -> None:
-    """Means over seeds and their standard errors, a line for each row.
-
-    Minutes are those of the fastest seed, because others had something else run beside them.
-    """
+    """Means over seeds and their standard errors, a line for each row."""
     name, title = metric
     for row, (label, colour) in rows.items():
         seeds = read(row)
         if not seeds or name not in seeds[0][-1]:
             continue
-        if by_minutes:
-            x = min((minutes(lines) for lines in seeds), key=lambda each: each[-1])
-        else:
-            x = np.array([line["step"] for line in seeds[0]]) / 1000
+        x = minutes(seeds) if by_minutes else np.array([line["step"] for line in seeds[0]]) / 1000
         ys = [[line.get(name, np.nan) for line in lines] for lines in seeds]
         each = np.array([smoothed(np.array(y, dtype=float)) for y in ys])
         mean = each.mean(0)
