@@ -5,7 +5,6 @@ import warnings
 import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,15 +99,9 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
         for older in sorted(path.parent.glob("step_*.pt"), reverse=True):
             with suppress(UserError):
                 content = load(older)
-                _say_once(f"{error}; going on with {older.name}")
+                print(f"{error}; going on with {older.name}", file=sys.stderr)
                 return older, content
         raise
-
-
-@cache
-def _say_once(line: str) -> None:
-    """Print a line on stderr: a run looks when it claims its folder, and again when it begins."""
-    print(line, file=sys.stderr)
 
 
 @contextmanager

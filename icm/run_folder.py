@@ -157,14 +157,15 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             raise UserError(
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
             )
-        if own_checkpoint(settings, folder) is None:
-            try:
-                before = parse_config(settings_of(folder))
-            except UserError:  # of a file that was cut off, for instance
+        try:
+            before = parse_config(settings_of(folder))
+        except UserError:  # of a file that was cut off, for instance
+            if own_checkpoint(settings, folder) is None:  # which has them, too
                 raise UserError(
                     f"hydra.run.dir={folder}: exists, with no settings in {SETTINGS}; "
                     "give another folder"
                 ) from None
+        else:
             must_be_same(folder, before, settings)
 
 

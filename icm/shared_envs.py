@@ -10,7 +10,7 @@ from gymnasium.vector.utils import batch_space
 from icm.collectives import all_objects, all_rows
 from icm.envs import episodes_in
 from icm.envs.stepper import RESULTS
-from icm.envs.vector import NO_ORIGIN, WorkerVectorEnv, infos_of
+from icm.envs.vector import NOWHERE, WorkerVectorEnv, infos_of
 from icm.ranks import RANK, WORLD_SIZE
 
 
@@ -38,9 +38,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             [
                 ("observations", space.dtype, space.shape),
                 *((name, dtype, shape) for name, (shape, dtype) in RESULTS.items()),
-                ("returned", np.bool),
-                ("origin", np.int64),
-                ("undone", np.int64),
+                *((name, value.dtype) for name, value in NOWHERE.items()),
                 ("failures", np.int64),  # of the rank
                 ("has_news", np.bool),  # whether the rank has ended episodes, or scenery
             ]
@@ -101,17 +99,16 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name, info in (("cells", "cell"), ("has_cell", "_cell")):
             rows[name] = infos.get(info, 0)
         rows["life_lost"] = infos.get("life_lost", False)
-        rows["returned"] = infos.get("returned", False)
-        rows["origin"] = infos.get("origin", NO_ORIGIN)
-        rows["undone"] = infos.get("undone", 0)
+        for name, value in NOWHERE.items():
+            rows[name] = infos.get(name, value)
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
         packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
-        if whole["returned"].any() or (whole["origin"] != NO_ORIGIN).any():
-            found |= {name: whole[name].copy() for name in ("returned", "origin", "undone")}
+        if any((whole[name] != value).any() for name, value in NOWHERE.items()):
+            found |= {name: whole[name].copy() for name in NOWHERE}
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:

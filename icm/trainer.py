@@ -21,7 +21,7 @@ from icm.collectives import all_objects, greatest, seconds
 from icm.config import Config, flat
 from icm.display import Display
 from icm.envs import core_name, episodes_in
-from icm.envs.vector import NO_ORIGIN, WorkerVectorEnv
+from icm.envs.vector import NOWHERE, WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
 from icm.files import latest, remove_leftovers
@@ -168,8 +168,8 @@ class Trainer:
                 "truncated": torch.from_numpy(truncated),
                 "reset": reset,
                 "respawned": torch.from_numpy(life_lost & ~terminated),
-                "origin": torch.from_numpy(infos.get("origin", np.full(n, NO_ORIGIN))),
-                "undone": torch.from_numpy(infos.get("undone", np.zeros(n, np.int64))),
+                "origin": torch.from_numpy(infos.get("origin", np.full(n, NOWHERE["origin"]))),
+                "undone": torch.from_numpy(infos.get("undone", np.full(n, NOWHERE["undone"]))),
             }
             self.exploration.visit(self.step + n, infos, ended)
             for episode in episodes_in(infos).values():

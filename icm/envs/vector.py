@@ -17,7 +17,13 @@ from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
 from icm.processes import say
 
-NO_ORIGIN = -1  # of an episode that begins at its start
+NOWHERE: dict[str, np.generic] = {
+    "returned": np.False_,
+    "origin": np.int64(-1),
+    "undone": np.int64(0),
+}
+"""What infos say of an environment whose episode has not begun in the middle of another."""
+
 SLOWEST = 50.0  # agent steps per second that an emulator plays again at least
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
@@ -127,7 +133,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
-        self._origin = np.full(num_envs, NO_ORIGIN)  # numbers of those whose actions these are
+        # numbers of those whose actions these are
+        self._origin = np.full(num_envs, NOWHERE["origin"])
         self._undone = np.zeros(num_envs, np.int64)  # how many of their latest ones are not
         self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
 
@@ -267,7 +274,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         `died` and `cut`, bool (num_envs,): how the one before ended.
         """
         self._returning, self._lent = {}, {}
-        self._origin[:] = NO_ORIGIN
+        self._origin[:] = NOWHERE["origin"]
         self._undone[:] = 0
         sources: dict[int, int] = {}  # of those that have begun here: whose way it is
         for row in np.flatnonzero(opening).tolist():
