@@ -117,26 +117,6 @@ def whole_training(folder: Path, *arguments: object) -> Path:
     return folder
 
 
-def saved_training(
-    folder: Path, *arguments: object, launcher: tuple[str, ...]
-) -> subprocess.Popen[bytes]:
-    """A training that a launcher has started in new processes; it has a checkpoint by now.
-
-    In a session of its own, as of a terminal.
-    """
-    script = (ROOT / "scripts" / "train.py", *map(str, arguments), f"hydra.run.dir={folder}")
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *script],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    wait_for_checkpoint(folder, lambda: process.poll() is None)
-    return process
-
-
 def forked_training(place: Path, *arguments: object) -> BaseProcess:
     """Start scripts/train.py, forked as in `run_script`, in a session of its own.
 

@@ -1,5 +1,6 @@
 """Several learners of one agent, started by torchrun."""
 
+import os
 import signal
 import socket
 from multiprocessing.process import BaseProcess
@@ -13,7 +14,6 @@ from conftest import (
     UNSEEN,
     metrics_of,
     run_script,
-    saved_training,
     unseen,
     wait_for_checkpoint,
     whole_training,
@@ -73,7 +73,10 @@ main()
 
 
 def ranks(place: Path, run: Path, *given: str) -> BaseProcess:
-    """torchrun, whose training has a checkpoint in its run folder by now; it forks two ranks."""
+    """torchrun, whose training has a checkpoint in its run folder by now; it forks two ranks.
+
+    In a session of its own, as of a terminal.
+    """
     launcher = place / "torchrun.py"
     launcher.write_text(LAUNCHER)
     # or the second attempt may read what the first has left in it, and wait for ever
@@ -132,10 +135,11 @@ def test_ranks_learn_what_one_process_learns_and_go_on_when_one_is_killed(
 def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
     expected = whole_training(tmp_path / "alone", *DQN)
     run = tmp_path / "ranks"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")  # as a user
-    training = saved_training(run, *DQN, launcher=torchrun)
-    training.send_signal(signal.SIGTERM)
-    assert training.wait(60) != 0
+    training = ranks(tmp_path, run, *DQN)
+    assert training.pid is not None
+    os.kill(training.pid, signal.SIGTERM)
+    training.join(60)
+    assert training.exitcode != 0
     assert 160 <= checkpoint.load(latest(run))["step"] < 440
     assert_same(expected, whole_training(run, *DQN), 440)
 

@@ -185,7 +185,7 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
         return gym.make(spec, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise UserError(
-            f"env.id={config.id}: {str(error).splitlines()[0]} "
+            f"env.id={config.id}: {str(error).splitlines()[0].rstrip('.')}. "
             "Registered are for instance SuperMarioBros-1-1-v0 (world 1-8, stage 1-4), "
             "SuperMarioBros-v0, SuperMarioBros2-v0, SuperMarioBros2USA-v0, SuperMarioBros3-v0; "
             "another package's environment is named package:id."

@@ -19,17 +19,7 @@ import torch
 from icm.files import ROOT
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [
-        "icm.run_folder",
-        "icm.trainer",
-        "icm.factory",
-        "icm.evaluation",
-        "icm.playing",
-        "icm.viz.mind",
-        "torch._dynamo",  # which an optimizer imports
-    ]
-)
+_FORKS.set_forkserver_preload(["icm.soak.preloaded"])
 
 OUTPUTS = ("stdout", "stderr", "status", "peak")
 """Files of what a script printed, its exit status, and the most memory that it had."""
