@@ -81,10 +81,10 @@ class Region:
 
 @dataclass
 class Recording:
-    """An episode that can be played again.
+    """An episode, or its beginning, that can be played again.
 
     step: agent steps of the run by its end.
-    score: its distance; in a game without distances, its reward.
+    score: its distance; in a game without distances, its reward. Of a way: levels known by then.
     seed: of its environment.
     actions: from the first to the last.
     """
@@ -96,12 +96,17 @@ class Recording:
 
 
 class Exploration:
-    """Places and what is known of them, the greatest distance, the best and the latest episodes."""
+    """Places and what is known of them, the greatest distance, the best and the latest episodes.
+
+    And the way to the level that was discovered last: the episode that first came there, up to
+    there.
+    """
 
     def __init__(self) -> None:
         self.regions: dict[Place, Region] = defaultdict(Region)
         self.distance_max = 0.0
         self.best: Recording | None = None
+        self.way: Recording | None = None
         self.latest: deque[float] = deque(maxlen=LATEST)  # scores, see `Recording`
         self.here: list[Visits | None] = []  # of each environment
         self.at: list[Place | None] = []
@@ -114,7 +119,7 @@ class Exploration:
 
         Places of another game are others, even if they are called the same.
         """
-        self.best = None  # it would go otherwise here
+        self.best = self.way = None  # they would go otherwise here
         self.latest.clear()
         if before != now:
             self.distance_max = 0.0
@@ -122,14 +127,18 @@ class Exploration:
             self.regions.clear()
             self.changed.clear()
 
-    def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> None:
+    def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> int | None:
         """Take in a vector step.
 
         Args:
             step: agent step at its end.
             infos: of a `WorkerVectorEnv`.
             ended: whether an episode ended, bool (num_envs,).
+
+        Returns:
+            number of an environment in a level where none has been before; None: there is none.
         """
+        known = self.levels()
         for place, block, strip in infos.get("scenery", ()):
             self.regions[place].picture.add(block, strip)
         nowhere = np.zeros(len(ended), bool)
@@ -142,6 +151,8 @@ class Exploration:
             if visits is not None:
                 visits.count += 1
         self._come(over, ended, infos.get("returned", nowhere))
+        at = enumerate(self.at)
+        return next((row for row, place in at if place and place[:2] not in known), None)
 
     def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
         """Count the lives that have come to where they are now.
@@ -196,6 +207,19 @@ class Exploration:
         if self.best is None or (score, -len(actions)) > (self.best.score, -len(self.best.actions)):
             self.best = Recording(step, score, int(episode["seed"]), list(actions))
 
+    def discover(self, step: int, way: tuple[int, list[int]]) -> None:
+        """Take in the way to a new level: seed and actions of the episode that is there."""
+        self.way = Recording(step, float(len(self.levels())), *way)
+
+    def recordings(self) -> dict[str, Recording]:
+        """Episodes worth looking at, by name: "best" and "way", as far as there are any."""
+        found = {"best": self.best, "way": self.way}
+        return {name: episode for name, episode in found.items() if episode is not None}
+
+    def levels(self) -> set[tuple[int, int]]:
+        """World and stage of all in which somebody has been."""
+        return {at[:2] for at, region in self.regions.items() if region.cells}
+
     def objective(self) -> float:
         """Mean score of the latest episodes, however few; 0 of none. What a search maximises."""
         return sum(self.latest) / max(1, len(self.latest))
@@ -247,7 +271,7 @@ class Exploration:
             return {}
         return {
             "explore/cells": cells,
-            "explore/levels": len({at[:2] for at, region in self.regions.items() if region.cells}),
+            "explore/levels": len(self.levels()),
             "explore/distance_max": self.distance_max,
         }
 
@@ -259,7 +283,7 @@ class Exploration:
             visits += list(region.cells.values())
         return {
             "distance_max": self.distance_max,
-            "best": None if self.best is None else asdict(self.best),
+            **{name: asdict(episode) for name, episode in self.recordings().items()},
             "latest": list(self.latest),
             "cells": np.array(cells, np.int64).reshape(-1, 5),
             "visits": np.array([(v.first, v.count, v.ends, v.judged) for v in visits], np.int64),
@@ -279,8 +303,8 @@ class Exploration:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave and a checkpoint kept."""
         self.distance_max = state["distance_max"]
-        if state["best"]:
-            self.best = Recording(**state["best"])
+        kept = (state.get(name) for name in ("best", "way"))
+        self.best, self.way = (None if each is None else Recording(**each) for each in kept)
         self.latest.extend(state["latest"])
         table = zip(
             state["cells"].tolist(),

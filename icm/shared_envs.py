@@ -68,6 +68,11 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         observations, rewards, terminated, truncated = (whole[name].copy() for name in names)
         return observations, rewards, terminated, truncated, infos
 
+    def way(self, row: int) -> tuple[int, list[int]]:
+        """That of the environment's rank, see `WorkerVectorEnv.way`; all ranks ask together."""
+        rank, own = divmod(row, self.envs.num_envs)
+        return all_objects(self.envs.way(own))[rank]
+
     def state_dict(self) -> dict[str, Any]:
         """That of a `WorkerVectorEnv` with all environments."""
         parts = all_objects(self.envs.state_dict())

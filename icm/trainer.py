@@ -171,7 +171,9 @@ class Trainer:
                 "origin": torch.from_numpy(infos.get("origin", np.full(n, NOWHERE["origin"]))),
                 "undone": torch.from_numpy(infos.get("undone", np.full(n, NOWHERE["undone"]))),
             }
-            self.exploration.visit(self.step + n, infos, ended)
+            newcomer = self.exploration.visit(self.step + n, infos, ended)
+            if newcomer is not None:
+                self.exploration.discover(self.step + n, envs.way(newcomer))
             for episode in episodes_in(infos).values():
                 self._episode(self.step + n, episode)
             self.previous = actions.masked_fill(reset, NO_ACTION)

@@ -81,6 +81,22 @@ def test_places_know_how_many_lives_have_come_there() -> None:
         assert [p["lives"] for p in found.places()] == [3, 3, 3]
 
 
+def test_the_way_to_the_level_that_was_discovered_last_is_kept() -> None:
+    found, nobody = Exploration(), np.zeros(2, bool)
+    start, room, next_level = (1, 1, 37, 2, 4), (1, 1, 66, 2, 4), (1, 2, 0, 2, 4)
+    assert found.visit(0, infos(start, start), nobody) == 0
+    assert found.visit(2, infos(start, room), nobody) is None
+    assert found.way is None
+    assert found.visit(4, infos(start, next_level), nobody) == 1
+    found.discover(4, (7, [3, 4]))
+    again = Exploration()
+    again.load_state_dict(with_tensors(found.state_dict()))
+    assert found.way == again.way == Recording(step=4, score=2.0, seed=7, actions=[3, 4])
+    assert again.visit(6, infos(next_level, next_level), nobody) is None
+    again.move("SuperMarioBros-v0", "SuperMarioBros-v0")
+    assert again.recordings() == {}
+
+
 def test_an_environment_without_cells_has_none() -> None:
     found = Exploration()
     found.visit(0, {}, np.array([False, False]))

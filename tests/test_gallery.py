@@ -35,18 +35,20 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     gallery = Gallery(tmp_path, settings("map.every=10", "video.every=20", *SHORT))
     found = explored()
     found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
+    found.way = Recording(step=2, score=2.0, seed=1, actions=[3])
     assert gallery.update(9, 9, found) is None
     assert not gallery.studio.is_busy
     assert gallery.update(12, 3, found) is None
     drawn = wait(gallery, found, 12)
     assert drawn.step == 12
     assert list(drawn.images) == ["map/1-1"]
-    # nobody has been anywhere since, but there is a film to make
+    # nobody has been anywhere since, but there are films to make
     gallery.update(24, 12, found)
     drawn = wait(gallery, found, 24)
     assert list(drawn.images) == ["clip/best"]
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
-    assert names == ["maps/1-1.png", "videos/best.gif", "videos/best.mp4"]
+    films = ["videos/best.gif", "videos/best.mp4", "videos/way.mp4"]
+    assert names == ["maps/1-1.png", *films]
     gallery.update(40, 16, found)
     assert not gallery.studio.is_busy
     found.visit(

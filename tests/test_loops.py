@@ -10,7 +10,7 @@ from conftest import SMALL, settings
 from torch import Tensor
 
 from icm.agents.dqn import DQN
-from icm.envs import episodes_in, make_vector_env
+from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.vector import WorkerVectorEnv
 from icm.evaluation import rollouts, summary
 from icm.factory import build_agent
@@ -46,6 +46,40 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
     # the memory, which rebuilds it, says the same of all states but those a first stack reaches to
     found = agent.memory.sample(1, 76, torch.Generator())
     assert found.previous[0].tolist() == expected[3:]
+
+
+def test_trainer_keeps_the_way_to_a_new_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, seen = make_agent(), []
+    observe, step_wait = agent.observe, WorkerVectorEnv.step_wait
+
+    def watch(**step: Tensor) -> Any:
+        seen.append(step["next_states"][0].numpy())
+        return observe(**step)
+
+    def elsewhere(envs: WorkerVectorEnv) -> Any:
+        *found, infos = step_wait(envs)
+        if len(seen) >= 9:
+            infos["cell"][0, 1] = 2  # as if the tenth step led to 1-2
+        return *found, infos
+
+    monkeypatch.setattr(agent, "observe", watch)
+    monkeypatch.setattr(WorkerVectorEnv, "step_wait", elsewhere)
+    envs = make_vector_env(CONFIG.env)
+    try:
+        trainer = Trainer(agent, envs, tmp_path, CONFIG)
+        trainer.run()
+    finally:
+        envs.close()
+    way = trainer.exploration.way
+    assert way is not None
+    assert (way.step, way.score) == (10, 2.0)
+    env = make_env(CONFIG.env)
+    env.reset(seed=way.seed)
+    states = [env.step(action)[0] for action in way.actions]
+    env.close()
+    assert np.array_equal(states[-1], seen[9])
 
 
 def test_rollouts_tell_the_action_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,7 @@ def test_after_a_death_an_episode_begins_in_the_one_before() -> None:
         results.append(envs.step(actions))
         observations, rewards, terminated, truncated, infos = results[-1]
         state = envs.state_dict()
+        assert envs.way(2) == (state["seeds"][2], state["actions"][2])
         for row in np.flatnonzero(ended).tolist():
             begins, seed = state["actions"][row], state["seeds"][row]
             if row == 3:  # repeats the way of one of the others

@@ -5,6 +5,7 @@ import signal
 import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,12 +13,14 @@ import torch
 from conftest import (
     ROOT,
     UNSEEN,
+    composed,
     metrics_of,
     run_script,
     unseen,
     wait_for_checkpoint,
     whole_training,
 )
+from omegaconf import OmegaConf
 
 from icm import checkpoint
 from icm.files import latest
@@ -186,9 +189,50 @@ if RANK == 0:
 """
 
 
+WAYS = f"""{AS_A_RANK}
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from icm.collectives import together
+from icm.config import parse_config
+from icm.envs import make_vector_env
+from icm.ranks import RANK, WORLD_SIZE
+from icm.shared_envs import SharedVectorEnv
+
+if __name__ == "__main__":  # workers import this file, too
+    config = parse_config(OmegaConf.load(sys.argv[2]))
+    with together(torch.device("cpu")):
+        envs = make_vector_env(config.env)
+        envs = SharedVectorEnv(envs) if WORLD_SIZE > 1 else envs
+        envs.reset(seed=3)
+        for step in range(3):
+            envs.step_async(np.arange(4) + step)
+            envs.step_wait()
+        found = [envs.way(row) for row in range(4)]
+        envs.close()
+    if RANK == 0:
+        torch.save(found, sys.argv[1])
+"""
+
+
 def test_ranks_share_the_variance_of_a_batch(tmp_path: Path) -> None:
+    alone, of_ranks = found_alone_and_by_ranks(tmp_path, OF_EACH_RANK)
+    assert max(gradient.abs().max() for gradient in alone[2:]) > 1e-3
+    torch.testing.assert_close(of_ranks, alone, rtol=1e-4, atol=1e-7)
+
+
+def test_ranks_know_the_ways_of_all_environments(tmp_path: Path) -> None:
+    given = tmp_path / "config.yaml"
+    OmegaConf.save(composed("config", "env.num_envs=4", "env.num_workers=1"), given)
+    alone, of_ranks = found_alone_and_by_ranks(tmp_path, WAYS, str(given))
+    assert [actions for _, actions in alone] == [[row, row + 1, row + 2] for row in range(4)]
+    assert of_ranks == alone
+
+
+def found_alone_and_by_ranks(tmp_path: Path, program: str, *arguments: str) -> list[Any]:
+    """What a program has saved, alone and as two ranks."""
     script = tmp_path / "of_each_rank.py"
-    script.write_text(OF_EACH_RANK)
+    script.write_text(program)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -200,12 +244,12 @@ def test_ranks_share_the_variance_of_a_batch(tmp_path: Path) -> None:
             told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             place = tmp_path / f"{rank}_of_{world}"
             place.mkdir()
-            running.append(start_forked(str(script), (str(out),), unseen() | told, place))
+            running.append(
+                start_forked(str(script), (str(out), *arguments), unseen() | told, place)
+            )
         for process in running:
             process.join(60)
             process.kill()  # nothing happens to one that has ended
             assert process.exitcode == 0
         found.append(torch.load(out))
-    alone, of_ranks = found
-    assert max(gradient.abs().max() for gradient in alone[2:]) > 1e-3
-    torch.testing.assert_close(of_ranks, alone, rtol=1e-4, atol=1e-7)
+    return found

@@ -1,5 +1,6 @@
 """Reports: what they say, and that they stand alone."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_a_training_writes_its_report(trained: Path) -> None:
         "<tr><td>1-1</td><td>after 0 agent steps</td>",
     ):
         assert words in text, words
+
+
+def test_a_report_shows_the_films(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "run", 7), tmp_path / "report.html"
+    films = {"best": "Its best episode", "way": "The way to the level that it discovered last"}
+    (run / "videos").mkdir()
+    for number in range(3):
+        for name in [*films][:number]:
+            (run / "videos" / f"{name}.mp4").write_bytes(name.encode())
+        write_report([read_run(run)], out)
+        text = page_of(out)
+        assert text.count("<video") == number
+        for name, title in [*films.items()][:number]:
+            film = base64.b64encode(name.encode()).decode()
+            assert re.search(rf"<h2>{title}</h2>[^§]*base64,{film}", text)
 
 
 def test_facts_are_those_of_the_log(tmp_path: Path) -> None:

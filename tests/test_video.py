@@ -13,7 +13,7 @@ from conftest import settings
 from icm.envs import episodes_in, make_env, make_vector_env
 from icm.errors import UserError
 from icm.exploration import Exploration, Recording
-from icm.viz.clip import film
+from icm.viz.clip import film, film_way
 from icm.viz.video import record
 
 ENV = replace(settings("env.stuck_steps=8").env, num_envs=1)
@@ -173,8 +173,10 @@ class Flash(gym.Env[np.ndarray, np.int64]):
 def test_a_film_of_a_single_frame_shows_it(tmp_path: Path) -> None:
     gym.register("Flash-v0", Flash)
     config = replace(ENV, id="Flash-v0", crop=[0, 0, 0, 0])
-    film(config, Recording(step=1, score=1.0, seed=1, actions=[0]), tmp_path / "best.mp4")
-    assert len(pictures_in(tmp_path / "best.mp4")) == 1
+    flash = Recording(step=1, score=1.0, seed=1, actions=[0])
+    for each in (film, film_way):
+        each(config, flash, tmp_path / "flash.mp4")
+        assert len(pictures_in(tmp_path / "flash.mp4")) == 1
 
 
 def test_a_film_shows_the_end_of_the_best_episode(tmp_path: Path) -> None:
@@ -187,3 +189,8 @@ def test_a_film_shows_the_end_of_the_best_episode(tmp_path: Path) -> None:
     assert shown[0].shape == (240, 256, 3)
     assert shown[0].std() > 20
     assert len(pictures_in(tmp_path / "best.gif")) == pytest.approx(frames / 6, abs=1)
+    film_way(replace(ENV, emulator="libretro"), best, tmp_path / "way.mp4")
+    whole = pictures_in(tmp_path / "way.mp4")
+    assert len(whole) == frames / 8
+    difference = np.abs(whole[1].astype(int) - shown[4]).mean()
+    assert difference < 2 < np.abs(whole[1].astype(int) - shown[-1]).mean()

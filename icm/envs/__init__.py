@@ -184,8 +184,9 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
             spec = lean(spec, game)
         return gym.make(spec, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
+        said = str(error).splitlines()[0]
         raise UserError(
-            f"env.id={config.id}: {str(error).splitlines()[0].rstrip('.')}. "
+            f"env.id={config.id}: {said}{'' if said.endswith(('.', '?')) else '.'} "
             "Registered are for instance SuperMarioBros-1-1-v0 (world 1-8, stage 1-4), "
             "SuperMarioBros-v0, SuperMarioBros2-v0, SuperMarioBros2USA-v0, SuperMarioBros3-v0; "
             "another package's environment is named package:id."

@@ -180,6 +180,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name in ("terminated", "truncated"):  # or they would be reset
             self._arrays[name][list(rows)] = False
 
+    def way(self, row: int) -> tuple[int, list[int]]:
+        """Of an environment's running episode: the seed, and the actions from its start to here."""
+        return int(self._arrays["seeds"][row]), self._played[row].copy()
+
     def state_dict(self) -> dict[str, Any]:
         """What `restore` needs, in plain containers; not while a step is under way."""
         return {

@@ -1,5 +1,6 @@
-"""A short film of the best episode: played again, because a training draws few of its frames."""
+"""Films of episodes: played again, because a training draws few of their frames."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from icm.envs.wrappers import Env
 from icm.exploration import Recording
 from icm.viz.video import FPS, record
 
-LONGEST = 30  # seconds; of a longer episode, the last ones
+LONGEST = 30  # seconds; of a longer best episode, the last ones
 MP4_FPS, GIF_FPS = 30, 10
+LAPSE = 4  # how much faster than the game a way is shown
 
 
 def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
@@ -37,9 +39,36 @@ def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
                 if number % (FPS // GIF_FPS) == 0:
                     gif.add(picture)
 
-        env = make_env(config, "rgb_array", on_frame)
-        env.reset(seed=best.seed)
-        for action in best.actions:
-            env.step(action)
-        env.close()
+        _play_again(config, best, on_frame)
     return {"clip/best": animation.read_bytes()}
+
+
+def film_way(config: EnvConfig, way: Recording, path: Path) -> dict[str, bytes]:
+    """Play a way again and write an mp4 of all of it, in a time lapse.
+
+    Returns:
+        nothing for TensorBoard: it may be minutes long.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with record(path, MP4_FPS) as video:
+        number = 0
+
+        def on_frame(env: Env) -> None:
+            nonlocal number
+            if number % (LAPSE * FPS // MP4_FPS) == 0:
+                picture: Any = env.render()
+                video.add(picture)
+            number += 1
+
+        _play_again(config, way, on_frame)
+    return {}
+
+
+def _play_again(config: EnvConfig, episode: Recording, on_frame: Callable[[Env], None]) -> None:
+    env = make_env(config, "rgb_array", on_frame)
+    env.reset(seed=episode.seed)
+    for action in episode.actions:
+        env.step(action)
+    env.close()

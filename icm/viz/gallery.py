@@ -10,13 +10,13 @@ from icm.exploration import Exploration, Recording
 from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.ranks import RANK
-from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report
+from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report, way
 
 LOOK = 0.1  # seconds to wait for a drawing before the next look at how patient one is
 
 
 class Gallery:
-    """Maps, the best episode and the report of a run, drawn beside it at their intervals.
+    """Maps, films and the report of a run, drawn beside it at their intervals.
 
     Of several learners the first alone draws.
 
@@ -32,7 +32,7 @@ class Gallery:
         every["report"] = config.report.every  # at last, because it shows the others
         self.every = {name: steps for name, steps in every.items() if steps and RANK == 0}
         self.due: set[str] = set()
-        self.filmed: Recording | None = None
+        self.filmed: dict[str, Recording] = {}
 
     def update(self, step: int, num_envs: int, exploration: Exploration) -> Drawn | None:
         """Begin to draw what is due; waits for no drawing, but once for the process to start.
@@ -87,19 +87,21 @@ class Gallery:
         """What has been drawn, see `Studio`; if some of it has failed, all will be drawn again."""
         drawn = self.studio.finished(seconds)
         if drawn is not None and drawn.complaints:
-            self.filmed = None
+            self.filmed.clear()
             exploration.changed.update(exploration.regions)
         return drawn
 
     def _order(self, step: int, exploration: Exploration) -> None:
         drawings: list[Drawing] = []
-        best = exploration.best
         if "map" in self.due and (news := exploration.news()):
             drawings.append(partial(maps, news, self.folder / "maps"))
-        if "video" in self.due and best is not None and best is not self.filmed:
-            self.filmed = best
-            path = self.folder / "videos" / "best.mp4"
-            drawings.append(partial(clip, self.config.env, best, path))
+        if "video" in self.due:
+            films = {"best": clip, "way": way}
+            for name, episode in exploration.recordings().items():
+                if episode is not self.filmed.get(name):
+                    self.filmed[name] = episode
+                    path = self.folder / "videos" / f"{name}.mp4"
+                    drawings.append(partial(films[name], self.config.env, episode, path))
         log = self.folder / "metrics.jsonl"
         if "report" in self.due and log.is_file() and log.stat().st_size:
             drawings.append(partial(report, self.folder, exploration.places()))

@@ -219,7 +219,8 @@ def write_report(runs: list[Run], out: Path) -> None:
         charts=list(_charts(kinds)),
         maps=list(_maps(single.folder)) if single else [],
         places=_places(single.folder) if single else [],
-        clip=_clip(single.folder) if single else None,
+        clip=_film(single.folder, "best") if single else None,
+        way=_film(single.folder, "way") if single else None,
         settings=OmegaConf.to_yaml(single.settings) if single else None,
         checkpoint=shlex.quote(str(latest(single.folder))) if single else None,
         versions=versions(),
@@ -286,9 +287,9 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
 
 
-def _clip(folder: Path) -> str | None:
-    """The film of a run's best episode, as base64, if there is one."""
-    path = folder / "videos" / "best.mp4"
+def _film(folder: Path, name: str) -> str | None:
+    """A film of a run, as base64, if there is one."""
+    path = folder / "videos" / f"{name}.mp4"
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
 
 

@@ -40,6 +40,13 @@ def clip(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
     return film(config, best, path)
 
 
+def way(config: EnvConfig, found: Recording, path: Path) -> dict[str, bytes]:
+    """See `icm.viz.clip.film_way`."""
+    from icm.viz.clip import film_way
+
+    return film_way(config, found, path)
+
+
 def report(folder: Path, places: list[dict[str, Any]]) -> dict[str, bytes]:
     """Write the report of a run folder into it, and places.json; see `icm.viz.report`."""
     from icm.viz.report import PLACES, read_run, write_report
