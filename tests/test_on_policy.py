@@ -624,7 +624,7 @@ def test_settings_are_checked(overrides: tuple[str, ...], message: str) -> None:
         settings("agent=ppo", *SMALL, *overrides)
 
 
-@pytest.mark.parametrize("preset", ["tutorial", "pathak", "large_scale", "whole_game"])
+@pytest.mark.parametrize("preset", ["tutorial", "pathak", "large_scale", "whole_game", "practice"])
 def test_presets_choose_their_learner(preset: str) -> None:
     config = settings(f"preset={preset}")
     assert config.preset == preset

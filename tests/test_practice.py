@@ -195,7 +195,7 @@ WAY = [int(action, 16) for action in FROZEN]  # leads to the flag of 1-1
 
 
 def test_short_lives_do_not_lead_ever_further_back() -> None:
-    practice, rng = Practice(2, 1), np.random.default_rng(0)
+    practice, rng = Practice(2, 1, idle=100), np.random.default_rng(0)
     played = [[0], [0] * (50 * EVERY + 10)]
     ways = Counter[Middle | None]()
     for _ in range(200):
@@ -271,23 +271,25 @@ def trail_of(envs: WorkerVectorEnv, row: int, done: int) -> list[int]:
 @pytest.mark.parametrize("parts", [TOGETHER, APART])
 @pytest.mark.parametrize("played", [0, 110])
 @pytest.mark.parametrize("cut", [1, 2])
-def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
+def test_after_a_practised_episode_is_cut_the_next_one_begins_in_the_longest(
     parts: list[list[int]], played: int, cut: int, three: WorkerVectorEnv
 ) -> None:
     envs, done = until_one_is_cut(parts, played, cut, envs=three)
+    assert LEVEL.stuck_steps is not None
+    length, whose = max((len(way), row) for row, way in enumerate(envs.state_dict()["actions"]))
     observations, rewards, _, _, infos = envs.step(given(cut, WAY[done]))
-    assert infos["origin"].tolist() == [-1, 2 if cut == 1 else -1, -1]
+    assert infos["origin"].tolist() == [-1, whose if cut == 1 else -1, -1]
     assert rewards[cut] == 0
     state = envs.state_dict()
     begins = state["actions"][cut]
-    assert infos["undone"][cut] == (done - len(begins) if cut == 1 else 0)
+    assert infos["undone"][cut] == (length - len(begins) if cut == 1 else 0)
     # at the start, it begins as others do
     assert np.flatnonzero(infos["returned"]).tolist() == ([cut] if begins else [])
     assert state["seeds"][cut] == FROZEN_SEED
     assert begins == WAY[: len(begins)]
-    if cut == 1:  # a little before where the other is
+    if cut == 1:  # a little before where that was when it may not have stood yet
         assert len(begins) % EVERY == 0
-        assert 4 <= done - len(begins) < 40 + EVERY
+        assert 4 <= length - LEVEL.stuck_steps - len(begins) < 40 + EVERY
     else:  # it repeats the way: anywhere on it
         assert len(begins) in range(0, done, SELDOM)
     alone = make_env(LEVEL)
@@ -301,30 +303,50 @@ def test_after_a_practised_episode_is_cut_the_next_one_begins_in_another(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "others"),
-    [
-        ([9, 5, 4, 6, 5, 5], {3}),
-        ([9, 5, 4, 6, 5, 7], {3, 5}),
-        ([9, 5, 4, 4, 5, 1], {2, 3, 4, 5}),  # nobody has played for longer
-    ],
+    ("lengths", "others"), [([9, 5, 4, 6, 5, 5], {3}), ([9, 5, 4, 6, 5, 7], {3, 5})]
 )
 def test_who_is_cut_goes_on_where_another_has_played_for_longer(
     lengths: list[int], others: set[int]
 ) -> None:
     """Environments 1 to 5 practise, of which 4 and 5 repeat the way, and 1 is cut."""
-    practice, rng = Practice(6, 5), np.random.default_rng(0)
+    practice, rng = Practice(6, 5, idle=0), np.random.default_rng(0)
     played = [[0] * length for length in lengths]
     begun = [practice.begin(1, False, True, played, rng) for _ in range(50)]
     assert {middle.other for middle in begun if middle is not None} == others
 
 
-def test_who_is_cut_begins_anew_where_no_other_practises() -> None:
-    practice, played = Practice(2, 1), [[0] * 9, [0] * 5]
-    assert practice.begin(1, False, True, played, np.random.default_rng(0)) is None
+def test_it_begins_where_the_try_of_the_other_has_begun_or_later() -> None:
+    practice, rng = Practice(3, 2, idle=100), np.random.default_rng(0)
+    played = [[], [0] * 30, [0] * (20 * EVERY + 100)]
+    for resumed, earliest, latest in ((0, 15, 19), (18, 18, 19), (25, 25, 25)):
+        practice.resumed[2] = resumed * EVERY
+        begun = {practice.begin(1, False, True, played, rng) for _ in range(100)}
+        places = range(earliest, latest + 1)
+        assert begun == {Middle(2, place * EVERY, knows=True) for place in places}
+
+
+def test_who_is_cut_and_farthest_tries_again_there() -> None:
+    practice, rng = Practice(4, 3, idle=100), np.random.default_rng(0)
+    played = [[], [0] * (20 * EVERY + 100), [0] * 30, [0] * 40]
+    begun = []
+    for _ in range(200):
+        practice.resumed[:] = 0, 19 * EVERY, 0, 0
+        begun.append(practice.begin(1, False, True, played, rng))
+    there = [middle for middle in begun if middle is not None and middle.other == 1]
+    assert 180 < len(there) < 200
+    assert {middle.done for middle in there} == {18 * EVERY, 19 * EVERY}
+    assert {middle.other for middle in begun if middle} == {1, 2, 3}
+
+
+def test_who_is_cut_tries_again_or_begins_anew_where_no_other_practises() -> None:
+    practice, rng = Practice(2, 1, idle=100), np.random.default_rng(0)
+    begun = [practice.begin(1, False, True, [[], [0] * 150], rng) for _ in range(200)]
+    assert 0 < begun.count(None) < 20
+    assert {middle.other for middle in begun if middle is not None} == {1}
 
 
 def test_the_way_is_repeated_from_ever_other_places() -> None:
-    practice, rng = Practice(3, 2), np.random.default_rng(0)
+    practice, rng = Practice(3, 2, idle=0), np.random.default_rng(0)
     played = [[], [0] * (3 * SELDOM - 1), [0] * 10]
     begun = [practice.begin(2, True, True, played, rng) for _ in range(50)]
     assert set(begun) == {(1, done, False) for done in (0, SELDOM, 2 * SELDOM)}
@@ -371,7 +393,8 @@ def test_an_episode_may_begin_in_one_that_begins_in_another_in_the_same_step() -
     assert np.flatnonzero(infos["returned"]).tolist() == [1, 2, 4]
     assert infos["origin"].tolist() == [-1, 3, 3, -1, -1]
     _, first, second, _, begins = envs.state_dict()["actions"]
-    assert len(second) < len(first) < done
+    assert second == first  # where its try begins
+    assert len(first) < done
     assert infos["undone"].tolist() == [0, done - len(first), done - len(second), 0, 0]
     assert len(begins) >= SELDOM
     assert envs._lent[4].reach(FROZEN_SEED, begins) == len(begins)

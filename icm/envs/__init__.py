@@ -33,6 +33,7 @@ from icm.envs.mario import (
     StuckLimit,
     lean,
 )
+from icm.envs.practice import Practice
 from icm.envs.vector import WorkerVectorEnv
 from icm.envs.wrappers import (
     ActionRepeat,
@@ -145,7 +146,8 @@ def make_vector_env(
     first = RANK * num_envs
     others = max(1, round((1 - practice) * config.num_envs))  # do not practise
     practising = num_envs - min(max(others - first, 0), num_envs)
-    return WorkerVectorEnv(make, num_envs, start, first=first, practising=practising)
+    practised = Practice(num_envs, practising, idle=config.stuck_steps or 0)
+    return WorkerVectorEnv(make, num_envs, start, first=first, practice=practised)
 
 
 def describe_emulator(config: EnvConfig) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from icm.envs.snapshots import EVERY, SELDOM
 
-PERSISTENCE = 0.95  # share of deaths after which an environment tries again where it died
+PERSISTENCE = 0.95  # how often an environment tries again where it died, or where it is farthest
 REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
 BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
 
@@ -26,11 +26,12 @@ class Practice:
     """After most deaths, the next episode begins some steps before where this one ended.
 
     But hardly before where this one began. After the other deaths, and where an episode was cut, it
-    begins in that of another environment that practises: some steps before where that is, and it is
-    one that has played for longer, if there is one. So what is hard is met more often, and many are
-    soon where one has come (returning to where one was, by restoring the emulator: Ecoffet et al.
-    2021, Go-Explore). What was tried in vain is forgotten: it is as new to who tries again as it is
-    to any life that comes there.
+    begins in that of another environment that practises: where that one's try began, or later, and
+    it is one that has played for longer, if there is one; if there is none, who was cut tries again
+    like one that has died, or nobody would stay where it is hardest. So what is hard is met more
+    often, and many are soon where one has come (returning to where one was, by restoring the
+    emulator: Ecoffet et al. 2021, Go-Explore). What was tried in vain is forgotten: it is as new to
+    who tries again as it is to any life that comes there.
 
     That the way there is not forgotten, every second one repeats it: its episodes begin anywhere on
     the way of one that does not, as if nothing of it had been seen.
@@ -38,13 +39,15 @@ class Practice:
     Args:
         num_envs: environments, numbered from 0.
         practising: how many of these practise, the last ones.
+        idle: actions without new ground after which an episode is cut. They are on no way.
     """
 
-    def __init__(self, num_envs: int, practising: int) -> None:
+    def __init__(self, num_envs: int, practising: int, idle: int) -> None:
         numbers = np.arange(num_envs)
         self.practises = numbers >= num_envs - practising
         self.resumed = np.zeros(num_envs, np.int64)  # actions that running episodes began with
         self._repeats = numbers >= num_envs - int(REPEATING * practising)
+        self._idle = idle
 
     def begin(
         self, row: int, died: bool, cut: bool, played: list[list[int]], rng: np.random.Generator
@@ -71,25 +74,19 @@ class Practice:
             first = int(rng.choice(np.flatnonzero(self.practises & ~self._repeats)))
             places = len(played[first]) // SELDOM + 1
             return Middle(first, SELDOM * int(rng.integers(places)), knows=False)
-        again = died and rng.random() < PERSISTENCE
-        other = row if again else self._another(row, played, rng)
-        if other is None:
-            return None
-        done = max(0, len(played[other]) - int(rng.integers(*BACK)))
-        done -= done % EVERY
-        if other == row:  # or where lives are short it would be ever further back
-            done = max(done, int(self.resumed[row]) - EVERY * int(rng.integers(2)))
-        return Middle(other, done, knows=True)
-
-    def _another(self, row: int, played: list[list[int]], rng: np.random.Generator) -> int | None:
-        """One of the others that practise, at random, if there is one.
-
-        One that has played for longer, if there is one: its way is longer, because what was tried
-        in vain is not on it.
-        """
         others = self.practises.copy()
         others[row] = False
         lengths = np.array([len(actions) for actions in played])
-        longer = others & (lengths > lengths[row])
-        among = np.flatnonzero(longer if longer.any() else others)
-        return int(rng.choice(among)) if len(among) else None
+        longer = others & (lengths > lengths[row])  # has a longer way, as far as one can tell
+        if (died or not longer.any()) and rng.random() < PERSISTENCE:
+            other = row
+        elif others.any():
+            other = int(rng.choice(np.flatnonzero(longer if longer.any() else others)))
+        else:
+            return None
+        end = len(played[other]) - (0 if died and other == row else self._idle)
+        done = max(0, end - int(rng.integers(*BACK)))
+        done -= done % EVERY
+        # or where lives are short it would be ever further back
+        first = int(self.resumed[other]) - (EVERY * int(rng.integers(2)) if other == row else 0)
+        return Middle(other, max(done, first), knows=True)

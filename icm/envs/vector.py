@@ -103,7 +103,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         patience: seconds for a step; starting and a reset, which may build environments, may take
             twenty times as long, and playing again what it needs at `SLOWEST`.
         first: number of the first environment, if these are a part of more.
-        practising: how many environments practise, the last ones.
+        practice: where episodes begin; None: at a start of their own.
 
     Raises:
         RuntimeError: a worker failed at its start, or episodes would have to be cut again soon
@@ -117,7 +117,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         start: Callable[[Fields], Workers],
         patience: float = 20.0,
         first: int = 0,
-        practising: int = 0,
+        practice: Practice | None = None,
     ) -> None:
         env = make()  # a mistake is reported from here, not from a worker
         env.close()
@@ -144,7 +144,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._workers = start(fields_of(env, num_envs))
         self._again = [0] * self._workers.number  # actions that each was sent to play again
         self._arrays = self._workers.arrays
-        self._practice = Practice(num_envs, practising)
+        self._practice = practice or Practice(num_envs, practising=0, idle=0)
         self._arrays["practises"][:] = self._practice.practises
         self._balance = Balance(num_envs, self._workers.number, self._workers.late)
         for worker in range(self._workers.number):
