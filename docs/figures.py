@@ -2,11 +2,12 @@
 # requires-python = ">=3.13"
 # dependencies = ["matplotlib", "numpy", "imageio[ffmpeg]"]
 # ///
-"""Draws curves of docs/images: `uv run docs/figures.py [EPISODE.mp4]`.
+"""Draws curves of docs/images: `uv run docs/figures.py [EPISODE.mp4] [way.mp4]`.
 
 level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors
-of the raw files in docs/results.
+of the raw files in docs/results; practice.png single seeds.
 Given a video of checkpoints/1-1.pt, run.png shows frames of it above the curves of such agents.
+Given the way.mp4 of a run folder, way.png shows frames of it.
 """
 
 import json
@@ -46,6 +47,12 @@ NOISES = {
     "noise": "a corner of noise",
     "switch": "noise that an action switches on",
 }
+PRACTICE = {
+    "seed 42": ("search28_practice", "42", "#1f4e8c"),
+    "seed 4": ("search28_practice", "4", "#c8641b"),
+    "seed 4, holding its ground": ("search28_hold", "4", "#3f8f4f"),
+    "seed 5, holding its ground": ("search28_hold", "5", "#7a4fa3"),
+}
 FPS = 60
 GAME = 768  # columns of a video's frame that show the game, not the panel beside it
 FRAMES = 6
@@ -57,11 +64,11 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.array([np.nanmean(y[max(0, i - SMOOTH) : i + SMOOTH + 1]) for i in range(len(y))])
 
 
-def read(row: str) -> list[list[dict[str, float]]]:
-    """The log intervals of every seed of a row, all as long as the shortest."""
+def read(row: str, seed: str = "*") -> list[list[dict[str, float]]]:
+    """The log intervals of every seed of a row, or of one, all as long as the shortest."""
     seeds = [
         [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted((DOCS / "results").glob(f"{row}_seed*.metrics.jsonl"))
+        for path in sorted((DOCS / "results").glob(f"{row}_seed{seed}.metrics.jsonl"))
     ]
     shortest = min((len(lines) for lines in seeds), default=0)
     return [lines[:shortest] for lines in seeds]
@@ -97,6 +104,11 @@ def curves(
         axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
         plural = "s" if len(each) > 1 else ""
         axes.plot(x, mean, color=colour, label=f"{label}, {len(each)} seed{plural}")
+    name_axes(axes, title, by_minutes)
+
+
+def name_axes(axes: Axes, title: str, by_minutes: bool) -> None:
+    """Say what a plot shows."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("minutes" if by_minutes else "agent steps, thousands")
     axes.grid(alpha=0.3)
@@ -156,9 +168,36 @@ def show_run(video: Path) -> None:
     figure.savefig(DOCS / "images/run.png", dpi=100)
 
 
+def show_practice() -> None:
+    """Draw how many levels each training with practice has found."""
+    figure, all_axes = plt.subplots(1, 2, figsize=(12.4, 3.8), layout="constrained", sharey=True)
+    for axes, by_minutes in zip(all_axes, (False, True), strict=True):
+        for label, (row, seed, colour) in PRACTICE.items():
+            (lines,) = read(row, seed)
+            x = minutes([lines]) if by_minutes else [line["step"] / 1000 for line in lines]
+            found = [line[LEVELS[0]] for line in lines]
+            axes.step(x, found, where="post", label=label, color=colour)
+        axes.axhline(11, color="grey", linestyle="--", linewidth=1)
+        axes.text(0, 11, "11: Burda et al. 2018", va="bottom", color="grey")
+        name_axes(axes, "levels discovered", by_minutes)
+    save(figure, all_axes[0], "practice.png")
+
+
+def show_way(video: Path) -> None:
+    """Draw frames of a way, from its start to its end."""
+    frames = iio.imread(video)
+    figure, all_axes = plt.subplots(4, 6, figsize=(12.4, 8.2), layout="constrained")
+    chosen = np.linspace(0, len(frames) - 1, all_axes.size).astype(int)
+    for axes, index in zip(all_axes.flat, chosen, strict=True):
+        axes.imshow(frames[index])
+        axes.axis("off")
+    figure.savefig(DOCS / "images/way.png", dpi=80)
+
+
 if __name__ == "__main__":
     compare("level.png", LEVEL_ROWS, (DISTANCE, CELLS, GAIN))
     compare("game.png", GAME_ROWS, (PASSED, CELLS, LEVELS))
     compare_noises()
-    for argument in sys.argv[1:]:
-        show_run(Path(argument))
+    show_practice()
+    for video in map(Path, sys.argv[1:]):
+        (show_way if video.stem == "way" else show_run)(video)
