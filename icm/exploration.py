@@ -283,7 +283,8 @@ class Exploration:
             visits += list(region.cells.values())
         return {
             "distance_max": self.distance_max,
-            **{name: asdict(episode) for name, episode in self.recordings().items()},
+            "best": None if self.best is None else asdict(self.best),
+            "way": None if self.way is None else asdict(self.way),
             "latest": list(self.latest),
             "cells": np.array(cells, np.int64).reshape(-1, 5),
             "visits": np.array([(v.first, v.count, v.ends, v.judged) for v in visits], np.int64),

@@ -437,7 +437,7 @@ def test_in_another_environment_new_episodes_begin(
     second = train(config, tmp_path / "second", 102, latest(first))
     content = checkpoint.load(latest(second))
     assert [len(actions) for actions in content["episodes"]["actions"]] == [1, 1]
-    assert "best" not in content["exploration"]
+    assert content["exploration"]["best"] is None
     remembered = checkpoint.load_file(memory(second))
     assert remembered["lives"]["count"].tolist() == [1, 1]
     assert remembered["reset"][remembered["head"] - 2].all()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from icm.config import EnvConfig
 from icm.envs import make_env
 from icm.envs.wrappers import Env
@@ -25,21 +27,16 @@ def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
         UserError: the file cannot be written.
     """
     animation = path.with_suffix(".gif")
-    frames = LONGEST * FPS
     with record(path, MP4_FPS) as video, record(animation, GIF_FPS) as gif:
+
+        def show(number: int, picture: np.ndarray) -> None:
+            video.add(picture)
+            if number % (FPS // GIF_FPS) == 0:
+                gif.add(picture)
+
         # the last action may have fewer frames; the first of all is shown in any case
-        number = min(frames - len(best.actions) * config.action_repeat, 0) - 1
-
-        def on_frame(env: Env) -> None:
-            nonlocal number
-            number += 1
-            if number >= 0 and number % (FPS // MP4_FPS) == 0:
-                picture: Any = env.render()
-                video.add(picture)
-                if number % (FPS // GIF_FPS) == 0:
-                    gif.add(picture)
-
-        _play_again(config, best, on_frame)
+        first = max(len(best.actions) * config.action_repeat - LONGEST * FPS, 0)
+        _play_again(config, best, FPS // MP4_FPS, show, first)
     return {"clip/best": animation.read_bytes()}
 
 
@@ -53,20 +50,27 @@ def film_way(config: EnvConfig, way: Recording, path: Path) -> dict[str, bytes]:
         UserError: the file cannot be written.
     """
     with record(path, MP4_FPS) as video:
-        number = 0
-
-        def on_frame(env: Env) -> None:
-            nonlocal number
-            if number % (LAPSE * FPS // MP4_FPS) == 0:
-                picture: Any = env.render()
-                video.add(picture)
-            number += 1
-
-        _play_again(config, way, on_frame)
+        _play_again(config, way, LAPSE * FPS // MP4_FPS, lambda _, picture: video.add(picture))
     return {}
 
 
-def _play_again(config: EnvConfig, episode: Recording, on_frame: Callable[[Env], None]) -> None:
+def _play_again(
+    config: EnvConfig,
+    episode: Recording,
+    every: int,
+    show: Callable[[int, np.ndarray], None],
+    first: int = 0,
+) -> None:
+    """Show one in `every` frames from the `first` on: its number from there, and its picture."""
+    number = -first - 1
+
+    def on_frame(env: Env) -> None:
+        nonlocal number
+        number += 1
+        if number >= 0 and number % every == 0:
+            picture: Any = env.render()
+            show(number, picture)
+
     env = make_env(config, "rgb_array", on_frame)
     env.reset(seed=episode.seed)
     for action in episode.actions:
