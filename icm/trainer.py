@@ -91,8 +91,9 @@ class Trainer:
         self.display = Display(self.step, total)
         try:
             with self._stopping_on_signals():
-                clock = Clock(self.step)
-                for _ in self._steps(total, clock):
+                begun = self._begin()
+                clock = Clock(self.step)  # not before: to play episodes again may take minutes
+                for _ in self._steps(total, clock, *begun):
                     self.display.advance(self.step)
                     if crossed(self.step, self.envs.num_envs, log_every):
                         self._log(clock)
@@ -132,11 +133,10 @@ class Trainer:
         say(f"saved step {self.step}: {latest(self.folder)}", sys.stdout)
         return self.stopped_by if self.step < total else None
 
-    def _steps(self, total: int, clock: "Clock") -> Iterator[None]:
+    def _steps(self, total: int, clock: "Clock", states: Tensor, reset: Tensor) -> Iterator[None]:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
-        states, reset = self._begin()
         while self.step < total:
             with clock.phase("act"):
                 actions, probabilities, values = agent.act(states, self.previous, self.step)
