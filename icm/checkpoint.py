@@ -104,6 +104,31 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
         raise
 
 
+def memory_name(step: int) -> str:
+    """The file that holds the memory of an agent step, beside its checkpoint."""
+    return f"replay_{step:09d}.pt"
+
+
+def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A checkpoint and the memory of the same step beside it, if there is one.
+
+    A run that still lives may replace both in between: then both are read again.
+
+    Raises:
+        UserError: one of them is damaged, or the first is missing.
+    """
+    while True:
+        content = load(path)
+        beside = path.with_name(memory_name(content["step"]))
+        try:
+            return content, load_file(beside)
+        except UserError:
+            if beside.is_file():
+                raise
+        if load(path)["step"] == content["step"]:
+            return content, None
+
+
 @contextmanager
 def restoring(path: Path) -> Generator[None]:
     """Turn what goes wrong while the content of `path` is restored into a `UserError` naming it."""

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ INPUT_NORMS = ("standard", "contrast", "scale", "stack")
 """See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
 
 
+type Range = tuple[str, Callable[[Any], bool]]
+"""What a value must be, in words, and whether one is."""
+
+
 @dataclass
 class EnvConfig:
     """See `conf/env/`."""
@@ -37,11 +42,10 @@ class EnvConfig:
     sticky_probability: float
     stuck_steps: int
     stuck_distance: int
-    # checkpoints from before these settings were made with these values
-    emulator: str = "nes_py"
-    core: str = "auto"
-    num_workers: int | None = None
-    noisy_tv: str = "none"
+    emulator: str
+    core: str
+    num_workers: int | None
+    noisy_tv: str
 
 
 @dataclass
@@ -224,8 +228,8 @@ class Config:
     curiosity: CuriosityConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    compile: str
     # checkpoints from before these settings do not have them
-    compile: str = "off"
     collector: str = "local"
     practice: float = 0.0
     map: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
@@ -367,135 +371,79 @@ def special(kind: type, settings: "DictConfig") -> type:
     return make_dataclass(kind.__name__, types, bases=(kind,))
 
 
+def _at_least(least: int) -> Range:
+    return f"must be at least {least}", lambda value: value >= least
+
+
+def _at_most(most: int) -> Range:
+    return f"must be at most {most}", lambda value: value <= most
+
+
+def _one_of(*choices: str) -> Range:
+    return f"must be one of {', '.join(choices)}", lambda value: value in choices
+
+
+RANGES: dict[Range, str] = {
+    _at_least(1): """
+        total_steps checkpoint.every checkpoint.keep log.every env.num_envs env.num_workers
+        env.action_repeat env.frame_stack env.stuck_distance agent.hidden agent.n_step
+        agent.batch_size agent.sequence_length agent.steps_per_update agent.rollout_steps
+        agent.epochs agent.replayed agent.accumulate agent.convolutions curiosity.hidden
+        curiosity.ensemble""",
+    (
+        f"must be a multiple of {WORLD_SIZE}, the world size",
+        lambda value: value % WORLD_SIZE == 0,
+    ): ("env.num_envs agent.batch_size agent.replayed"),
+    _at_least(0): """
+        map.every video.every report.every env.noop_max env.stuck_steps agent.warmup_steps""",
+    _at_least(16): "env.size",
+    _at_most(255): "env.frame_stack",
+    _at_most(256): "env.size",  # the games' pictures have no more
+    _at_most(16_384): "agent.hidden curiosity.hidden",
+    _at_most(100): "curiosity.ensemble",
+    ("must be a positive number", lambda value: 0 < value < math.inf): """
+        agent.lr agent.max_grad_norm agent.clip agent.target_tau curiosity.lr
+        curiosity.reward_half_life curiosity.target_tau""",
+    ("must be a finite number", math.isfinite): """
+        agent.entropy_coef agent.value_coef agent.q_weight curiosity.coef curiosity.extrinsic_coef
+        curiosity.eta curiosity.forward_scale curiosity.inverse_scale""",
+    ("must be positive, or null", lambda value: 0 < value < math.inf): "curiosity.episodic_scale",
+    ("must be at least 1, or null", lambda value: 1 <= value < math.inf): (
+        "curiosity.surprise_limit"
+    ),
+    ("must be between 0 and 1", lambda value: 0 <= value <= 1): """
+        agent.lr_final agent.extrinsic_discount agent.trace agent.target_tau curiosity.target_tau
+        curiosity.beta curiosity.inverse_dropout""",
+    ("must be at least 0 and below 1", lambda value: 0 <= value < 1): """
+        agent.advantage_learning env.sticky_probability practice""",
+    _one_of("right_only", "simple", "complex"): "env.actions",
+    _one_of("nes_py", "libretro"): "env.emulator",
+    _one_of("none", "always", "switched"): "env.noisy_tv",
+    _one_of(*INPUT_NORMS): "agent.input_norm",
+    _one_of("mean", "sum"): "curiosity.reduction",
+    _one_of("auto", "float32", "bf16"): "precision",
+    _one_of("auto", "on", "off"): "compile",
+    _one_of("local", "ray"): "collector",
+}
+"""Of single settings: those that the agent and the curiosity have, and that are not null."""
+
+
 def _check(config: Config) -> None:
-    env, agent, curiosity = config.env, config.agent, config.curiosity
+    env, agent = config.env, config.agent
     sections = vars(config) | {"": config}
-
-    def given(*names: str) -> list[tuple[str, Any]]:
-        """Those of the settings that this agent and this curiosity have and that are not null."""
-        found = []
-        for name in names:
-            group, _, key = name.rpartition(".")
-            if (value := getattr(sections[group], key, None)) is not None:
-                found.append((name, value))
-        return found
-
-    for name, value in given(
-        "total_steps",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "log.every",
-        "env.num_envs",
-        "env.num_workers",
-        "env.action_repeat",
-        "env.frame_stack",
-        "env.stuck_distance",
-        "agent.hidden",
-        "agent.n_step",
-        "agent.batch_size",
-        "agent.sequence_length",
-        "agent.steps_per_update",
-        "agent.rollout_steps",
-        "agent.epochs",
-        "agent.replayed",
-        "agent.accumulate",
-        "agent.convolutions",
-        "curiosity.hidden",
-        "curiosity.ensemble",
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
-    for name, value in given("env.num_envs", "agent.batch_size", "agent.replayed"):
-        if value % WORLD_SIZE:
-            raise UserError(f"{name}={value}: must be a multiple of {WORLD_SIZE}, the world size")
     check_seed(config.seed)
-    for name, value in given(
-        "map.every",
-        "video.every",
-        "report.every",
-        "env.noop_max",
-        "env.stuck_steps",
-        "agent.warmup_steps",
-    ):
-        if value < 0:
-            raise UserError(f"{name}={value}: must be at least 0")
-    if env.size < 16:
-        raise UserError(f"env.size={env.size}: must be at least 16")
-    for name, most in (
-        ("env.frame_stack", 255),
-        ("env.size", 256),  # the games' pictures have no more
-        ("agent.hidden", 16_384),
-        ("curiosity.hidden", 16_384),
-        ("curiosity.ensemble", 100),
-    ):
-        for _, value in given(name):
-            if value > most:
-                raise UserError(f"{name}={value}: must be at most {most}")
-    for name, number in given(
-        "agent.lr",
-        "agent.max_grad_norm",
-        "agent.clip",
-        "agent.target_tau",
-        "curiosity.lr",
-        "curiosity.reward_half_life",
-        "curiosity.target_tau",
-    ):
-        if not 0 < number < math.inf:
-            raise UserError(f"{name}={number}: must be a positive number")
-    for name, number in given(
-        "agent.entropy_coef",
-        "agent.value_coef",
-        "agent.q_weight",
-        "curiosity.coef",
-        "curiosity.extrinsic_coef",
-        "curiosity.eta",
-        "curiosity.forward_scale",
-        "curiosity.inverse_scale",
-    ):
-        if not math.isfinite(number):
-            raise UserError(f"{name}={number}: must be a finite number")
-    if curiosity.episodic_scale is not None and not 0 < curiosity.episodic_scale < math.inf:
-        raise UserError(
-            f"curiosity.episodic_scale={curiosity.episodic_scale}: must be positive, or null"
-        )
-    if curiosity.surprise_limit is not None and not 1 <= curiosity.surprise_limit < math.inf:
-        raise UserError(
-            f"curiosity.surprise_limit={curiosity.surprise_limit}: must be at least 1, or null"
-        )
-    for name, share in given(
-        "agent.lr_final",
-        "agent.extrinsic_discount",
-        "agent.trace",
-        "agent.target_tau",
-        "curiosity.target_tau",
-        "curiosity.beta",
-        "curiosity.inverse_dropout",
-        "env.sticky_probability",
-    ):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share}: must be between 0 and 1")
-    for name, share in given("agent.advantage_learning", "practice"):
-        if not 0 <= share < 1:
-            raise UserError(f"{name}={share}: must be at least 0 and below 1")
+    for (words, holds), names in RANGES.items():
+        for name in names.split():
+            group, _, key = name.rpartition(".")
+            value = getattr(sections[group], key, None)
+            if value is not None and not holds(value):
+                raise UserError(f"{name}={value}: {words}")
     discounts = [agent.discount]
     if isinstance(agent.discount, list):
         _check_schedule("agent.discount", agent.discount)
         discounts = [value for _, value in agent.discount]
     if not all(isinstance(value, int | float) and 0 <= value < 1 for value in discounts):
         raise UserError(f"agent.discount={agent.discount}: must be at least 0 and below 1")
-    for name, choices in (
-        ("env.actions", ("right_only", "simple", "complex")),
-        ("env.emulator", ("nes_py", "libretro")),
-        ("env.noisy_tv", ("none", "always", "switched")),
-        ("agent.input_norm", INPUT_NORMS),
-        ("curiosity.reduction", ("mean", "sum")),
-        ("precision", ("auto", "float32", "bf16")),
-        ("compile", ("auto", "on", "off")),
-        ("collector", ("local", "ray")),
-    ):
-        for _, choice in given(name):
-            if choice not in choices:
-                raise UserError(f"{name}={choice}: must be one of {', '.join(choices)}")
     if agent.input_norm == "standard" and agent.warmup_steps == 0:
         raise UserError(
             "agent.warmup_steps=0: must be at least 1 for agent.input_norm=standard, which is "

@@ -107,7 +107,7 @@ class Player:
         observation, _ = self.env.reset(seed=self.opened_with)
         self.state = torch.from_numpy(observation).unsqueeze(0)
         self.previous = torch.tensor([NO_ACTION])
-        self._see(self.agent.places(self.state.to(self.agent.device)), True, False)
+        self._see(self.agent.novelty_features(self.state.to(self.agent.device)), True, False)
         self.intrinsic = 0.0
         self.frames.clear()
 

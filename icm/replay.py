@@ -240,3 +240,18 @@ def _unpacked(state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"replay memory (frames {tuple(found)}) does not fit this one {shape}")
     content = bytearray(zstandard.decompress(packed))
     return torch.from_numpy(np.ndarray((slots, *shape), np.uint8, content))
+
+
+def since_opening(states: Tensor, age: Tensor) -> Tensor:
+    """Stacked states without what was before their episodes opened; the first frame is repeated.
+
+    So has the memory them. Of an episode that goes on in the middle, an environment shows more.
+
+    Args:
+        states: uint8 (n, C, H, W).
+        age: agent steps since the episodes opened, int64 (n,).
+    """
+    newest = states.shape[1] - 1
+    young = (age < newest).nonzero()  # (rows, 1)
+    back = torch.minimum(torch.arange(newest, -1, -1), age[young])  # (rows, C)
+    return states.index_copy(0, young.squeeze(1), states[young, newest - back])

@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,10 +22,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from icm.charts import CHARTS
 from icm.config import flat
 from icm.errors import WriteError
 from icm.files import json_lines, write_lines
-from icm.viz.charts import CHARTS
 
 
 class Tracker:
@@ -157,3 +158,29 @@ class Tracker:
         """Flush and close everything; see `write`."""
         with self._writing(), self.file:
             self.writer.close()
+
+
+class Clock:
+    """Wall-clock speeds between two log lines, and the shares of the time that phases take."""
+
+    def __init__(self, step: int) -> None:
+        self.since, self.step = time.perf_counter(), step
+        self.phases: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Time spent inside counts for the phase `name`."""
+        start = time.perf_counter()
+        yield
+        self.phases[name] += time.perf_counter() - start
+
+    def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
+        """The `speed/` metrics since the last call."""
+        now = time.perf_counter()
+        seconds = now - self.since
+        rate = (step - self.step) / seconds
+        speeds = {"speed/agent_steps_per_s": rate, "speed/frames_per_s": rate * action_repeat}
+        speeds |= {f"speed/{name}_share": spent / seconds for name, spent in self.phases.items()}
+        self.since, self.step = now, step
+        self.phases.clear()
+        return speeds

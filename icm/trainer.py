@@ -4,7 +4,6 @@ import math
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -29,8 +28,9 @@ from icm.intervals import crossed
 from icm.models import NO_ACTION
 from icm.processes import HANGUP, SIGNALS, leave_terminal, say
 from icm.ranks import RANK, WORLD_SIZE
+from icm.replay import since_opening
 from icm.shared_envs import SharedVectorEnv
-from icm.tracking import Tracker
+from icm.tracking import Clock, Tracker
 from icm.versions import versions
 from icm.viz.gallery import Gallery
 from icm.viz.studio import Drawn
@@ -133,7 +133,7 @@ class Trainer:
         say(f"saved step {self.step}: {latest(self.folder)}", sys.stdout)
         return self.stopped_by if self.step < total else None
 
-    def _steps(self, total: int, clock: "Clock", states: Tensor, reset: Tensor) -> Iterator[None]:
+    def _steps(self, total: int, clock: Clock, states: Tensor, reset: Tensor) -> Iterator[None]:
         """Vector steps; while the emulators run, the agent observes the one before, and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
@@ -217,7 +217,7 @@ class Trainer:
         self.tracker.add(named)
         self.exploration.finish(step, episode)
 
-    def _log(self, clock: "Clock") -> None:
+    def _log(self, clock: Clock) -> None:
         self._observe()
         self.agent.check_updates()
         metrics = self.tracker.averages()
@@ -246,7 +246,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint cannot be read, or does not fit.
         """
-        content, memory = with_memory(path)
+        content, memory = checkpoint.with_memory(path)
         remove_leftovers(path.parent)
         self.step = content["step"]
         before, now = flat(content["config"]), flat(asdict(self.config))
@@ -289,7 +289,7 @@ class Trainer:
                 f"no memory of step {self.step} and of this size beside {path}: filling a new one"
             )
             return
-        with checkpoint.restoring(path.with_name(memory_name(self.step))):
+        with checkpoint.restoring(path.with_name(checkpoint.memory_name(self.step))):
             self.agent.load_memory(memory)
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
@@ -328,7 +328,7 @@ class Trainer:
         if RANK > 0:
             return
         checkpoints = self.folder / "checkpoints"
-        memory = checkpoints / memory_name(self.step)
+        memory = checkpoints / checkpoint.memory_name(self.step)
         checkpoint.save(memory, self.agent.memory_dict())
         names = [f"step_{self.step:09d}.pt"]
         average = self.exploration.average()
@@ -379,69 +379,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def memory_name(step: int) -> str:
-    """The file that holds the memory of an agent step, beside its checkpoint."""
-    return f"replay_{step:09d}.pt"
-
-
-def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A checkpoint and the memory of the same step beside it, if there is one.
-
-    A run that still lives may replace both in between: then both are read again.
-
-    Raises:
-        UserError: one of them is damaged, or the first is missing.
-    """
-    while True:
-        content = checkpoint.load(path)
-        beside = path.with_name(memory_name(content["step"]))
-        try:
-            return content, checkpoint.load_file(beside)
-        except UserError:
-            if beside.is_file():
-                raise
-        if checkpoint.load(path)["step"] == content["step"]:
-            return content, None
-
-
-def since_opening(states: Tensor, age: Tensor) -> Tensor:
-    """Stacked states without what was before their episodes opened; the first frame is repeated.
-
-    So has the memory them. Of an episode that goes on in the middle, an environment shows more.
-
-    Args:
-        states: uint8 (n, C, H, W).
-        age: agent steps since the episodes opened, int64 (n,).
-    """
-    newest = states.shape[1] - 1
-    young = (age < newest).nonzero()  # (rows, 1)
-    back = torch.minimum(torch.arange(newest, -1, -1), age[young])  # (rows, C)
-    return states.index_copy(0, young.squeeze(1), states[young, newest - back])
-
-
-class Clock:
-    """Wall-clock speeds between two log lines, and the shares of the time that phases take."""
-
-    def __init__(self, step: int) -> None:
-        self.since, self.step = time.perf_counter(), step
-        self.phases: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Generator[None]:
-        """Time spent inside counts for the phase `name`."""
-        start = time.perf_counter()
-        yield
-        self.phases[name] += time.perf_counter() - start
-
-    def speeds(self, step: int, action_repeat: int) -> dict[str, float]:
-        """The `speed/` metrics since the last call."""
-        now = time.perf_counter()
-        seconds = now - self.since
-        rate = (step - self.step) / seconds
-        speeds = {"speed/agent_steps_per_s": rate, "speed/frames_per_s": rate * action_repeat}
-        speeds |= {f"speed/{name}_share": spent / seconds for name, spent in self.phases.items()}
-        self.since, self.step = now, step
-        self.phases.clear()
-        return speeds

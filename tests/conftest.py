@@ -2,7 +2,7 @@
 
 import copy
 import functools
-import json
+import io
 import os
 import signal
 import subprocess
@@ -23,10 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from icm.config import Config, parse_config
-from icm.files import latest
+from icm.files import ROOT, json_lines, latest
 from icm.soak.forked import run_forked, start_forked
-
-ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
@@ -92,7 +90,21 @@ def run_script(
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """What a run folder's metrics.jsonl has."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json_lines(folder / "metrics.jsonl")
+
+
+def without_speed(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without what depends on the machine."""
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is after `torch.save` and a loading that executes nothing."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    content: dict[str, Any] = torch.load(file, weights_only=True)
+    return content
 
 
 def wait_for_lines(folder: Path, number: int, is_running: Callable[[], bool]) -> None:

@@ -1,8 +1,11 @@
 """Values out of their range are refused by name; test_scripts.py shows what a user sees of it."""
 
+from dataclasses import asdict, fields
+
 import pytest
 from conftest import settings
 
+from icm.config import AGENTS, CURIOSITIES, RANGES, EnvConfig, flat
 from icm.errors import UserError
 
 
@@ -35,6 +38,7 @@ from icm.errors import UserError
         (f"seed={2**63}", [f"seed={2**63}", "below 2**63"]),
         ("agent.replay_capacity=5", ["agent.replay_capacity=5", "at least"]),
         ("env.actions=all", ["env.actions=all", "complex"]),
+        ("env.sticky_probability=1", ["env.sticky_probability=1.0", "below 1"]),
         ("env.crop=[1,2,3]", ["env.crop=[1, 2, 3]", "in pixels"]),
         ("env.size=8", ["env.size=8", "at least 16"]),
         ("env.size=257", ["env.size=257", "at most 256"]),
@@ -46,3 +50,13 @@ def test_a_value_out_of_range_is_refused(override: str, words: list[str]) -> Non
     with pytest.raises(UserError) as refusal:
         settings("agent=dqn", *override.split())
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_every_range_is_of_a_setting_that_there_is() -> None:
+    kinds = {"env": [EnvConfig], "agent": AGENTS.values(), "curiosity": CURIOSITIES.values()}
+    known = set(flat(asdict(settings())))
+    for group, classes in kinds.items():
+        known |= {f"{group}.{field.name}" for kind in classes for field in fields(kind)}
+    named = {name for names in RANGES.values() for name in names.split()}
+    assert len(named) > 50
+    assert named <= known

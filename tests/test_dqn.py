@@ -1,7 +1,6 @@
 """The learner: targets, updates, policies, state, and whether it learns at all."""
 
 import copy
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import settings
+from conftest import settings, through_a_file
 from torch import Tensor, nn
 
 from icm.agents.base import Agent, BrokenDownError
@@ -55,14 +54,6 @@ def make_agent(num_actions: int = ACTIONS, **changes: Any) -> DQN:
     config = configure(**changes)
     shape = (config.env.frame_stack, SIZE, SIZE)
     return build_agent(config, shape, num_actions, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Game:
@@ -912,7 +903,7 @@ def test_observed_statistics() -> None:
             )
             action = step["actions"][env : env + 1]
             previous = step["previous"][env : env + 1]
-            place = agent.places(step["next_states"][env : env + 1])[0]
+            place = agent.novelty_features(step["next_states"][env : env + 1])[0]
             new.append(novelty(env, place, bool(step["reset"][env])))
             surprises.append(2 * surprise(agent, now, action, after, previous))
             logits = guess(agent, now, after, step["probabilities"][env], previous)
@@ -1079,13 +1070,6 @@ def test_ready_and_input_statistics() -> None:
 
 
 # --- state ----------------------------------------------------------------------------------------
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

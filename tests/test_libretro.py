@@ -22,9 +22,7 @@ import pytest
 from conftest import SMALL, run_script, settings
 from nes_py import NESEnv
 from nes_py.wrappers import JoypadSpace
-from omegaconf import OmegaConf
 
-from icm.config import EnvConfig, typed
 from icm.envs import ACTION_SETS, cores, describe_emulator, make_env
 from icm.envs.cores import SUFFIX, find_core
 from icm.envs.libretro import (
@@ -237,34 +235,14 @@ def test_the_palette_is_that_of_nes_py(core: Path, tmp_path: Path) -> None:
         for colour in each_colour(emulator):
             assert (screen[20:220] == NES_PY_PALETTE[colour]).all(), colour
         assert (emulator.copy_screen_rgb() == screen).all()
-        red, green, blue = NES_PY_PALETTE[63].astype(int)
-        grey = (77 * red + 150 * green + 29 * blue) >> 8
-        assert (emulator.copy_screen_grayscale()[20:220] == grey).all()
 
 
 def test_copies_go_where_they_are_wanted(core: Path) -> None:
     game = game_on(core)
     rgb = np.empty((HEIGHT, WIDTH, 3), np.uint8)
-    grey = np.empty((HEIGHT, WIDTH), np.uint8)
     assert game.observation("rgb_array_contiguous", rgb) is rgb
-    assert game.observation("grayscale", grey) is grey
     assert (rgb == game.screen).all()
-    expected = game.screen.astype(int) @ [77, 150, 29] >> 8
-    assert (grey == expected).all()
     game.close()
-
-
-def test_numbers_in_memory_are_read_as_nes_py_reads_them(core: Path) -> None:
-    game, nes_py_env = game_on(core), gym.make(GAME).unwrapped
-    assert isinstance(nes_py_env, NESEnv)
-    content = np.random.default_rng(0).integers(0, 10, 2048).astype(np.uint8)
-    content[:8] = (0x12, 0x34, 0x99, 0x07, 0xAB, 0xCD, 0xEF, 0xFF)
-    game.ram[:] = content
-    nes_py_env.ram[:] = content
-    specs = [0, 7, (4, 2), (4, 4, "big"), (0, 4, "bcd"), (0x7DE, 6, "digits"), (0, 1, "little")]
-    assert game.ram_values(specs).tolist() == nes_py_env.ram_values(specs).tolist()
-    game.close()
-    nes_py_env.close()
 
 
 def test_every_button_of_both_controllers_reaches_the_game(core: Path) -> None:
@@ -627,16 +605,6 @@ def test_other_environments_and_emulators_are_refused(core: Path) -> None:
     assert "nothing" in refused(core=str(core), id="nothing:Like-v0")
     with pytest.raises(UserError, match=r"env\.emulator=fast: must be one of"):
         settings("env.emulator=fast")
-
-
-def test_settings_from_before_there_was_a_choice_mean_nes_py() -> None:
-    old = OmegaConf.structured(ENV)
-    OmegaConf.set_struct(old, False)
-    plain = OmegaConf.to_container(old)
-    assert isinstance(plain, dict)
-    del plain["emulator"], plain["core"]
-    config = typed(OmegaConf.create(plain), EnvConfig)
-    assert (config.emulator, config.core) == ("nes_py", "auto")
 
 
 # in level 1-1, right after the flag: Mario shall walk to the castle, and does not

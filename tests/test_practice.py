@@ -199,7 +199,7 @@ def test_short_lives_do_not_lead_ever_further_back() -> None:
     played = [[0], [0] * (50 * EVERY + 10)]
     ways = Counter[Middle | None]()
     for _ in range(200):
-        practice.resumed[1] = 50 * EVERY  # and died ten steps later
+        practice.began_at[1] = 50 * EVERY  # and died ten steps later
         ways[practice.begin(1, True, True, played, rng)] += 1
     anew = ways.pop(None)  # for there is no other one that practises
     assert 0 < anew < 20
@@ -319,7 +319,7 @@ def test_it_begins_where_the_try_of_the_other_has_begun_or_later() -> None:
     practice, rng = Practice(3, 2, idle=100), np.random.default_rng(0)
     played = [[], [0] * 30, [0] * (20 * EVERY + 100)]
     for resumed, earliest, latest in ((0, 15, 19), (18, 18, 19), (25, 25, 25)):
-        practice.resumed[2] = resumed * EVERY
+        practice.began_at[2] = resumed * EVERY
         begun = {practice.begin(1, False, True, played, rng) for _ in range(100)}
         places = range(earliest, latest + 1)
         assert begun == {Middle(2, place * EVERY, knows=True) for place in places}
@@ -330,7 +330,7 @@ def test_who_is_cut_and_farthest_tries_again_there() -> None:
     played = [[], [0] * (20 * EVERY + 100), [0] * 30, [0] * 40]
     begun = []
     for _ in range(200):
-        practice.resumed[:] = 0, 19 * EVERY, 0, 0
+        practice.began_at[:] = 0, 19 * EVERY, 0, 0
         begun.append(practice.begin(1, False, True, played, rng))
     there = [middle for middle in begun if middle is not None and middle.other == 1]
     assert 180 < len(there) < 200

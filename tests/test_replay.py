@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import through_a_file
 from torch import Tensor
 
 from icm.memory import memory_device
@@ -357,13 +358,6 @@ def test_recent_frames_of_a_memory_that_is_not_full() -> None:
 
 
 # --- saving ---------------------------------------------------------------------------------------
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("steps", [12, 40, 53])

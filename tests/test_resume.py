@@ -1,6 +1,5 @@
 """A run that was stopped and resumed is the run that was not, to the last bit."""
 
-import json
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, settings
+from conftest import SMALL, metrics_of, settings, without_speed
 from filelock import FileLock
 
 from icm import checkpoint
@@ -193,11 +192,9 @@ def assert_same(one: Path, other: Path) -> None:
             assert value == b[name], name
 
 
-def metrics_of(*folders: Path) -> list[dict[str, Any]]:
+def logged(*folders: Path) -> list[dict[str, float]]:
     """The log lines of one run after the other, without speeds."""
-    text = "".join((folder / "metrics.jsonl").read_text() for folder in folders)
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+    return without_speed([line for folder in folders for line in metrics_of(folder)])
 
 
 @pytest.mark.parametrize(
@@ -234,9 +231,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     second = train(config_of(*given), tmp_path / "second", resume=latest(first), kind=kind)
     assert_same(latest(whole), latest(second))
     assert_same(memory(whole), memory(second))
-    lines = metrics_of(whole)
+    lines = logged(whole)
     assert len(lines) == TOTAL // 32
-    assert metrics_of(first, second) == lines
+    assert logged(first, second) == lines
 
 
 def test_a_run_that_still_lives_is_resumed_with_its_memory(
@@ -258,7 +255,7 @@ def test_a_run_that_still_lives_is_resumed_with_its_memory(
     monkeypatch.setattr(checkpoint, "load", load_slowly)
     second = train(config_of("ppo"), tmp_path / "second", resume=latest(first))
     assert_same(latest(whole), latest(second))
-    assert len(metrics_of(second)) == 1  # from the later one on
+    assert len(logged(second)) == 1  # from the later one on
 
 
 def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
@@ -283,7 +280,7 @@ def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
     train(config, second, resume=start, kind=EagerTrainer)
     assert_same(latest(whole), latest(second))
     assert_same(memory(whole), memory(second))
-    assert metrics_of(first, second) == metrics_of(whole)
+    assert logged(first, second) == logged(whole)
 
     config.practice = 0.0  # what has been practised is no episode of those that do not
     third = train(config, tmp_path / "third", stopped + 4, start)

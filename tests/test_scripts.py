@@ -26,6 +26,7 @@ from conftest import (
     unseen,
     wait_for_lines,
     whole_training,
+    without_speed,
 )
 
 from icm import checkpoint
@@ -38,10 +39,6 @@ TOO_LONG = "/" + 300 * "x"
 """A path that cannot be looked at, not even by root."""
 
 # --- what works ---------------------------------------------------------------------------------
-
-
-def without_speed(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
 def test_train_leaves_a_complete_run_folder(trained: Path) -> None:

@@ -225,7 +225,7 @@ class Agent[Batch](ABC):
         next_features = self.encode(next_states)
         with self._autocast():
             errors = self.signal(features, actions, next_features, probabilities, previous)
-            return errors, self.places(next_states), next_features
+            return errors, self.novelty_features(next_states), next_features
 
     @torch.no_grad()
     def encode(self, states: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class Agent[Batch](ABC):
         next_states: Tensor,
         probabilities: Tensor,
     ) -> tuple[Errors, Tensor]:
-        """The signal's errors on transitions, and where these led, see `places`.
+        """The signal's errors on transitions, and where these led, see `novelty_features`.
 
         Shapes as in `observe`. Where a transition begins, the one before has ended: then the
         features are known, of phi as it was before it has learned since.
@@ -260,7 +260,7 @@ class Agent[Batch](ABC):
         *whole, places = gathered([*found.values(), places])
         return Errors(**dict(zip(found, whole, strict=True))), places
 
-    def places(self, states: Tensor) -> Tensor:
+    def novelty_features(self, states: Tensor) -> Tensor:
         """Features (batch, F) of uint8 states (batch, C, H, W) by which they are new or known.
 
         F is 0 where every state is new.

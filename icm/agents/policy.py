@@ -1,4 +1,4 @@
-"""From action values to actions: greedy, epsilon-greedy and softmax in one formula."""
+"""From action values or logits to probabilities of actions."""
 
 import math
 from abc import ABC, abstractmethod

@@ -40,7 +40,7 @@ class PQN(OnPolicy):
         super().__init__({"qnetwork": qnetwork}, policy, heads, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """Action values, twice."""
+        """Action values, also as the values: `targets_of_rollout` needs those of all actions."""
         with self._autocast():
             q = self.qnetwork(self._input(states), previous).float()
         return q, q

@@ -75,11 +75,12 @@ class EpisodicNovelty:
         return novelty.masked_fill(respawned, 0.0)
 
     def inherit(self, origin: Tensor, undone: Tensor) -> None:
-        """Let lives know what those have seen in the middle of which they go on, up to there.
+        """Let lives that go on in the middle of others know what these had seen up to there.
 
         Args:
-            origin: numbers of the environments of these, int64 (num_envs,), on the CPU; -1: none.
-            undone: how many of the latest actions of these are undone, int64 (num_envs,), likewise.
+            origin: environment whose life each goes on with, int64 (num_envs,), on the CPU; -1:
+                none.
+            undone: how many of that one's latest actions came later, int64 (num_envs,), likewise.
         """
         rows = (origin >= 0).nonzero().squeeze(1)
         if self.scale is None or not len(rows):

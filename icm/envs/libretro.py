@@ -25,7 +25,6 @@ import numpy as np
 import zstandard
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from nes_py import NESEnv
-from nes_py.ram import RAM_READ_ENCODINGS
 
 from icm.errors import UserError
 
@@ -340,7 +339,7 @@ def _keep_interrupts() -> None:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CoreState:
     """The state of a core, and its picture, which is no part of that."""
 
     state: bytes
@@ -348,7 +347,7 @@ class Snapshot:
 
 
 class LibretroEmulator:
-    """A core with the interface of nes-py's own emulator, which `NESEnv._env` holds.
+    """A core with what games use of nes-py's own emulator, which `NESEnv._env` holds.
 
     Views of its screen, memory and controllers are live, and stay valid after `close`.
 
@@ -421,42 +420,9 @@ class LibretroEmulator:
         np.copyto(output, self._frontend.screen)
         return output
 
-    def copy_screen_grayscale(self, output: np.ndarray | None = None) -> np.ndarray:
-        """The luminance of the picture, uint8 (240, 256), in `output` if given."""
-        if output is None:
-            output = np.empty((HEIGHT, WIDTH), np.uint8)
-        self._draw_now()
-        weighted = self._frontend.screen @ np.array([77, 150, 29], np.uint16)  # as in nes-py
-        np.copyto(output, weighted >> 8, casting="unsafe")
-        return output
-
     def ram_buffer(self) -> np.ndarray:
         """A live, writable view of the memory, uint8 (2048,)."""
         return self._ram
-
-    def read_ram_values(
-        self,
-        addresses: np.ndarray,
-        sizes: np.ndarray,
-        encodings: np.ndarray,
-        output: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Numbers in the memory, uint32 (n,), in `output` if given; see `NESEnv.ram_values`."""
-        if output is None:
-            output = np.empty(len(addresses), np.uint32)
-        for i, (address, size, encoding) in enumerate(
-            zip(addresses, sizes, encodings, strict=True)
-        ):
-            content = self._ram[address : address + size].tolist()
-            if encoding == RAM_READ_ENCODINGS["little"]:
-                content.reverse()
-            base = 256
-            if encoding == RAM_READ_ENCODINGS["bcd"]:
-                content, base = [(byte >> 4) * 10 + (byte & 15) for byte in content], 100
-            if encoding == RAM_READ_ENCODINGS["digits"]:
-                base = 10
-            output[i] = functools.reduce(lambda number, digit: number * base + digit, content)
-        return output
 
     def controller_buffer(self, port: int) -> np.ndarray:
         """A live, writable view of the buttons of controller 0 or 1, uint8 (1,)."""
@@ -474,14 +440,14 @@ class LibretroEmulator:
         """Go back to the latest `backup`."""
         self.load_state(self._backup)
 
-    def dump_state(self) -> Snapshot:
+    def dump_state(self) -> CoreState:
         """The state and the picture."""
         self._draw_now()
         buffer = ctypes.create_string_buffer(self._core.state_size)
         self._core.save(buffer)
-        return Snapshot(buffer.raw, zstandard.compress(self._frontend.screen.data, level=1))
+        return CoreState(buffer.raw, zstandard.compress(self._frontend.screen.data, level=1))
 
-    def load_state(self, snapshot: Snapshot) -> None:
+    def load_state(self, snapshot: CoreState) -> None:
         """Go back to a state of the same game on the same core.
 
         Raises:

@@ -23,18 +23,20 @@ class Middle(NamedTuple):
 
 
 class Practice:
-    """After most deaths, the next episode begins some steps before where this one ended.
+    """Where an environment's next episode begins, by restoring an emulator (as in Go-Explore).
 
-    But hardly before where this one began. After the other deaths, and where an episode was cut, it
-    begins in that of another environment that practises: where that one's try began, or later, and
-    it is one that has played for longer, if there is one; if there is none, who was cut tries again
-    like one that has died, or nobody would stay where it is hardest. So what is hard is met more
-    often, and many are soon where one has come (returning to where one was, by restoring the
-    emulator: Ecoffet et al. 2021, Go-Explore). What was tried in vain is forgotten: it is as new to
-    who tries again as it is to any life that comes there.
+    Ecoffet et al. 2021. One half of those that practise try again:
 
-    That the way there is not forgotten, every second one repeats it: its episodes begin anywhere on
-    the way of one that does not, as if nothing of it had been seen.
+    - nineteen times in twenty, after a death: some steps before it, but hardly before where this
+      try began. What is hard is met more often;
+    - else, and where it was stuck: in the episode of another that practises and has played for
+      longer, not before where the try of that one began. Many are soon where one has come;
+    - stuck where nobody has played for longer, nineteen times in twenty: here once more, or nobody
+      would stay where it is hardest.
+
+    What was seen on the way there stays known; what was tried in vain is as new as to any life that
+    comes there. The other half repeat the way, or it would be forgotten: their episodes begin
+    anywhere in that of one of the first half, as if nothing of it had been seen.
 
     Args:
         num_envs: environments, numbered from 0.
@@ -45,7 +47,7 @@ class Practice:
     def __init__(self, num_envs: int, practising: int, idle: int) -> None:
         numbers = np.arange(num_envs)
         self.practises = numbers >= num_envs - practising
-        self.resumed = np.zeros(num_envs, np.int64)  # actions that running episodes began with
+        self.began_at = np.zeros(num_envs, np.int64)  # actions that running episodes began with
         self._repeats = numbers >= num_envs - int(REPEATING * practising)
         self._idle = idle
 
@@ -63,7 +65,7 @@ class Practice:
         """
         practised = self.practises[row] and (died or cut)
         middle = self._middle(row, died, played, rng) if practised else None
-        self.resumed[row] = 0 if middle is None else middle.done
+        self.began_at[row] = 0 if middle is None else middle.done
         return middle
 
     def _middle(
@@ -88,5 +90,5 @@ class Practice:
         done = max(0, end - int(rng.integers(*BACK)))
         done -= done % EVERY
         # or where lives are short it would be ever further back
-        first = int(self.resumed[other]) - (EVERY * int(rng.integers(2)) if other == row else 0)
+        first = int(self.began_at[other]) - (EVERY * int(rng.integers(2)) if other == row else 0)
         return Middle(other, max(done, first), knows=True)

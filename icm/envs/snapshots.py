@@ -57,7 +57,7 @@ class Trail:
             each
             for each in self.kept
             if each.done in (done, done - EVERY) or (each.done < done and not each.done % SELDOM)
-            if isinstance(each.emulator, libretro.Snapshot)
+            if isinstance(each.emulator, libretro.CoreState)
         ]
         return Trail(self.seed, self.actions[:done], kept)
 

@@ -24,7 +24,7 @@ NOWHERE: dict[str, np.generic] = {
 }
 """What infos say of an environment whose episode has not begun in the middle of another."""
 
-SLOWEST = 50.0  # agent steps per second that an emulator plays again at least
+REPLAY_SPEED = 50.0  # agent steps per second that an emulator plays again at least
 CALM = 1000  # vector steps at least from one in which episodes are cut to the next
 
 
@@ -101,7 +101,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: how many, at least 1.
         start: starts workers, given the arrays that they need; from 1 to `num_envs` of them.
         patience: seconds for a step; starting and a reset, which may build environments, may take
-            twenty times as long, and playing again what it needs at `SLOWEST`.
+            twenty times as long, and playing again what it needs at `REPLAY_SPEED`.
         first: number of the first environment, if these are a part of more.
         practice: where episodes begin; None: at a start of their own.
 
@@ -191,7 +191,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "begun": self._begun.tolist(),
             "seeds": self._arrays["seeds"].tolist(),
             "actions": [actions.copy() for actions in self._played],
-            "resumed": self._practice.resumed.tolist(),
+            "resumed": self._practice.began_at.tolist(),
         }
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -208,7 +208,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._arrays["seeds"][:] = state["seeds"]
         self._arrays["opening"][:] = True
         self._played = [list(actions) for actions in state["actions"]]
-        self._practice.resumed[:] = state["resumed"]
+        self._practice.began_at[:] = state["resumed"]
         self._send(range(self._workers.number), dict(enumerate(self._played)))
         self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
@@ -324,7 +324,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _listen(self, worker: int, patience: float) -> Answer | str:
         """The answer to what was sent last; who plays again what it was sent has more time."""
-        return self._workers.listen(worker, patience + self._again[worker] / SLOWEST)
+        return self._workers.listen(worker, patience + self._again[worker] / REPLAY_SPEED)
 
     def _receive(
         self, patience: float

@@ -19,26 +19,10 @@ from icm.errors import UserError
 type Env = gym.Env[Any, Any]
 
 
-class StickyActions(gym.Wrapper[Any, Any, Any, Any]):
+class StickyActions(gym.wrappers.StickyAction[Any, Any]):
     """With a fixed probability a frame executes the previous action (Machado et al. 2018, 5.2)."""
 
-    changing = ("previous",)
-
-    def __init__(self, env: Env, probability: float) -> None:
-        super().__init__(env)
-        self.probability = probability
-        self.previous: Any = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Forget the previous action."""
-        self.previous = None
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> Any:
-        """Step with the given or the previous action."""
-        if self.previous is None or self.np_random.random() >= self.probability:
-            self.previous = action
-        return self.env.step(self.previous)
+    changing = ("last_action",)  # all else in it is after a step as it was before
 
 
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):

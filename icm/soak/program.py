@@ -14,7 +14,6 @@ import psutil
 
 from icm import checkpoint
 from icm.files import ROOT, json_lines, latest
-from icm.trainer import memory_name
 
 SCRIPT = ROOT / "scripts" / "train.py"
 PATIENCE = 120.0  # seconds for a training to begin or to end by itself
@@ -131,7 +130,7 @@ class Training:
             UserError: that is damaged, or has no memory beside it.
         """
         step = int(checkpoint.load(self.latest)["step"])
-        checkpoint.load_file(self.latest.with_name(memory_name(step)))
+        checkpoint.load_file(self.latest.with_name(checkpoint.memory_name(step)))
         return step
 
     def lines(self) -> list[dict[str, Any]]:

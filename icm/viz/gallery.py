@@ -10,7 +10,8 @@ from icm.exploration import Exploration, Recording
 from icm.files import remove_leftovers
 from icm.intervals import crossed
 from icm.ranks import RANK
-from icm.viz.studio import Drawing, Drawn, Studio, clip, maps, report, way
+from icm.viz.clip import film, film_way
+from icm.viz.studio import Drawing, Drawn, Studio, maps, report
 
 LOOK = 0.1  # seconds to wait for a drawing before the next look at how patient one is
 
@@ -96,7 +97,7 @@ class Gallery:
         if "map" in self.due and (news := exploration.news()):
             drawings.append(partial(maps, news, self.folder / "maps"))
         if "video" in self.due:
-            films = {"best": clip, "way": way}
+            films = {"best": film, "way": film_way}
             for name, episode in exploration.recordings().items():
                 if episode is not self.filmed.get(name):
                     self.filmed[name] = episode

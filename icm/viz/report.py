@@ -17,12 +17,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
+from icm.charts import CHARTS
 from icm.config import settings_of
 from icm.errors import UserError
 from icm.files import json_lines, latest, write_bytes
 from icm.uncertainty import standard_error
 from icm.versions import versions
-from icm.viz.charts import CHARTS
 
 COLOURS = ("#1f4e8c", "#c8641b", "#3a9158", "#a03070", "#6b6b6b", "#b59a00")
 TEMPLATE = jinja2.Environment(

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from icm.config import EnvConfig
 from icm.errors import UserError
-from icm.exploration import Recording, Region
+from icm.exploration import Region
 from icm.files import write_bytes
 from icm.processes import Assistants
 
@@ -23,7 +22,7 @@ STARTING = 600.0  # seconds that a process may need to start, for which a first 
 NICENESS = 19  # a seventieth of a core that a training wants, too
 
 
-# What can be ordered imports what it needs when it is drawn: a training needs none of it.
+# These import what they need when they are drawn: a training needs none of it.
 
 
 def maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
@@ -31,20 +30,6 @@ def maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
     from icm.viz.map import draw_maps
 
     return draw_maps(regions, folder)
-
-
-def clip(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
-    """See `icm.viz.clip.film`."""
-    from icm.viz.clip import film
-
-    return film(config, best, path)
-
-
-def way(config: EnvConfig, found: Recording, path: Path) -> dict[str, bytes]:
-    """See `icm.viz.clip.film_way`."""
-    from icm.viz.clip import film_way
-
-    return film_way(config, found, path)
 
 
 def report(folder: Path, places: list[dict[str, Any]]) -> dict[str, bytes]:
