@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icm.errors import UserError
-from icm.files import write_whole
+from icm.files import numbered, write_whole
 
 FORMAT = 3
 
@@ -96,7 +96,7 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
     except UserError as error:
         if path.name != "latest.pt":
             raise
-        for older in sorted(path.parent.glob("step_*.pt"), reverse=True):
+        for older in reversed(numbered(path.parent, "step")):
             with suppress(UserError):
                 content = load(older)
                 print(f"{error}; going on with {older.name}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What the Hydra applications share: how they start, and mistakes as one line."""
 
+import argparse
 import errno
 import functools
 import multiprocessing
@@ -10,12 +11,12 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,7 +28,10 @@ from icm.ranks import RANK
 
 CONF = ROOT / "conf"
 PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
-OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+OF_FILES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
+    *(errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR),
+)
 """Errors of the operating system for which the program has no fault: no traceback is wanted."""
 
 # the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
@@ -50,6 +54,8 @@ def fail(error: Exception) -> None:
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']*)'", text):
         text = f"{unknown[1]}: unknown setting (--help lists all)"
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override}: cannot be read as NAME=VALUE (--help lists all)"
     text = text.partition(" Config search path:")[0]  # of an unknown option of a group
     print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
     sys.exit(2)
@@ -57,18 +63,27 @@ def fail(error: Exception) -> None:
 
 def quoted(argument: str) -> str:
     """A path as an argument that Hydra takes for a path, whatever characters it has."""
-    name, _, path = argument.partition("=")
-    if name not in PATHS:
+    name, equals, path = argument.partition("=")
+    if name not in PATHS or not equals:
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)
         # not so a path that looks like a number or a list
-        if not override.is_sweep_override() and isinstance(override.value(), str | None):
+        if override.is_sweep_override():
+            if {"-m", "--multirun"} & set(sys.argv):
+                return argument
+        elif isinstance(override.value(), str | None):
             return argument
     except HydraException:
         pass
     path = re.sub(r"(\\*)'", r"\1\1\\'", path)  # as its grammar has it, so in the end of all
     return f"{name}='{re.sub(r'(\\+)$', r'\1\1', path)}'"
+
+
+def refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of what Hydra's parser does with what it does not know: its usage and an error."""
+    fail(UserError(f"{message}; settings are given as NAME=VALUE (--help lists all)"))
+    raise AssertionError  # `fail` ends the program
 
 
 def one_voice() -> AbstractContextManager[None]:
@@ -93,6 +108,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
                 fail(error)
             raise
 
+    argparse.ArgumentParser.error = refuse
     sys.argv[1:] = map(quoted, sys.argv[1:])
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icm.ranks import RANK, WORLD_SIZE
 
-PATIENCE = timedelta(minutes=10)  # with another rank, which may be compiling
+PATIENCE = timedelta(hours=1)  # with another rank, which may be compiling
 
 _seconds = 0.0  # in exchanges, since `seconds` was asked
 

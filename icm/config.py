@@ -449,6 +449,11 @@ def _check(config: Config) -> None:
             "agent.warmup_steps=0: must be at least 1 for agent.input_norm=standard, which is "
             "measured then"
         )
+    if config.practice and not practising(config.practice, env.num_envs):
+        raise UserError(
+            f"practice={config.practice}: too small a share of env.num_envs={env.num_envs}: none "
+            "would practise"
+        )
     if len(env.crop) != 4 or min(env.crop) < 0:
         raise UserError(f"env.crop={env.crop}: must be [top, bottom, left, right] in pixels")
     history = max(env.frame_stack, 2)
@@ -485,6 +490,11 @@ def _check(config: Config) -> None:
                 raise UserError(f"agent.policy.{name}={schedule}: values must be {words}")
 
 
+def practising(share: float, num_envs: int) -> int:
+    """How many of so many environments practise; one at least does not."""
+    return num_envs - max(1, round((1 - share) * num_envs))
+
+
 def check_seed(seed: int) -> None:
     """Refuse what PyTorch or Gymnasium do not take for a seed.
 
@@ -500,7 +510,7 @@ def _check_schedule(name: str, schedule: list[Any]) -> None:
         isinstance(knot, list)
         and len(knot) == 2
         and all(isinstance(x, int | float) for x in knot)
-        and math.isfinite(knot[0])
+        and abs(knot[0]) < 2**63
         for knot in schedule
     )
     if not knots_are_pairs or sorted(k[0] for k in schedule) != [k[0] for k in schedule]:

@@ -86,7 +86,7 @@ def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:
 def table(summaries: list[dict[str, Any]]) -> str:
     """Summaries side by side, one line per statistic."""
     names = [name for name in summaries[0] if name != "policy" and not name.endswith("_stderr")]
-    lines = ["".join([f"{'':16}", *(f"{s['policy']:>18}" for s in summaries)])]
+    lines = ["".join([f"{'':16}", *(f" {s['policy']:>17}" for s in summaries)])]
     for name in names:
         cells = []
         for s in summaries:
@@ -97,5 +97,5 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 cells.append(" ".join(value))
             else:
                 cells.append(f"{value:.2f}" if isinstance(value, float) else str(value))
-        lines.append("".join([f"{name.removesuffix('_mean'):16}", *(f"{c:>18}" for c in cells)]))
+        lines.append("".join([f"{name.removesuffix('_mean'):16}", *(f" {c:>17}" for c in cells)]))
     return "\n".join(lines)

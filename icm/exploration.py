@@ -139,8 +139,7 @@ class Exploration:
             number of an environment in a level where none has been before; None: there is none.
         """
         known = self.levels()
-        for place, block, strip in infos.get("scenery", ()):
-            self.regions[place].picture.add(block, strip)
+        self.see(infos)
         nowhere = np.zeros(len(ended), bool)
         over = ended | infos.get("life_lost", nowhere)
         for visits, is_over in zip(self.here, over.tolist(), strict=False):
@@ -153,6 +152,11 @@ class Exploration:
         self._come(over, ended, infos.get("returned", nowhere))
         at = enumerate(self.at)
         return next((row for row, place in at if place and place[:2] not in known), None)
+
+    def see(self, infos: dict[str, Any]) -> None:
+        """Add scenery to the pictures of places."""
+        for place, block, strip in infos.get("scenery", ()):
+            self.regions[place].picture.add(block, strip)
 
     def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
         """Count the lives that have come to where they are now.

@@ -25,6 +25,8 @@ from icm.models import ActorCritic, Fnet, InputNorm, InverseNet, Phi, Qnetwork
 from icm.ranks import LOCAL_WORLD_SIZE
 from icm.replay import Replay
 
+MOST = 0.8  # share of the free memory that the replay memory may take: the rest needs some, too
+
 
 def build_agent(
     config: Config,
@@ -132,8 +134,8 @@ def build_replay(
     needed = Replay.nbytes(capacity, frame, num_actions)
     free = available_bytes() // LOCAL_WORLD_SIZE
     kept_on = memory_device(needed, device)
-    if kept_on.type == "cpu" and needed > free:
-        fitting = int(0.5 * free / Replay.nbytes(1, frame, num_actions))
+    if needed > MOST * free:  # one on a GPU as well: it is saved, and read again, by way of the CPU
+        fitting = int(MOST * free / Replay.nbytes(1, frame, num_actions))
         raise UserError(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free; {fitting} would fit"

@@ -39,6 +39,12 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def numbered(folder: Path, kind: str) -> list[Path]:
+    """The files `kind`_<agent steps>.pt of a folder, by their steps; others are somebody's own."""
+    named = ((path.stem.removeprefix(f"{kind}_"), path) for path in folder.glob(f"{kind}_*.pt"))
+    return [path for _, path in sorted((int(n), path) for n, path in named if n.isdecimal())]
+
+
 LOCK = ".lock"
 
 
@@ -64,7 +70,8 @@ def remove_leftovers(folder: Path) -> None:
     for file in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         name, _, process = file.stem.rpartition(".")
         is_ours = name.endswith(f".{socket.gethostname()}") and process.isdigit()
-        if is_ours and not psutil.pid_exists(int(process)):
+        # of this process it is from before it began: in a container all have the same number
+        if is_ours and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             _remove(file)
 
 

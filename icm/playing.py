@@ -119,7 +119,9 @@ class Player:
             action = int(torch.multinomial(probabilities, 1, generator=self.generator))
         observation, _, _, _, info = self.env.step(action)
         next_state, taken = torch.from_numpy(observation).unsqueeze(0), torch.tensor([action])
-        errors, places = agent.judge(state, previous, taken, next_state, probabilities)
+        # the inverse model is told the policy, as in training, even if it is greedy now
+        policy = agent.probabilities(state, previous, self.step) if self.greedy else probabilities
+        errors, places = agent.judge(state, previous, taken, next_state, policy)
         episode = info.get("episode")
         respawned = info.get("life_lost", False) and episode is None
         novelty = self._see(places, respawned, respawned)

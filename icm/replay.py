@@ -199,17 +199,28 @@ class Replay:
         Raises:
             ValueError: the memory it was taken from has another shape; nothing has changed then.
         """
-        state = state | {"frames": _unpacked(state, tuple(self.frames.shape[1:]))}
-        tensors = self._tensors()
+        tensors, packed = self._tensors(), state["frames"].numpy().data
+        size, *frame = state["frame_shape"]
+        shapes = {
+            name: (size, *frame) if name == "frames" else state[name].shape for name in tensors
+        }
+        fits = size <= self.num_slots and state["head"] in range(self.num_slots)
         for name, value in tensors.items():
-            found = (state["num_slots"], *state[name].shape[1:])
-            if found != tuple(value.shape):
+            found = (state["num_slots"], *shapes[name][1:])
+            if found != tuple(value.shape) or shapes[name][0] != size or not fits:
                 raise ValueError(
                     f"replay memory ({name} {found}) does not fit this one {tuple(value.shape)}"
                 )
-        self.head, self.size = state["head"], len(state["frames"])
-        for name, value in tensors.items():
-            value[: self.size] = state[name]
+        if zstandard.frame_content_size(packed) != size * prod(frame):
+            raise ValueError("replay memory does not fit its own size")
+        self.head, self.size = state["head"], size
+        # into their place, on a CPU: a copy beside it would be as large once more
+        frames = self.frames[:size].cpu()
+        with zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
+            unpacked.readinto(frames.numpy().reshape(-1))
+        self.frames[:size] = frames
+        for name in tensors.keys() - {"frames"}:
+            tensors[name][:size] = state[name]
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -225,21 +236,6 @@ class Replay:
         if self.size > 1:
             before = self.head - 2
             self.truncated[before] |= ~self.reset[before] & ~self.terminated[before]
-
-
-def _unpacked(state: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
-    """The frames (slots, *shape) of a `Replay.state_dict`.
-
-    Raises:
-        ValueError: they have another shape.
-    """
-    slots, *found = state["frame_shape"]
-    packed = state["frames"].numpy().data
-    # asked before it fills memory
-    if tuple(found) != shape or zstandard.frame_content_size(packed) != slots * prod(shape):
-        raise ValueError(f"replay memory (frames {tuple(found)}) does not fit this one {shape}")
-    content = bytearray(zstandard.decompress(packed))
-    return torch.from_numpy(np.ndarray((slots, *shape), np.uint8, content))
 
 
 def since_opening(states: Tensor, age: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from icm.cli import fail, quoted
 from icm.config import SETTINGS, Config, flat, parse_config, settings_of
 from icm.errors import UserError
-from icm.files import LOCK, latest, lock
+from icm.files import LOCK, latest, lock, numbered
 from icm.ranks import RANK, WORLD_SIZE
 
 
@@ -152,7 +152,9 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             config.hydra.run.dir = str(new_folder(folder))
         return
     _made(folder)
-    if not folder.is_dir() or ({file.name for file in folder.iterdir()} - {LOCK}):
+    # a start that was refused has left no more than its settings
+    nothing = {LOCK, Path(SETTINGS).parent.name}
+    if not folder.is_dir() or ({file.name for file in folder.iterdir()} - nothing):
         if not (folder / SETTINGS).exists():
             raise UserError(
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
@@ -187,7 +189,7 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
         UserError: the settings are not those of that run.
     """
     newest = latest(folder)
-    if not newest.exists() and not any(newest.parent.glob("step_*.pt")):
+    if not newest.exists() and not numbered(newest.parent, "step"):
         return None
     from icm import checkpoint  # here, because torch takes its time to import
 

@@ -23,7 +23,7 @@ from icm.envs import core_name, episodes_in
 from icm.envs.vector import NOWHERE, WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
-from icm.files import latest, remove_leftovers
+from icm.files import latest, numbered, remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
 from icm.processes import HANGUP, SIGNALS, leave_terminal, say
@@ -198,6 +198,7 @@ class Trainer:
             ended = np.zeros(n, bool)
         else:
             observations, ended, infos = envs.restore(self.going_on["episodes"])
+            self.exploration.see(infos)
             self.exploration.stand(self.step, infos, n)
         return since_opening(torch.from_numpy(observations), self.age), torch.from_numpy(ended)
 
@@ -294,9 +295,15 @@ class Trainer:
         # those that practise are the last ones, and their episodes are no others' episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
         if same_env and same_seed and no_less:
-            self.going_on = {name: content[name] for name in ("episodes", "interval", "metrics")}
-            self.previous, self.age = content["previous"], content["age"]
-            played = sum(map(len, content["episodes"]["actions"]))
+            with checkpoint.restoring(path):
+                names = ("episodes", "interval", "metrics")
+                self.going_on = {name: content[name] for name in names}
+                self.previous, self.age = content["previous"], content["age"]
+                episodes = content["episodes"]
+                of_rows = [episodes[name] for name in ("begun", "seeds", "actions", "resumed")]
+                if any(len(rows) != len(self.age) for rows in (*of_rows, self.previous)):
+                    raise ValueError("its episodes are of different numbers of environments")
+                played = sum(map(len, episodes["actions"]))
             print(f"playing the {played} agent steps of running episodes again")
         else:
             self.agent.begin_lives()
@@ -338,9 +345,8 @@ class Trainer:
         names.append("latest.pt")  # the last, because a run goes on with it
         for name in names:
             checkpoint.save(checkpoints / name, content)
-        steps = sorted(checkpoints.glob("step_*.pt"))
-        memories = set(checkpoints.glob("replay_*.pt")) - {memory}
-        for old in (*steps[: -self.config.checkpoint.keep], *memories):
+        steps, memories = numbered(checkpoints, "step"), numbered(checkpoints, "replay")
+        for old in (*steps[: -self.config.checkpoint.keep], *(m for m in memories if m != memory)):
             old.unlink()
         self.display.saved = self.step
 

@@ -23,8 +23,8 @@ def main() -> int:
     from icm.viz.report import read_runs, write_report  # only now: importing takes its time
 
     try:
-        runs = [run for folder in options.runs for run in read_runs(folder)]
-        write_report(runs, options.out)
+        runs = {run.folder.resolve(): run for folder in options.runs for run in read_runs(folder)}
+        write_report([*runs.values()], options.out)
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(options.out)

@@ -38,7 +38,12 @@ def main(settings: "DictConfig") -> float:
 
 
 def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
-    """The checkpoint to continue, and the result if that is complete; of a folder with a run."""
+    """The checkpoint to continue, and the result if that is complete; of a folder with a run.
+
+    Raises:
+        UserError: another one of that run is to be resumed there.
+    """
+    from icm.errors import UserError
     from icm.exploration import restored
     from icm.run_folder import own_checkpoint
 
@@ -46,6 +51,12 @@ def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
     if own is None:
         return config.resume, None
     path, content = own
+    resumed = Path(config.resume or path)
+    if resumed.resolve() != path.resolve() and resumed.parent.resolve() == path.parent.resolve():
+        raise UserError(
+            f"resume={resumed}: in its own folder a run goes on from {path.name}; give another "
+            "hydra.run.dir"
+        )
     is_complete = content["step"] >= config.total_steps
     return str(path), restored(content["exploration"]).objective() if is_complete else None
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pytest
 
 from icm.errors import UserError
-from icm.files import json_lines, remove_leftovers, write_bytes, write_whole
+from icm.files import json_lines, numbered, remove_leftovers, write_bytes, write_whole
 
 
 def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> None:
@@ -45,9 +45,10 @@ def test_what_dead_processes_of_this_machine_were_writing_is_removed(tmp_path: P
     dead = [
         tmp_path / f".latest.pt.{here}.{ended.pid}.tmp",
         tmp_path / "maps" / f".1-1.png.{here}.{ended.pid}.tmp",
+        tmp_path / f".latest.pt.{here}.{os.getpid()}.tmp",  # of one of this number before
     ]
     others = [
-        tmp_path / f".latest.pt.{here}.{os.getpid()}.tmp",
+        tmp_path / f".latest.pt.{here}.{os.getppid()}.tmp",
         tmp_path / f".latest.pt.another.{ended.pid}.tmp",
         tmp_path / ".mine.tmp",
         tmp_path / "latest.pt",
@@ -57,3 +58,11 @@ def test_what_dead_processes_of_this_machine_were_writing_is_removed(tmp_path: P
     remove_leftovers(tmp_path)
     assert not any(file.exists() for file in dead)
     assert all(file.exists() for file in others)
+
+
+def test_files_are_in_order_of_their_steps_and_others_are_somebody_s_own(tmp_path: Path) -> None:
+    steps = [99_975_000, 999_975_000, 1_000_000_000, 10_000_025_000]
+    files = [tmp_path / f"step_{step:09d}.pt" for step in steps]
+    for file in (*files, tmp_path / "step_000100000_good.pt", tmp_path / "step_best.pt"):
+        file.touch()
+    assert numbered(tmp_path, "step") == files

@@ -675,3 +675,11 @@ def test_reward_of_the_game_is_learned(name: str, steps: int) -> None:
     states = world.states
     best = agent.probabilities(states, start(states), steps, greedy=True).argmax(1)
     assert torch.equal(best, world.bright + 1)
+
+
+def test_a_rollout_of_one_transition_has_advantages() -> None:
+    one = ("env.num_envs=1", "agent.rollout_steps=1", "agent.sequence_length=1")
+    agent = make_agent("ppo", *one, "agent.batch_size=1")
+    live(agent, 40)
+    assert agent.targets_of_rollout()["advantages"].isfinite().all()
+    assert agent.skipped == 0

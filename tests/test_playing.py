@@ -19,3 +19,16 @@ def test_where_an_episode_begins_is_nothing_new() -> None:
             assert {moment.where for moment in standing} == {"1-1, 32 pixels"}
             assert 0 < max(moment.reward for moment in standing) < 0.001
             assert max(player.move(3).reward for _ in range(8)) > 0.01
+
+
+def test_a_greedy_agent_is_not_told_to_its_inverse_model() -> None:
+    """Which knows the policy from training, not which action is certain."""
+    path = ROOT / "checkpoints" / "1-1.pt"
+    agent, config, step = load_agent(path, torch.device("cpu"), GAME)
+    with Player(agent, config, step, greedy=True, seed=3, is_watched=False) as player:
+        player.begin(0)
+        moments = [player.move() for _ in range(20)]
+    assert all(moment.probabilities[moment.action] == 1 for moment in moments)
+    guesses = [moment.guess[moment.action] for moment in moments if moment.guess is not None]
+    assert len(guesses) == 20
+    assert min(guesses) < 0.9

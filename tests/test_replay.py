@@ -388,6 +388,13 @@ def test_file_of_a_memory_that_is_hardly_filled_is_small_and_made_without_a_copy
     assert file.tell() < Replay.nbytes(20_000, FRAME, ACTIONS) / 20
 
 
+@pytest.mark.parametrize("head", [-1, 40])
+def test_a_place_to_write_that_there_is_not_is_refused(head: int) -> None:
+    replay = make_replay(80, 2, FRAME, 3)
+    with pytest.raises(ValueError, match="does not fit"):
+        replay.load_state_dict(replay.state_dict() | {"head": head})
+
+
 @pytest.mark.parametrize("lie", [12, 1 << 40])
 def test_frames_that_are_more_than_they_say_are_refused(lie: int) -> None:
     replay = make_replay(80, 2, FRAME, 3)

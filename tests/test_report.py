@@ -203,6 +203,18 @@ def test_settings_that_were_cut_off_are_refused(text: str, tmp_path: Path) -> No
         read_run(tmp_path)
 
 
+def test_files_that_are_damaged_are_named(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, 1))
+    for damaged in ("[", "5", '[{"place": "1-1"}]'):
+        (tmp_path / "places.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"places\.json: damaged"):
+            write_report([run], tmp_path / "report.html")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"speed": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line \d+ has no step"):
+        read_run(tmp_path)
+
+
 def test_a_folder_that_cannot_be_looked_at_is_none() -> None:
     with pytest.raises(UserError, match=r"xx: no run folder .*File name too long"):
         read_runs(Path(300 * "x"))

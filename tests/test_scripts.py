@@ -497,6 +497,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
         (f"resume={TOO_LONG}", [TOO_LONG, "File name too long"]),
         ("=", ["unknown setting"]),
+        ("checkpoints/1-1.pt", ["checkpoints/1-1.pt: cannot be read as NAME=VALUE"]),
+        ("resume", ["resume: cannot be read as NAME=VALUE"]),
+        ("--resume=latest.pt", ["--resume=latest.pt", "settings are given as NAME=VALUE"]),
     ],
 )
 def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
@@ -517,22 +520,28 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
     assert contents(trained) == before
     # nor into one that nothing was saved in yet
     shutil.copytree(trained / ".hydra", tmp_path / "young" / ".hydra")
+    (tmp_path / "young" / "metrics.jsonl").touch()
     done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(done, "young", "exists", "compile=auto, not off")
     # where it has the defaults of settings that were not there yet
     settings = tmp_path / "young" / ".hydra" / "config.yaml"
-    whole = re.sub("(?m)^practice: .*\n", "", settings.read_text())
+    whole = re.sub("(?m)^report:\n.*\n", "", settings.read_text())
     settings.write_text(whole)
-    done = run_script("train.py", *SMALL, "practice=0.5", f"hydra.run.dir={tmp_path / 'young'}")
+    done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(done, "young", "a run of compile=auto, not off")
-    same = ("compile=auto", "env.emulator=nes_py", "total_steps=96", "practice=0.5")
+    same = ("compile=auto", "env.emulator=nes_py", "total_steps=96")
     drawn = ("map.every=32", "video.every=32", "report.every=32")
     given = (*SMALL, *drawn, *same, f"hydra.run.dir={tmp_path / 'young'}")
-    assert_refused(run_script("train.py", *given), "young", "a run of practice=0.0, not 0.5")
+    assert_refused(run_script("train.py", *given), "young", "report.every=25000, not 32")
     for damaged in ("env: {id", whole[: whole.index("hidden")]):
         settings.write_text(damaged)
         assert_refused(run_script("train.py", *given), "young", "no settings in .hydra/config.yaml")
         assert settings.read_text() == damaged
+    # but into that of a start that was refused
+    (tmp_path / "young" / "metrics.jsonl").unlink()
+    before = contents(trained)
+    assert_refused(run_script("train.py", *given[:-1], "device=cuda", given[-1]), "device=cuda: ")
+    assert "device: cuda" in settings.read_text()
     # nor into any other
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "poem.txt").touch()
@@ -675,6 +684,12 @@ def test_what_cannot_go_on_is_not_resumed(trained: Path, tmp_path: Path) -> None
     longer = ("agent=dqn", "total_steps=128", "agent.warmup_steps=9")
     done = run_script("train.py", f"resume={latest}", *longer, folder)
     assert_refused(done, "agent.warmup_steps=9", "was made with 32")
+    shutil.copytree(trained, tmp_path / "own")
+    younger = tmp_path / "own" / "checkpoints" / "step_000000032.pt"
+    checkpoint.save(younger, checkpoint.load(latest) | {"step": 32})
+    given = ("agent=dqn", f"hydra.run.dir={tmp_path / 'own'}")
+    done = run_script("train.py", f"resume={younger}", *given)
+    assert_refused(done, str(younger), "goes on from latest.pt", "another hydra.run.dir")
     assert not (tmp_path / "run").exists()
 
 

@@ -211,6 +211,14 @@ def test_scenery_is_passed_on_once_if_it_is_wanted(envs: WorkerVectorEnv) -> Non
         for (*place, strip), (*same_place, same_strip) in zip(one, other, strict=True):
             assert place == same_place
             assert (strip == same_strip).all()
+    with vector_env(scenery=True) as watched:  # of the way that is played again, too
+        watched.reset(seed=5)
+        for _ in range(5):
+            watched.step(np.array([3, 5, 0]))
+        state = watched.state_dict()
+    with vector_env(scenery=True) as again:
+        (first,) = (each for each in steps if each)
+        assert len(again.restore(state)[-1]["scenery"]) == len(first)
     seen = [scenery for scenery in steps if scenery]
     assert len(seen) == 1  # what the first screen shows, and there is nothing new so soon
     assert [(place[:2], block, strip.shape) for place, block, strip in seen[0]] == [

@@ -56,7 +56,8 @@ class PPO(OnPolicy):
         )
         advantages = (returns - self.values[:-1]).sum(2)
         valid = advantages[~self.stored(self.memory.reset)]
-        advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
+        if len(valid) > 1:  # one has no deviation
+            advantages = (advantages - valid.mean()) / (valid.std() + 1e-8)
         return {"returns": returns, "advantages": advantages}
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -159,9 +159,11 @@ def training(overrides: list[str]) -> Contender:
     )
 
 
-def tutorial() -> Contender:
+def tutorial(action_repeat: int) -> Contender:
     """The tutorial's loop."""
-    return Contender(lambda folder: [sys.executable, "-m", "icm.bench.tutorial"])
+    return Contender(
+        lambda folder: [sys.executable, "-m", "icm.bench.tutorial", str(action_repeat)]
+    )
 
 
 def stable_baselines3(algorithm: str, action_repeat: int) -> Contender:

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from nes_py import NESEnv
 
 from icm.bench.apart import Measure, apart
 from icm.config import EnvConfig
 from icm.envs import action_count, make_env, make_vector_env
 from icm.envs.wrappers import Env, GreyImage
+from icm.errors import UserError
 
 RIGHT_WITH_A_AND_B = (0x80, 0x81, 0x82, 0x83)  # buttons, as nes-py orders them
 CHUNK = 10  # agent steps between looks at the clock
@@ -33,10 +35,15 @@ def bare_frames(config: EnvConfig, skipping: bool) -> Measure:
     Args:
         config: the emulator and the game.
         skipping: draw only the frames that an agent looks at; for libretro cores.
+
+    Raises:
+        UserError: it is no NES game.
     """
     env = make_env(config)
-    env.reset(seed=0)
     game: Any = env.unwrapped
+    if not isinstance(game, NESEnv):
+        raise UserError(f"env.id={config.id}: no NES game, and nothing else is measured")
+    env.reset(seed=0)
     emulator = game._env
     emulator.backup()
     random = np.random.default_rng(0)

@@ -218,11 +218,11 @@ def trainings(
     quick: bool, overrides: list[str], backends: dict[str, EnvConfig]
 ) -> dict[str, contenders.Contender]:
     """All that take turns; those that compile come last: by then the learner may have done it."""
-    entered = {"tutorial": contenders.tutorial()}
+    repeat = backends["nes_py"].action_repeat  # of all, so that agent steps are as long
+    entered = {"tutorial": contenders.tutorial(repeat)}
     if not quick and importlib.util.find_spec("stable_baselines3") is None:
         say("Stable-Baselines3 is not measured: pip install -e .[bench] installs it")
     elif not quick:
-        repeat = backends["nes_py"].action_repeat
         for rival in ("ppo", "dqn"):
             entered[f"sb3_{rival}"] = contenders.stable_baselines3(rival, repeat)
     for name, config in backends.items():

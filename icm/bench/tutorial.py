@@ -1,9 +1,10 @@
 """The training loop this project grew from, as a baseline of speed: see `TutorialLoop`.
 
-`python -m icm.bench.tutorial` runs until it is stopped, see `main`.
+`python -m icm.bench.tutorial ACTION_REPEAT` runs until it is stopped, see `main`.
 """
 
 import random
+import sys
 from collections import deque
 from dataclasses import dataclass
 
@@ -117,12 +118,19 @@ class TutorialLoop:
     Args:
         env: a Mario environment with COMPLEX_MOVEMENT, not yet reset.
         batch_size: transitions per update.
+        action_repeat: frames that an action is held.
         seed: of everything random but the game.
     """
 
-    def __init__(self, env: Env, batch_size: int = BATCH_SIZE, seed: int = 42) -> None:
+    def __init__(
+        self,
+        env: Env,
+        batch_size: int = BATCH_SIZE,
+        action_repeat: int = ACTION_REPEAT,
+        seed: int = 42,
+    ) -> None:
         torch.manual_seed(seed)
-        self.env, self.batch_size = env, batch_size
+        self.env, self.batch_size, self.action_repeat = env, batch_size, action_repeat
         shape = (FRAME_STACK, SIZE, SIZE)
         # the tutorial normalises within Phi and Qnetwork, so each pass pays for it anew
         phi, qnetwork = Phi(shape), Qnetwork(shape)
@@ -142,7 +150,9 @@ class TutorialLoop:
 
     def _reset(self) -> Tensor:
         self.episode_steps = 0
-        return prepare_initial_state(self.env.reset()[0])
+        state = prepare_initial_state(self.env.reset()[0])
+        self.frames.extend(state.unbind(1))  # or an early death would leave too few: it fails there
+        return state
 
     def step(self) -> Losses | None:
         """One agent step and, once the replay holds a batch, one update."""
@@ -151,14 +161,13 @@ class TutorialLoop:
         self.steps += 1
         self.episode_steps += 1
         game_reward, ended = 0.0, False
-        for _ in range(ACTION_REPEAT):
+        for _ in range(self.action_repeat):
             image, reward, terminated, truncated, _ = self.env.step(action)
             ended = terminated or truncated
             if ended:
                 break
             game_reward += float(reward)
             self.frames.append(prepare_frame(image))
-        # a death on the very first frames would leave too few: the tutorial would fail there
         next_state = torch.stack(list(self.frames), dim=1)
         self.replay.add((self.state, action, game_reward, next_state))
         # its check for progress compares a position with itself, so every long episode is cut
@@ -204,9 +213,9 @@ def make_env() -> Env:
     return JoypadSpace(gym.make(ENV_ID), COMPLEX_MOVEMENT)
 
 
-def main() -> None:
+def main(action_repeat: int) -> None:
     """Run the loop; once it learns, print a JSON line on its speed now and then."""
-    loop = TutorialLoop(make_env())
+    loop = TutorialLoop(make_env(), action_repeat=action_repeat)
     for _ in range(BATCH_SIZE // 10):
         loop.step()
     loop.replay.memory *= 10  # a batch: an update takes as long whatever it holds
@@ -217,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -20,7 +20,7 @@ from gymnasium.envs.registration import (
 )
 from nes_py.wrappers import JoypadSpace
 
-from icm.config import EnvConfig
+from icm.config import EnvConfig, practising
 from icm.envs.cores import find_core
 from icm.envs.libretro import OnLibretro, nes_game, on_libretro
 from icm.envs.local import LocalWorkers
@@ -144,9 +144,9 @@ def make_vector_env(
         late = min(max(workers + busy_cores - CORES, 0), workers - 1)
         start = partial(LocalWorkers, make, workers, late)
     first = RANK * num_envs
-    others = max(1, round((1 - practice) * config.num_envs))  # do not practise
-    practising = num_envs - min(max(others - first, 0), num_envs)
-    practised = Practice(num_envs, practising, idle=config.stuck_steps or 0)
+    others = config.num_envs - practising(practice, config.num_envs)  # the first ones of all
+    its_practising = num_envs - min(max(others - first, 0), num_envs)
+    practised = Practice(num_envs, its_practising, idle=config.stuck_steps or 0)
     return WorkerVectorEnv(make, num_envs, start, first=first, practice=practised)
 
 

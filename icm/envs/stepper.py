@@ -91,6 +91,8 @@ class Stepper:
                 actions = [int(arrays["actions"][row])]
             for action in actions:
                 state, reward, terminated, truncated, info = env.step(action)
+                if "scenery" in info:
+                    scenery.append((row, info["scenery"]))
                 if snapshots:
                     snapshots.add(action, state, info)
             arrays["observations"][row] = state
@@ -101,8 +103,6 @@ class Stepper:
             if "cell" in info:
                 arrays["cells"][row] = info["cell"]
                 arrays["life_lost"][row] = info["life_lost"]
-            if "scenery" in info:
-                scenery.append((row, info["scenery"]))
             if "episode" in info:
                 episodes.append((row, info["episode"]))
         return episodes, scenery, time.perf_counter() - start

@@ -200,8 +200,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         No emulator saves its state in a way that all of them could; but all do the same again.
 
         Returns:
-            observations and infos as of the last step then, and whether an episode ended with it,
-            bool (num_envs,).
+            observations and infos as of the last step then, with the scenery of all of them, and
+            whether an episode ended with it, bool (num_envs,).
         """
         self._entropy = state["entropy"]
         self._begun[:] = state["begun"]
@@ -210,9 +210,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._played = [list(actions) for actions in state["actions"]]
         self._practice.began_at[:] = state["resumed"]
         self._send(range(self._workers.number), dict(enumerate(self._played)))
-        self._receive(20 * self._patience)
+        _, scenery, _ = self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
-        return self._arrays["observations"].copy(), ended, infos_of(self._arrays)
+        infos = infos_of(self._arrays) | {"scenery": scenery}
+        return self._arrays["observations"].copy(), ended, infos
 
     def step(
         self, actions: np.ndarray

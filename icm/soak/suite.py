@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from icm.config import check_seed
 from icm.errors import UserError
 from icm.files import write_bytes
 from icm.soak.faults import faults
@@ -58,6 +59,7 @@ def soak(config: SoakConfig) -> bool:
     for name in ("kills", "stops", "files", "worker_kills", "worker_hangs"):
         if (value := getattr(config, name)) < 0:
             raise UserError(f"{name}={value}: must be at least 0")
+    check_seed(config.seed)
     if not config.minutes > 0:
         raise UserError(f"minutes={config.minutes}: must be a positive number")
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 from omegaconf import DictConfig, OmegaConf
 
 from icm.charts import CHARTS
@@ -148,11 +149,15 @@ def read_run(folder: Path) -> Run:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{folder}: no run folder of scripts/train.py ({error.strerror})") from None
+        reason = error.strerror or "its settings are damaged"
+        raise UserError(f"{folder}: no run folder of scripts/train.py ({reason})") from None
     except Exception:  # YAML's, of a file that was cut off, for instance
         raise UserError(f"{overrides}: damaged; a full disk may be why") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{folder / 'metrics.jsonl'}: line {number} has no step; remove it")
     return Run(folder, settings, [str(each) for each in given], rows)
 
 
@@ -283,8 +288,9 @@ def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, sty
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Mean of each value and its neighbours, as far as there are any; nan where there is none."""
-    windows = (values[max(0, i - SMOOTH) : i + SMOOTH + 1] for i in range(len(values)))
-    return np.array([np.nan if np.isnan(w).all() else np.nanmean(w) for w in windows])
+    padded = np.pad(values, SMOOTH, constant_values=np.nan)
+    windows = np.ma.masked_invalid(sliding_window_view(padded, 2 * SMOOTH + 1))
+    return np.ma.filled(windows.mean(1), np.nan)
 
 
 def _film(folder: Path, name: str) -> str | None:
@@ -296,17 +302,21 @@ def _film(folder: Path, name: str) -> str | None:
 def _places(folder: Path) -> list[dict[str, str]]:
     """A table of the places that a run has discovered, in that order."""
     path = folder / PLACES
-    found = json.loads(path.read_text()) if path.exists() else []
-    return [
-        {
-            "place": place["place"].replace("_", " "),
-            "first visit": f"after {thousands(place['first'])} agent steps",
-            "lives that came there": thousands(place["lives"]),
-            "that ended there": thousands(place["ends"]),
-            "cells": thousands(place["cells"]),
-        }
-        for place in found
-    ]
+    if not path.exists():
+        return []
+    try:
+        return [
+            {
+                "place": place["place"].replace("_", " "),
+                "first visit": f"after {thousands(place['first'])} agent steps",
+                "lives that came there": thousands(place["lives"]),
+                "that ended there": thousands(place["ends"]),
+                "cells": thousands(place["cells"]),
+            }
+            for place in json.loads(path.read_text())
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: damaged; remove it") from None
 
 
 def _maps(folder: Path) -> Iterator[tuple[str, str]]:

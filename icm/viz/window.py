@@ -12,6 +12,7 @@ import pygame
 from icm.agents.base import Agent
 from icm.config import FASTEST, SLOWEST
 from icm.errors import UserError
+from icm.files import numbered
 from icm.playing import Moment, Player
 from icm.viz.mind import (
     BACKGROUND,
@@ -159,7 +160,7 @@ class Window:
 
     def _choose(self, direction: int) -> None:
         """Let the next or previous checkpoint of the same folder play on."""
-        found = sorted(self.path.parent.glob("step_*.pt"))
+        found = numbered(self.path.parent, "step")
         steps = [path.name for path in found]
         if self.path.name in steps:
             at = steps.index(self.path.name) + direction
