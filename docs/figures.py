@@ -48,10 +48,9 @@ NOISES = {
     "switch": "noise that an action switches on",
 }
 PRACTICE = {
-    "seed 42": ("search28_practice", "42", "#1f4e8c"),
-    "seed 4": ("search28_practice", "4", "#c8641b"),
-    "seed 4, holding its ground": ("search28_hold", "4", "#3f8f4f"),
-    "seed 5, holding its ground": ("search28_hold", "5", "#7a4fa3"),
+    "seed 42": ("practice", "42", "#1f4e8c"),
+    "seed 4": ("practice", "4", "#c8641b"),
+    "seed 5": ("practice", "5", "#3f8f4f"),
 }
 FPS = 60
 GAME = 768  # columns of a video's frame that show the game, not the panel beside it
