@@ -49,20 +49,19 @@ def build_agent(
         UserError: the replay memory would not fit.
     """
     torch.manual_seed(config.seed)
-    agent, num_envs = config.agent, config.env.num_envs
-    told = agent.previous_action
+    agent, told = config.agent, config.agent.previous_action
     updates = int(config.total_steps / agent.steps_between_updates)
     common = Common(
-        build_signal(config.curiosity, state_shape, num_actions, told),
-        None if config.curiosity.episodic_scale is None else Phi(state_shape),
-        InputNorm(agent.input_norm, state_shape[1:]),
-        config.curiosity,
-        num_envs,
-        device,
-        resolve_precision(config.precision, device),
-        Compiler(resolve_compile(config.compile, updates) if remember else "off", device),
-        config.seed,
-        config.total_steps,
+        signal=build_signal(config.curiosity, state_shape, num_actions, told),
+        novelty_phi=None if config.curiosity.episodic_scale is None else Phi(state_shape),
+        input_norm=InputNorm(agent.input_norm, state_shape[1:]),
+        curiosity=config.curiosity,
+        num_envs=config.env.num_envs,
+        device=device,
+        bf16=resolve_precision(config.precision, device),
+        compiler=Compiler(resolve_compile(config.compile, updates) if remember else "off", device),
+        seed=config.seed,
+        total_steps=config.total_steps,
     )
     replay = build_replay(config, state_shape, num_actions, device, remember)
     body = state_shape, num_actions, agent.hidden, told, agent.convolutions

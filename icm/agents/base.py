@@ -35,7 +35,7 @@ class BrokenDownError(UserError):
     """What an agent computes is not finite, and will not be again."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Common:
     """What an agent is built from, whatever its learner.
 
