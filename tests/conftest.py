@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -32,6 +32,12 @@ torch.set_num_threads(1)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes that they have started."""
     return (os.process_cpu_count() or 1) + 1
+
+
+def pytest_sessionfinish() -> None:
+    """What a test that failed has left running ends with the tests."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @functools.cache
@@ -138,16 +144,35 @@ def forked_training(place: Path, *arguments: object) -> BaseProcess:
     return start_forked("train.py", tuple(map(str, arguments)), unseen(), place, session=True)
 
 
+KILLED = f"""
+import os, runpy, signal
+from icm import checkpoint
+
+save = checkpoint.save
+
+def save_and_die(path, content):
+    save(path, content)
+    if path.name == "latest.pt":
+        os.killpg(0, signal.SIGKILL)
+
+if __name__ == "__main__":
+    checkpoint.save = save_and_die
+    runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
+"""
+
+
 def killed_training(folder: Path, *arguments: object) -> None:
-    """Kill a training and all that belongs to it as soon as a checkpoint is in its folder."""
+    """A training that is killed, with all that belongs to it, as soon as it has a checkpoint."""
     with tempfile.TemporaryDirectory() as place:
-        process = forked_training(Path(place), *arguments)
-        wait_for_checkpoint(folder, process.is_alive)
-        training = psutil.Process(process.pid)
-        for each in (training, *training.children(recursive=True)):
-            each.kill()
+        script = Path(place, "killed.py")
+        script.write_text(KILLED)
+        given = tuple(map(str, arguments))
+        process = start_forked(str(script), given, unseen(), Path(place), session=True)
+        process.join(120)
+        process.kill()  # nothing happens to one that has ended
         process.join()
     assert process.exitcode == -signal.SIGKILL
+    assert latest(folder).exists()
 
 
 UNSEEN = ("map.every=0", "video.every=0", "report.every=0")

@@ -22,7 +22,7 @@ from icm.compilation import (
     given_up_on_signals,
     resolve_compile,
 )
-from icm.device import resolve_device
+from icm.device import resolve_device, resolve_precision, share_cores
 from icm.factory import build_agent
 from icm.soak.forked import run_forked
 
@@ -267,3 +267,39 @@ def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert resolve_device("cuda:2") == torch.device("cuda", 2)
     assert current == [2]
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 4), ("cuda", 1)])
+def test_half_of_the_cores_learn_unless_it_is_said_how_many(
+    device: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[int] = []
+    monkeypatch.setattr("icm.device.CORES", 8)
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    for given in (None, "3"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        share_cores(torch.device(device))
+    assert said == [threads]
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_auto_is_bf16_where_the_hardware_computes_in_it(
+    avx512: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", cpu) == (avx512 or amx)
+    assert [resolve_precision(name, cpu) for name in ("bf16", "float32")] == [True, False]
+
+
+def test_auto_takes_a_gpu_and_each_rank_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr("icm.device.LOCAL_RANK", 2)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")

@@ -1,11 +1,13 @@
 """Values out of their range are refused by name; test_scripts.py shows what a user sees of it."""
 
+import copy
+import re
 from dataclasses import asdict, fields
 
 import pytest
-from conftest import settings
+from conftest import ROOT, settings
 
-from icm.config import AGENTS, CURIOSITIES, RANGES, EnvConfig, flat
+from icm.config import AGENTS, CURIOSITIES, RANGES, EnvConfig, _check, flat
 from icm.errors import UserError
 
 
@@ -62,3 +64,44 @@ def test_every_range_is_of_a_setting_that_there_is() -> None:
     named = {name for names in RANGES.values() for name in names.split()}
     assert len(named) > 50
     assert named <= known
+
+
+WEIGHTS = (
+    *("agent.entropy_coef", "agent.value_coef", "agent.q_weight"),
+    *("curiosity.coef", "curiosity.extrinsic_coef", "curiosity.eta"),
+    *("curiosity.forward_scale", "curiosity.inverse_scale"),
+)
+"""Which may be negative."""
+
+
+@pytest.mark.parametrize("given", ["agent=dqn", "agent=ppo", "agent=pqn curiosity=disagreement"])
+def test_no_other_number_may_be_negative(given: str) -> None:
+    base = settings(*given.split())
+    numbers = {name: value for name, value in flat(asdict(base)).items() if name not in WEIGHTS}
+    for name, value in numbers.items():
+        if type(value) in (int, float):
+            config = copy.deepcopy(base)
+            group, _, key = name.rpartition(".")
+            setattr(getattr(config, group) if group else config, key, -1)
+            with pytest.raises(UserError, match=f"^{name}=-1"):
+                _check(config)
+
+
+def test_large_scale_goes_with_any_curiosity_but_none() -> None:
+    for name in ("icm", "rnd", "disagreement"):
+        assert settings("preset=large_scale", f"curiosity={name}").curiosity.name == name
+    with pytest.raises(UserError, match=r"curiosity\.hidden"):
+        settings("preset=large_scale", "curiosity=none")
+
+
+def test_the_readme_tells_the_defaults() -> None:
+    known = flat(asdict(settings()))
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("### `train.py`")[2].partition("**Practice.**")[0]
+    rows = re.findall(r"^\| ((?:`[\w.]+=[^`|]+`(?:, )?)+) \|", section, re.MULTILINE)
+    told = dict(re.findall(r"`([\w.]+)=([^`]+)`", " ".join(rows)))
+    assert len(told) > 20
+    for name in told.keys() - {"resume", "hydra.run.dir"}:
+        value = known.get(name, known.get(f"{name}.name"))
+        plain = f"{value:g}" if type(value) is float else str(value)
+        assert told[name] == ("null" if value is None else plain), name

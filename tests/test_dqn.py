@@ -419,6 +419,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         {"agent__death_is_terminal": True, "curiosity__extrinsic_coef": 1.0},
         {"agent__input_norm": "stack", "agent__discount": 0.2, "curiosity__coef": 0.0},
         {"agent__previous_action": False, "agent__advantage_learning": 0.0},
+        {"curiosity__surprise_limit": None},
     ],
     ids=lambda changes: ",".join(changes),
 )

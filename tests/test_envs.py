@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from nes_py import NESEnv
 
-from icm.envs import make_env
+from icm.envs import action_count, action_names, make_env
 from icm.envs.mario import MarioProgress, Progress, StuckLimit
 from icm.envs.wrappers import ActionRepeat, GreyImage, NoopStart, StickyActions
 from icm.errors import UserError
@@ -389,3 +389,10 @@ class Keyboard(gym.Env[np.ndarray, np.int64]):
 
 
 gym.register("Keyboard-v0", Keyboard)
+
+
+@pytest.mark.parametrize(("actions", "count"), [("right_only", 5), ("simple", 7), ("complex", 12)])
+def test_sets_of_actions(actions: str, count: int) -> None:
+    env = make_env(replace(QUICK, actions=actions))
+    assert action_count(env.action_space) == len(action_names(env)) == count
+    env.close()

@@ -66,3 +66,16 @@ def test_files_are_in_order_of_their_steps_and_others_are_somebody_s_own(tmp_pat
     for file in (*files, tmp_path / "step_000100000_good.pt", tmp_path / "step_best.pt"):
         file.touch()
     assert numbered(tmp_path, "step") == files
+
+
+def test_what_is_written_is_synced_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "latest.pt", []
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_bytes(path, b"precious")
+    assert synced == [(8, False)]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 from conftest import settings
 
 from icm.exploration import Exploration, Recording
 from icm.files import write_whole
 from icm.viz.gallery import Gallery
-from icm.viz.studio import Drawn
+from icm.viz.studio import Drawn, report
 
 SHORT = ("env.noop_max=0", "report.every=0")
 
@@ -105,3 +106,18 @@ def test_nothing_is_drawn_where_nothing_is_wanted(tmp_path: Path) -> None:
     assert gallery.finish(1000, explored(), lambda: math.inf) == []
     assert gallery.studio.assistants is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_is_due_at_its_intervals_once_something_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=0", "video.every=0", "report.every=10"))
+    found, ordered = explored(), []
+    monkeypatch.setattr(gallery.studio, "order", lambda *order: ordered.append(order))
+    gallery.update(10, 10, found)  # nothing is logged yet
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
+    gallery.update(19, 9, found)
+    assert ordered == []
+    gallery.update(20, 1, found)
+    ((step, (drawing,)),) = ordered
+    assert (step, drawing.func, drawing.args) == (20, report, (tmp_path, found.places()))

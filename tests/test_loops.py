@@ -1,20 +1,25 @@
 """What the training loop and rollouts tell the agent, on the real game."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, settings
+from conftest import ROOT, SMALL, composed, metrics_of, settings
 from torch import Tensor
 
+from icm import checkpoint
 from icm.agents.dqn import DQN
 from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.vector import WorkerVectorEnv
+from icm.errors import WriteError
 from icm.evaluation import rollouts, summary
 from icm.factory import build_agent
+from icm.files import latest
 from icm.models import NO_ACTION
+from icm.tracking import Tracker
 from icm.trainer import Trainer
 
 CONFIG = settings(*SMALL, "total_steps=80", "env.stuck_steps=6")
@@ -87,13 +92,14 @@ def test_rollouts_tell_the_action_before(monkeypatch: pytest.MonkeyPatch) -> Non
     probabilities = agent.probabilities
 
     def watch(states: Tensor, previous: Tensor, step: int, greedy: bool) -> Tensor:
+        assert (step, greedy) == (80, True)
         seen.append(int(previous))
         sure = torch.zeros_like(probabilities(states, previous, step, greedy))
         sure[:, len(seen) % 12] = 1.0  # the next call is to be told this one
         return sure
 
     monkeypatch.setattr(agent, "probabilities", watch)
-    first, second = rollouts(agent, CONFIG, 80, 2, False, 0)
+    first, second = rollouts(agent, CONFIG, 80, 2, True, 0)
     assert len(seen) == first["length"] + 1 + second["length"]
     expected = [call % 12 for call in range(len(seen))]
     expected[0] = expected[first["length"] + 1] = NO_ACTION
@@ -154,3 +160,123 @@ def test_an_episode_that_was_cut_does_not_count(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(WorkerVectorEnv, "step", failing)
     first, second = rollouts(None, CONFIG, 0, 2, False, 0)
     assert steps == 5 + 1 + first["length"] + 1 + second["length"]
+
+
+def test_trainer_tells_what_became_of_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    config, steps = settings(*SMALL, "total_steps=6"), 0
+    agent: DQN = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+    observe, step_wait = agent.observe, WorkerVectorEnv.step_wait
+
+    def watch(**step: Tensor) -> Any:
+        names = ("terminated", "respawned", "reset", "origin", "undone")
+        seen.append(tuple(step[name].item() for name in names))
+        return observe(**step)
+
+    def told(envs: WorkerVectorEnv) -> Any:
+        nonlocal steps
+        steps += 1
+        *found, infos = step_wait(envs)
+        infos["life_lost"][:] = steps in (2, 4)
+        found[2][:] = steps == 4  # with the second one the episode is over
+        if steps == 5:
+            lived = {"returned": np.array([True]), "origin": np.array([0]), "undone": np.array([3])}
+            infos |= lived
+        return *found, infos
+
+    monkeypatch.setattr(agent, "observe", watch)
+    monkeypatch.setattr(WorkerVectorEnv, "step_wait", told)
+    envs = make_vector_env(config.env)
+    try:
+        Trainer(agent, envs, tmp_path, config).run()
+    finally:
+        envs.close()
+    nothing = (False, False, False, -1, 0)
+    assert seen == [
+        nothing,
+        (True, True, False, -1, 0),
+        nothing,
+        (True, False, False, -1, 0),
+        (False, False, True, 0, 3),
+        nothing,
+    ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk")
+def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Tracker.write
+
+    def full(tracker: Tracker, step: int, metrics: dict[str, float]) -> None:
+        if step == 64:
+            tracker.file.close()
+            tracker.file = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115
+        write(tracker, step, metrics)
+
+    monkeypatch.setattr(Tracker, "write", full)
+    envs = make_vector_env(CONFIG.env)
+    try:
+        with pytest.raises(WriteError, match=r"cannot write to .*: No space left on device"):
+            Trainer(make_agent(), envs, tmp_path, CONFIG).run()
+    finally:
+        envs.close()
+    assert checkpoint.load(latest(tmp_path))["step"] == 64
+    assert [line["step"] for line in metrics_of(tmp_path)] == [32]
+
+
+def test_the_log_has_the_means_of_its_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, steps = settings(*SMALL, "total_steps=64", "env.stuck_steps=6"), 0
+    ended: dict[int, list[dict[str, Any]]] = {32: [], 64: []}
+    step_wait = WorkerVectorEnv.step_wait
+
+    def watch(envs: WorkerVectorEnv) -> Any:
+        nonlocal steps
+        steps += 1
+        *found, infos = step_wait(envs)
+        ended[32 if steps <= 32 else 64] += episodes_in(infos).values()
+        return *found, infos
+
+    monkeypatch.setattr(WorkerVectorEnv, "step_wait", watch)
+    agent: DQN = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+    envs = make_vector_env(config.env)
+    try:
+        Trainer(agent, envs, tmp_path, config).run()
+    finally:
+        envs.close()
+    lines = metrics_of(tmp_path)
+    assert [line["step"] for line in lines] == [32, 64]
+    for line in lines:
+        episodes = ended[int(line["step"])]
+        for name in ("distance", "length", "reward", "flag", "levels_passed"):
+            wanted = np.mean([float(each[name]) for each in episodes])
+            assert line[f"episode/{name}"] == pytest.approx(wanted), name
+        assert line["learner/skipped"] == line["workers/failures"] == 0
+        assert line["speed/frames_per_s"] == pytest.approx(6 * line["speed/agent_steps_per_s"])
+    of_warm_up = agent.memory.frames[:32].flatten(0, 1).float()
+    torch.testing.assert_close(agent.input_norm.mean, of_warm_up.mean(0))
+
+
+def test_evaluate_plays_sampled_greedy_and_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def played(
+        agent: Any, config: Any, step: int, episodes: int, greedy: bool, seed: int
+    ) -> list[dict[str, float]]:
+        asked.append((agent is not None, step, episodes, greedy, seed))
+        return [{"length": 3, "reward": 1.0}]
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or it would change the number of threads here
+    monkeypatch.setattr("icm.evaluation.rollouts", played)
+    given = (f"ckpt={ROOT / 'checkpoints' / '1-1.pt'}", "episodes=4", "seed=9", "device=cpu")
+    runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"](composed("evaluate", *given))
+    assert [(agent, greedy) for agent, _, _, greedy, _ in asked] == [
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+    assert {each[1:3] + each[4:] for each in asked} == {(240_000, 4, 9)}

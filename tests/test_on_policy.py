@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from conftest import settings
 from test_dqn import Game, interact, same, start, through_a_file, weights
 from torch import Tensor
 
+from icm.agents.base import BrokenDownError
 from icm.agents.on_policy import Batch, OnPolicy, lambda_returns
 from icm.agents.ppo import PPO
 from icm.errors import UserError
 from icm.factory import build_agent
-from icm.models import contrast_normalised
+from icm.models import NO_ACTION, contrast_normalised
 
 ACTIONS, SIZE, STACK = 4, 16, 2
 SMALL = (
@@ -96,6 +98,35 @@ def slow_returns(
         return total + trace ** (length - 1) * n_step(t, length)
 
     return [mixed(t) for t in range(length)]
+
+
+@pytest.mark.parametrize("death_is_terminal", [True, False])
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_targets_are_the_returns_of_what_was_observed(name: str, death_is_terminal: bool) -> None:
+    """Of the game's reward alone, which nothing scales."""
+    own = "agent.extrinsic_discount=0.9" if name == "ppo" else "agent.advantage_learning=0.0"
+    agent = make_agent(
+        *(name, "curiosity=none", "curiosity.extrinsic_coef=1.0", "agent.trace=0.7"),
+        *("agent.discount=0.9", f"agent.death_is_terminal={death_is_terminal}", own),
+    )
+    game, generator = Game(3, 5, episodes=(2, 4)), torch.Generator().manual_seed(0)
+    values = torch.rand(agent.values.shape, generator=generator)
+    steps = [game.step() for _ in range(9)]
+    for t, step in enumerate(steps):
+        agent.observe(**step | {"values": values[t]})
+    worth = values[..., -1] if name == "ppo" else values.amax(2)
+    for env in range(3):
+        rewards, terminated, truncated, reset = (
+            [step[key][env].item() for step in steps[:8]]
+            for key in ("rewards", "terminated", "truncated", "reset")
+        )
+        assert any(terminated)
+        assert any(truncated)
+        assert any(reset)
+        terminal = [death and death_is_terminal for death in terminated]
+        given = (rewards, worth[:, env].tolist(), terminal, truncated, reset)
+        found = agent.targets["returns"][:, env, -1].tolist()
+        assert found == pytest.approx(slow_returns(*given, 0.9, 0.7), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
@@ -362,7 +393,7 @@ def test_warm_up_is_uniform(name: str) -> None:
 
 def slow_ppo(agent: PPO, batch: Batch) -> dict[str, float]:
     """Losses of PPO, one transition after the other."""
-    gains, errors, entropies, clipped = [], [], [], []
+    gains, errors, entropies, clipped, kls = [], [], [], [], []
     agent.actor_critic.requires_grad_(False)
     low, high = 1 - agent.config.clip, 1 + agent.config.clip
     rollout = batch.rollout
@@ -379,13 +410,16 @@ def slow_ppo(agent: PPO, batch: Batch) -> dict[str, float]:
             errors.append(float(value - batch.targets["returns"][b, t]) ** 2)
             entropies.append(float(-(policy * policy.log()).sum()))
             clipped.append(not low <= ratio <= high)
+            kls.append(ratio - 1 - math.log(ratio))
     assert 0 < sum(clipped) < len(clipped)
-    mean = {"gain": gains, "loss/value": errors, "entropy": entropies, "policy/clipped": clipped}
+    mean = {"gain": gains, "loss/value": errors, "entropy": entropies}
+    mean |= {"policy/clipped": clipped, "policy/kl": kls}
     return {name: sum(x) / len(x) for name, x in mean.items()}
 
 
 def test_ppo_computes_the_losses_it_should() -> None:
-    agent = make_agent("ppo", "agent.clip=0.6", "agent.entropy_coef=0.3", "curiosity=none")
+    coefficients = ("agent.entropy_coef=0.3", "agent.value_coef=0.7")
+    agent = make_agent("ppo", "agent.clip=0.6", *coefficients, "curiosity=none")
     live(agent, 9, Game(3, 5, episodes=(2, 4)))
     batch = agent.batch(torch.tensor([0, 4]))
     assert 0 < batch.rollout.reset.sum() < batch.rollout.reset.numel()
@@ -394,8 +428,39 @@ def test_ppo_computes_the_losses_it_should() -> None:
     assert parts["loss/policy"].item() == pytest.approx(-wanted["gain"], rel=1e-4)
     assert parts["loss/value"].item() == pytest.approx(wanted["loss/value"], rel=1e-4)
     assert parts["policy/clipped"].item() == pytest.approx(wanted["policy/clipped"])
-    total = -wanted["gain"] + 0.5 * wanted["loss/value"] - 0.3 * wanted["entropy"]
+    assert parts["policy/kl"].item() == pytest.approx(wanted["policy/kl"], rel=1e-3)
+    total = -wanted["gain"] + 0.7 * wanted["loss/value"] - 0.3 * wanted["entropy"]
     assert loss.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_before_it_has_learned_the_policy_is_the_one_that_acted() -> None:
+    agent, game, acted = make_agent("ppo"), Game(3, 5, episodes=(2, 4)), []
+    with torch.no_grad():
+        agent.actor_critic.policy.weight.mul_(300)  # it begins nearly uniform
+    for _ in range(9):
+        step = game.step()
+        actions, policy, values = agent.act(step["states"], step["previous"], 10_000)
+        agent.observe(**step | {"actions": actions, "probabilities": policy, "values": values})
+        game.previous = np.where(step["reset"].numpy(), NO_ACTION, actions.numpy())
+        acted.append(values[:, 0])
+    batch = agent.batch(torch.tensor([0, 4]))
+    assert batch.rollout.reset.any()
+    _, parts = agent.losses(batch)
+    assert parts["policy/kl"].item() == pytest.approx(0, abs=1e-5)
+    assert parts["policy/clipped"] == 0
+    seen = torch.stack([torch.stack(acted[:4])[:, 0], torch.stack(acted[4:8])[:, 1]])
+    wanted = seen[~batch.rollout.reset].mean().item()
+    assert parts["value/mean"].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_previous_action_counts_where_the_networks_are_told_it(name: str, told: bool) -> None:
+    agent = make_agent(name, f"agent.previous_action={told}")
+    one = torch.randint(0, 256, (1, STACK, SIZE, SIZE), dtype=torch.uint8)
+    previous = torch.arange(NO_ACTION, ACTIONS)
+    found = agent.probabilities(one.expand(len(previous), -1, -1, -1), previous, 10_000)
+    assert len(found.unique(dim=0)) == (len(previous) if told else 1)
 
 
 def test_pqn_computes_the_loss_it_should() -> None:
@@ -683,3 +748,21 @@ def test_a_rollout_of_one_transition_has_advantages() -> None:
     live(agent, 40)
     assert agent.targets_of_rollout()["advantages"].isfinite().all()
     assert agent.skipped == 0
+
+
+@pytest.mark.parametrize("name", ["dqn", "ppo", "pqn"])
+def test_a_policy_that_is_not_finite_is_no_policy(name: str) -> None:
+    agent = make_agent(name)
+    states = torch.randint(0, 256, (3, STACK, SIZE, SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        for parameter in agent.learning[0].parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(BrokenDownError, match="the policy is not finite"):
+        agent.act(states, start(states), 10_000)
+    with pytest.raises(BrokenDownError, match="the policy is not finite"):
+        agent.probabilities(states, start(states), 10_000)
+
+
+def test_an_ensemble_has_as_many_models_as_it_is_told() -> None:
+    agent = make_agent("ppo", "curiosity=disagreement", "curiosity.ensemble=2")
+    assert len(agent.signal.ensemble) == 2

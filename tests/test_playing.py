@@ -1,5 +1,8 @@
 """A checkpoint at play."""
 
+import math
+
+import pytest
 import torch
 from conftest import ROOT
 
@@ -32,3 +35,16 @@ def test_a_greedy_agent_is_not_told_to_its_inverse_model() -> None:
     guesses = [moment.guess[moment.action] for moment in moments if moment.guess is not None]
     assert len(guesses) == 20
     assert min(guesses) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "env_id", "step"),
+    [("1-1", "SuperMarioBros-1-1-v0", 240_000), ("whole_game", "SuperMarioBros-v0", 750_016)],
+)
+def test_the_agents_to_watch_play(name: str, env_id: str, step: int) -> None:
+    path = ROOT / "checkpoints" / f"{name}.pt"
+    agent, config, found = load_agent(path, torch.device("cpu"), GAME)
+    assert (config.env.id, found) == (env_id, step)
+    with Player(agent, config, found, greedy=False, seed=13, is_watched=False) as player:
+        player.begin(0)
+        assert all(math.isfinite(player.move().reward) for _ in range(3))

@@ -450,3 +450,31 @@ def test_after_a_flag_an_episode_begins_at_the_start(three: WorkerVectorEnv) -> 
     assert not infos["life_lost"].any()
     three.step(np.array([0, 0, 0]))
     assert three.state_dict()["actions"] == [[0, 0], [], [0, 0]]
+
+
+@pytest.mark.parametrize(("rank", "practises"), [(0, [False, False, True]), (1, [True] * 3)])
+def test_of_all_ranks_environments_the_last_ones_practise(
+    rank: int, practises: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icm.envs.RANK", rank)
+    monkeypatch.setattr("icm.envs.WORLD_SIZE", 2)
+    config = replace(GAME, emulator=EMULATORS[-1], num_envs=6, num_workers=1)
+    envs = make_vector_env(config, practice=0.67)
+    try:
+        envs.reset(seed=3)
+        assert envs._arrays["practises"].tolist() == practises
+        keys = [(3 * rank + row, 0) for row in range(3)]
+        seeds = [int(np.random.SeedSequence(3, spawn_key=key).generate_state(1)[0]) for key in keys]
+        assert envs.state_dict()["seeds"] == seeds
+    finally:
+        envs.close()
+
+
+@pytest.mark.parametrize("emulator", EMULATORS)
+def test_no_state_of_nes_py_is_lent(emulator: str) -> None:
+    env, snapshots = played(emulator, 3 * EVERY)
+    lent = snapshots.trail.sendable(2 * EVERY)
+    expected = [EVERY, 2 * EVERY] if emulator == "libretro" else []
+    assert [each.done for each in lent.kept] == expected
+    assert (lent.seed, lent.actions) == (7, ACTIONS[: 2 * EVERY])
+    env.close()

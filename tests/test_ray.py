@@ -237,3 +237,10 @@ def test_a_collector_that_cannot_be_is_told_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "icm.envs.on_ray", raising=False)
     with pytest.raises(UserError, match=r"collector=ray: there is no ray; .*\[ray\]"):
         make_vector_env(ENV, collector="ray")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_with_too_few_cores_is_one_line() -> None:
+    words = r"env\.num_workers=3 needs as many cores, and of the \d+ cores"
+    with pytest.raises(UserError, match=words):
+        make_vector_env(replace(ENV, num_envs=3, num_workers=3), collector="ray")

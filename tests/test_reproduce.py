@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, killed_training, run_script, whole_training
+from conftest import SMALL, composed, killed_training, run_script, settings, whole_training
 
+from icm.config import EvaluateConfig, typed
 from icm.files import latest
+from icm.reproduction import ReproduceConfig, flattened
 
 ROWS = (
     "+rows.tiny.train=[]",
@@ -80,3 +82,13 @@ def test_reproduce_refuses(arguments: list[str], words: list[str], tmp_path: Pat
     assert last.startswith("reproduce.py: error: ")
     assert all(word in last for word in words), last
     assert "Traceback" not in done.stderr
+
+
+def test_all_rows_are_of_settings_that_there_are() -> None:
+    rows = typed(composed("reproduce", "row=level"), ReproduceConfig).rows
+    assert len(rows) > 20
+    for row in rows.values():
+        before = rows[row.after].train if row.after else []
+        settings(*flattened([*before, *row.train]))
+    for given in {tuple(each) for row in rows.values() for each in row.evaluate.values()}:
+        assert typed(composed("evaluate", "ckpt=some.pt", *given), EvaluateConfig).episodes >= 30

@@ -698,3 +698,37 @@ def test_default_settings_are_valid() -> None:
     assert config.env.id == "SuperMarioBros-1-1-v0"
     assert config.seed == 42
     assert config.curiosity.extrinsic_coef == 0
+
+
+def test_a_job_that_does_not_come_again_says_how_it_goes_on(tmp_path: Path) -> None:
+    folder, script = tmp_path / "run", tmp_path / "job.py"
+    script.write_text(
+        "import runpy, signal\n"
+        "def requeue(number, frame):\n"
+        "    raise RuntimeError('Timed out too often.')\n"  # as submitit does
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGUSR2, requeue)\n"
+        f"    runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+    )
+    given = (*SMALL, f"hydra.run.dir={folder}")
+    process = start_forked(str(script), given, unseen(), tmp_path, session=True)
+    wait_for_lines(folder, 1, process.is_alive)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGUSR2)
+    process.join(60)
+    process.kill()  # nothing happens to one that has ended
+    assert process.exitcode == 2
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.endswith(f"{folder}: Timed out too often. The same command goes on there.")
+    assert (folder / "checkpoints" / "latest.pt").is_file()
+
+
+def test_a_video_without_a_name_is_in_the_run_folder(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", run / "checkpoints")
+    given = (f"ckpt={run / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=1", "mind=false")
+    done = run_script("play.py", *given)
+    assert done.returncode == 0, done.stderr
+    out = run.resolve() / "videos" / "play_latest.mp4"
+    assert f"video: {out}" in done.stderr.splitlines()
+    assert out.is_file()

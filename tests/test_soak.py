@@ -118,3 +118,30 @@ def test_lines_that_are_missing_or_otherwise_are_seen(
     logged = {64: {"step": 64, "a": 1.0}}
     compare(logged, lines, 40, found, Path("run"))
     assert len(found.failures) == failures
+
+
+def test_a_bit_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    path, weights = tmp_path / "small.pt", torch.arange(64.0)
+    settings = {"format": checkpoint.FORMAT, "step": 5, "config": {"seed": 1}}
+    checkpoint.save(path, {**settings, "models": {"phi": {"w": weights}}})
+    whole, refused = path.read_bytes(), 0
+    places = range(0, len(whole), 5)
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        try:
+            found = checkpoint.load(path)
+        except UserError:
+            refused += 1
+            continue
+        assert torch.equal(found.pop("models")["phi"]["w"], weights), place
+        assert found == settings, place
+    assert refused > len(places) / 4
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
+    now, path = checkpoint.FORMAT, tmp_path / "old.pt"
+    checkpoint.save(path, {"format": now - 1, "step": 5, "config": {}, "models": {}})
+    with pytest.raises(UserError, match=f"checkpoint format {now - 1}; this program reads {now}"):
+        checkpoint.load(path)

@@ -424,3 +424,21 @@ def test_a_mistake_is_found_before_there_are_workers() -> None:
     assert psutil.Process().children() == before
     with pytest.raises(UserError, match=r"env\.num_workers=0"):
         settings("env.num_workers=0")
+
+
+def test_who_plays_again_is_given_the_time_for_it(
+    envs: WorkerVectorEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs.reset(seed=5)
+    assert envs._patience == 20  # as docs/reliability.md has it
+    given, listen = dict[int, float](), envs._workers.listen
+
+    def watch(worker: int, patience: float) -> Any:
+        given[worker] = patience
+        return listen(worker, patience)
+
+    monkeypatch.setattr(envs._workers, "listen", watch)
+    actions = [[3, 3], [3], []]
+    envs.restore(envs.state_dict() | {"actions": actions})
+    for worker, rows in enumerate(envs._balance.rows):
+        assert given[worker] == pytest.approx(400 + sum(len(actions[row]) for row in rows) / 50)

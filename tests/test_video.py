@@ -194,3 +194,17 @@ def test_a_film_shows_the_end_of_the_best_episode(tmp_path: Path) -> None:
     assert len(whole) == frames / 8
     difference = np.abs(whole[1].astype(int) - shown[4]).mean()
     assert difference < 2 < np.abs(whole[1].astype(int) - shown[-1]).mean()
+
+
+def test_of_a_long_episode_the_last_seconds_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(ENV, emulator="libretro")
+    best = Recording(step=32, score=0.0, seed=7, actions=[3, 4] * 10)
+    film(config, best, tmp_path / "whole.mp4")
+    monkeypatch.setattr("icm.viz.clip.LONGEST", 1)
+    film(config, best, tmp_path / "end.mp4")
+    whole, end = (pictures_in(tmp_path / f"{name}.mp4") for name in ("whole", "end"))
+    assert len(end) == 30
+    differences = [np.abs(end[0].astype(int) - whole[number]).mean() for number in (30, 0)]
+    assert differences[0] < differences[1] / 2  # both are compressed, each in its own way
