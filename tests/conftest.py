@@ -47,11 +47,22 @@ def composed(name: str, *overrides: str) -> DictConfig:
         return compose(name, list(overrides))
 
 
+PARSED: dict[str, Config] = {}
+"""What `settings` has given, by its arguments: to check them takes a fortieth of a second."""
+
+
 def settings(*overrides: str, **values: Any) -> Config:
     """The default settings of scripts/train.py with overrides.
 
     And with values that are given as they are: `agent__n_step=5` is `agent.n_step`.
     """
+    if (known := repr((overrides, values))) not in PARSED:
+        PARSED[known] = parsed(overrides, values)
+    return copy.deepcopy(PARSED[known])
+
+
+def parsed(overrides: tuple[str, ...], values: dict[str, Any]) -> Config:
+    """See `settings`."""
     given = [OverridesParser.create().parse_override(override) for override in overrides]
     groups = {"agent", "curiosity", "preset"}
     choices = [o.input_line for o in given if o.key_or_group in groups]
@@ -183,6 +194,8 @@ SMALL = (
     "env.emulator=libretro",
     "env.num_envs=1",
     "env.stuck_steps=20",  # short episodes
+    "env.action_repeat=2",  # a third of the frames
+    "env.size=16",  # and an eighth of the pixels
     "agent.batch_size=2",
     "agent.sequence_length=4",
     "agent.warmup_steps=32",
@@ -195,6 +208,9 @@ SMALL = (
     "device=cpu",
 )
 """Overrides that make a run of scripts/train.py take seconds."""
+
+FULL = ("env.action_repeat=6", "env.size=42")
+"""Overrides after those: as many frames and pixels as by default."""
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +232,7 @@ def trained(for_all: Path) -> Path:
     """The run folder of a real, short training on the real game; one for all test processes."""
     folder = for_all / "trained"
     drawn = ("map.every=32", "video.every=32", "report.every=32")
-    more = (*drawn, "env.emulator=nes_py", "compile=auto")
+    more = (*FULL, *drawn, "env.emulator=nes_py", "compile=auto")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             given = (*SMALL, *more, "total_steps=96", f"hydra.run.dir={folder}")

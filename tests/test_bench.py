@@ -22,7 +22,7 @@ from icm.errors import UserError
 def test_bench_measures_everything_and_writes_it(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "bench.json"
     # total_steps: an end for the training, should the benchmark be killed
-    train = [*SMALL, "total_steps=50000"]
+    train = [*SMALL, "log.every=16", "total_steps=50000"]
     done = run_script(
         "bench.py", "quick=true", "seconds=0.1", "rounds=1", f"out={out}", f"train={train}",
         timeout=300,

@@ -863,7 +863,7 @@ def test_temperature_follows_the_entropy() -> None:
         assert agent.policy.temperature == pytest.approx(wanted, rel=1e-5)
         assert agent.policy.temperature != before
     for share, step in ((0.9, 100), (0.5, 200)):
-        for _ in range(800):
+        for _ in range(300):
             agent.act(states, start(states), step)
         found = entropy(agent.probabilities(states, start(states), step)).mean().item()
         assert found == pytest.approx(share * math.log(4), abs=0.03)

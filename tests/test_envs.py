@@ -91,7 +91,7 @@ def test_in_super_mario_bros_3_a_death_is_no_end_of_a_level_and_an_entry_is_no_p
     ],
 )
 def test_all_four_games_give_states_cells_and_progress(env_id: str) -> None:
-    env = make_env(replace(ENV, id=env_id))
+    env = make_env(replace(QUICK, id=env_id))
     state, info = env.reset(seed=0)
     assert state.shape == (4, 42, 42)
     assert state.dtype == np.uint8

@@ -16,7 +16,7 @@ from icm.files import write_whole
 from icm.viz.gallery import Gallery
 from icm.viz.studio import Drawn, report
 
-SHORT = ("env.noop_max=0", "report.every=0")
+SHORT = ("env.emulator=libretro", "env.noop_max=0", "report.every=0")
 
 
 def explored() -> Exploration:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, composed, metrics_of, settings
+from conftest import FULL, ROOT, SMALL, composed, metrics_of, settings
 from torch import Tensor
 
 from icm import checkpoint
@@ -22,7 +22,7 @@ from icm.models import NO_ACTION
 from icm.tracking import Tracker
 from icm.trainer import Trainer
 
-CONFIG = settings(*SMALL, "total_steps=80", "env.stuck_steps=6")
+CONFIG = settings(*SMALL, *FULL, "total_steps=80", "env.stuck_steps=6")
 
 
 def make_agent() -> DQN:
@@ -115,7 +115,7 @@ def test_every_environment_plays_its_share(monkeypatch: pytest.MonkeyPatch) -> N
         return *found, infos
 
     monkeypatch.setattr(WorkerVectorEnv, "step", watch)
-    config = settings(*SMALL, "env.num_envs=3", "env.stuck_steps=6")
+    config = settings(*SMALL, *FULL, "env.num_envs=3", "env.stuck_steps=6")
     assert len(rollouts(None, config, 0, 5, False, 0)) == 5
     assert sorted(ended) == [0, 0, 1, 1, 2]
 
@@ -166,7 +166,7 @@ def test_trainer_tells_what_became_of_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    config, steps = settings(*SMALL, "total_steps=6"), 0
+    config, steps = settings(*SMALL, *FULL, "total_steps=6"), 0
     agent: DQN = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
     observe, step_wait = agent.observe, WorkerVectorEnv.step_wait
 
@@ -230,7 +230,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(
 def test_the_log_has_the_means_of_its_intervals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, steps = settings(*SMALL, "total_steps=64", "env.stuck_steps=6"), 0
+    config, steps = settings(*SMALL, *FULL, "total_steps=64", "env.stuck_steps=6"), 0
     ended: dict[int, list[dict[str, Any]]] = {32: [], 64: []}
     step_wait = WorkerVectorEnv.step_wait
 

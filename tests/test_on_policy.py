@@ -496,7 +496,7 @@ def test_every_learner_with_every_signal(name: str, signal: str) -> None:
     more = ("agent.steps_per_update=3",) if name == "dqn" else ()
     agent = make_agent(name, f"curiosity={signal}", *more)
     before = {k: weights(n) for k, n in agent.networks.items()}
-    live(agent, 30)
+    live(agent, 25)
     assert agent.updates > 10
     fixed = {"icm": set(), "none": set()}.get(signal, {"phi"}) | {"input_norm", "novelty_phi"}
     for key, network in agent.networks.items():
@@ -720,7 +720,7 @@ class Lamp:
         return rewards, self.ended, self.ended
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ppo", 6400), ("pqn", 1600)])
+@pytest.mark.parametrize(("name", "steps"), [("ppo", 6400), ("pqn", 800)])
 def test_reward_of_the_game_is_learned(name: str, steps: int) -> None:
     agent = make_agent(
         name,

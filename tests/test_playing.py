@@ -9,7 +9,8 @@ from conftest import ROOT
 from icm.config import GameConfig
 from icm.playing import Player, load_agent
 
-GAME = GameConfig(None, None, None, None, None)  # that of the training
+# that of the training, on the faster emulator
+GAME = GameConfig(None, None, None, emulator="libretro", core=None)
 
 
 def test_where_an_episode_begins_is_nothing_new() -> None:

@@ -31,6 +31,7 @@ COMMON = (
     "env.num_envs=8",
     "env.num_workers=1",
     "env.stuck_steps=20",  # short episodes
+    "env.action_repeat=2",
     "agent.warmup_steps=160",
     "agent.replay_capacity=4000",
     "agent.batch_size=4",

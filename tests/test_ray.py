@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import (
+    FULL,
     SMALL,
     forked_training,
     metrics_of,
@@ -38,7 +39,8 @@ from icm.soak.program import facts
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes as on Linux")
 
 LENGTH = "total_steps=320"
-ON_RAY = (*SMALL, "env.num_envs=4", "collector=ray", "checkpoint.every=1000000", "log.every=32")
+MANY = ("env.num_envs=4", "checkpoint.every=1000000", "log.every=32")
+ON_RAY = (*SMALL, *FULL, *MANY, "collector=ray")  # not over before a node is killed
 
 
 def processes(folder: str) -> set[psutil.Process]:

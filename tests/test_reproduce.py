@@ -67,7 +67,6 @@ def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
         ([], ["row", "must be given"]),
         (["row=level", "seeds=[]"], ["seeds=[]", "one or more"]),
         (["row=levels"], ["row=levels", "level, level_learned"]),
-        (["row=tuned_1_2", "seeds=[7]"], ["row=tuned_1_2", "row=level of seed 7"]),
         (["row=tiny", "+rows.tiny.train=['total_steps=0']"], ["rows.tiny.evaluate"]),
         (
             ["row=tiny", "+rows.tiny.train=['total_steps=0']", "+rows.tiny.evaluate={}"],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, metrics_of, settings, without_speed
+from conftest import FULL, SMALL, metrics_of, settings, without_speed
 from filelock import FileLock
 
 from icm import checkpoint
@@ -32,7 +32,8 @@ LEARNERS = {
     "ppo": ["agent=ppo", *ROLLOUTS],
     "pqn": ["agent=pqn", *ROLLOUTS],
 }
-STOPS = 64, 96, 100
+STOPS = {("ppo",): (64, 96, 100), ("dqn",): (64,)}
+"""Where, by what is given, trainings of several tests stop."""
 IDLE: dict[str, WorkerVectorEnv] = {}
 """Environments of trainings that have ended, by their settings, for those that come."""
 
@@ -142,7 +143,7 @@ def trained_until(for_all: Path) -> Callable[..., Path]:
     """The run folder of a training of `config_of` until a step, 0: its end; for all, to be read.
 
     It is one training, which saves as it would if it were stopped, and a copy is made of its folder
-    there: at `STOPS`, and at its own of `stop_of`.
+    there: at those of `STOPS`, and at its own of `stop_of`.
     """
 
     def run(stops_at: int, *given: str) -> Path:
@@ -150,7 +151,7 @@ def trained_until(for_all: Path) -> Callable[..., Path]:
 
         class CopiedTrainer(StoppedTrainer):
             def _show(self, drawn: Drawn | None) -> None:
-                if self.step in (*STOPS, stop_of(*given)):
+                if self.step in (*STOPS.get(given, ()), stop_of(*given)):
                     self.save()
                     shutil.copytree(self.folder, folder / str(self.step))
 
@@ -263,6 +264,7 @@ def test_a_run_that_practises_goes_on_where_an_environment_has_just_gone_back(
 ) -> None:
     """There it is stopped, and saving at other steps then changes nothing either."""
     given = (
+        *FULL,
         "practice=0.75",
         "env.num_envs=4",
         "env.id=SuperMarioBros-v0",
@@ -371,6 +373,7 @@ def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
 
 def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
     given = (
+        *FULL,
         "checkpoint.every=32",
         "env.num_envs=4",
         "env.stuck_steps=1",

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import (
+    FULL,
     ROOT,
     SMALL,
     UNSEEN,
@@ -35,6 +36,7 @@ from icm.errors import UserError
 from icm.playing import load_agent
 from icm.soak.forked import run_forked, start_forked
 
+FAST = ("env.emulator=libretro",)
 TOO_LONG = "/" + 300 * "x"
 """A path that cannot be looked at, not even by root."""
 
@@ -115,7 +117,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
     for seed, steps in ((42, 96), (43, 32)):
         folder = tmp_path / str(seed)
         done = run_script(
-            *("train.py", *SMALL, "env.emulator=nes_py", f"total_steps={steps}"),
+            *("train.py", *SMALL, *FULL, "env.emulator=nes_py", f"total_steps={steps}"),
             *(f"seed={seed}", f"hydra.run.dir={folder}"),
         )
         assert done.returncode == 0, done.stderr
@@ -209,8 +211,8 @@ def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed_even_without_i
 
 def test_the_tutorial_preset_trains(tmp_path: Path) -> None:
     folder = tmp_path / "tutorial"
-    given = ("env.emulator=libretro", "total_steps=154", "log.every=77", *UNSEEN)
-    whole_training(folder, "preset=tutorial", *given)
+    given = ("env.emulator=libretro", "env.action_repeat=2", "total_steps=154", "log.every=77")
+    whole_training(folder, "preset=tutorial", *given, *UNSEEN)
     last = metrics_of(folder)[-1]
     assert 0 < last["loss/q"] < float("inf")
     models = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["models"]
@@ -344,7 +346,8 @@ def test_play_prints_one_json_line_per_episode(trained: Path) -> None:
 
 def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "game.mp4"
-    given = (f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=6", "greedy=true")
+    latest = trained / "checkpoints" / "latest.pt"
+    given = (f"ckpt={latest}", "env.stuck_steps=6", "env.emulator=libretro", "greedy=true")
     done = run_script("play.py", *given, f"out={out}")
     assert done.returncode == 0, done.stderr
     length = json.loads(done.stdout)["length"]
@@ -360,7 +363,8 @@ def test_play_writes_a_video_where_there_is_no_display(trained: Path, tmp_path: 
 def test_play_writes_animations_and_single_pictures_of_the_game_alone(
     trained: Path, tmp_path: Path
 ) -> None:
-    given = (f"ckpt={trained / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=6", "mind=false")
+    latest = trained / "checkpoints" / "latest.pt"
+    given = (f"ckpt={latest}", "env.stuck_steps=6", "env.emulator=libretro", "mind=false")
     lengths = []
     for out in (tmp_path / "game.gif", tmp_path / "frames"):
         done = run_script("play.py", *given, "speed=2", f"out={out}")
@@ -379,7 +383,8 @@ def test_play_opens_a_window_where_there_is_a_display(trained: Path, tmp_path: P
     # SDL's driver without a screen; nobody closes the window
     environment = unseen() | {"SDL_VIDEODRIVER": "dummy"}
     latest = trained / "checkpoints" / "latest.pt"
-    given = (f"ckpt={latest}", "speed=8", "env.stuck_steps=6")
+    fast = (f"ckpt={latest}", "speed=8", "env.emulator=libretro")
+    given = (*fast, "env.stuck_steps=6")
     process = start_forked("play.py", given, environment, tmp_path)
     printed = tmp_path / "stdout"
     while not (printed.exists() and printed.read_text().endswith("\n")):
@@ -390,7 +395,7 @@ def test_play_opens_a_window_where_there_is_a_display(trained: Path, tmp_path: P
     process.terminate()
     process.join()
     # but who wants a file gets one
-    given = (f"ckpt={latest}", "speed=8", "env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}")
+    given = (*fast, "env.stuck_steps=1", f"out={tmp_path / 'game.mp4'}")
     ended = run_forked("play.py", given, environment, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "game.mp4").exists()
@@ -439,7 +444,7 @@ def test_an_exported_checkpoint_is_small_and_plays_but_is_not_resumed(
             torch.testing.assert_close(
                 small["models"][name][key].float(), value, rtol=1e-3, atol=1e-6
             )
-    done = run_script("play.py", f"ckpt={out}", "render=none")
+    done = run_script("play.py", f"ckpt={out}", "render=none", "env.emulator=libretro")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["intrinsic_reward"] > 0
 
@@ -529,7 +534,7 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
     settings.write_text(whole)
     done = run_script("train.py", *SMALL, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(done, "young", "a run of compile=auto, not off")
-    same = ("compile=auto", "env.emulator=nes_py", "total_steps=96")
+    same = ("compile=auto", *FULL, "env.emulator=nes_py", "total_steps=96")
     drawn = ("map.every=32", "video.every=32", "report.every=32")
     given = (*SMALL, *drawn, *same, f"hydra.run.dir={tmp_path / 'young'}")
     assert_refused(run_script("train.py", *given), "young", "report.every=25000, not 32")
@@ -655,11 +660,9 @@ def test_a_bad_checkpoint_is_refused(script: str, kind: str, trained: Path, tmp_
         ("play.py", ["env.id=CartPole-v1"], ["CartPole-v1"]),
         ("play.py", ["render=film"], ["render=film", "video"]),
         ("play.py", ["render=human"], ["render=human", "display"]),
-        ("play.py", ["render=video", "out=film.avi"], ["film.avi", ".mp4"]),
-        ("play.py", ["render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
+        ("play.py", [*FAST, "render=video", "out=/proc/film.mp4"], ["/proc/film.mp4"]),
         ("play.py", ["render=none", "out=film.mp4"], ["out=film.mp4", "render=none"]),
-        ("play.py", ["out=."], ["out=.", "exists"]),
-        ("play.py", [f"out={TOO_LONG}"], [TOO_LONG, "File name too long"]),
+        ("play.py", [*FAST, f"out={TOO_LONG}"], [TOO_LONG, "File name too long"]),
         ("play.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("evaluate.py", ["seed=-1"], ["seed=-1", "at least 0"]),
         ("play.py", ["speed=0"], ["speed=0", "between"]),
@@ -727,7 +730,7 @@ def test_a_video_without_a_name_is_in_the_run_folder(trained: Path, tmp_path: Pa
     run = tmp_path / "run"
     shutil.copytree(trained / "checkpoints", run / "checkpoints")
     given = (f"ckpt={run / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=1", "mind=false")
-    done = run_script("play.py", *given)
+    done = run_script("play.py", *given, "env.emulator=libretro")
     assert done.returncode == 0, done.stderr
     out = run.resolve() / "videos" / "play_latest.mp4"
     assert f"video: {out}" in done.stderr.splitlines()

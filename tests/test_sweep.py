@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import (
+    FULL,
     SMALL,
     forked_training,
     killed_training,
@@ -89,7 +90,8 @@ def test_a_job_whose_time_is_up_saves_and_comes_again(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     run = folder / "0_"
     given = ("-m", "hydra/launcher=submitit_local", f"hydra.sweep.dir={folder}")
-    launcher = forked_training(tmp_path, *given, *SMALL, "total_steps=160")
+    # as by default, or it may be over before it is told
+    launcher = forked_training(tmp_path, *given, *SMALL, *FULL, "total_steps=160")
     wait_for_lines(run, 1, launcher.is_alive)
     (job,) = [
         each
