@@ -1,6 +1,6 @@
 """Predicts agent steps/s on clusters, for docs/scaling.md: `uv run docs/cost_model.py`.
 
-All times are seconds, per agent step unless they say otherwise. What is no measurement says so.
+All times are in seconds, per agent step unless stated otherwise. Assumptions are marked.
 """
 
 # an AMD EPYC with bf16 and the default settings of then, see docs/results/bench_bf16_fifth.json
@@ -17,7 +17,7 @@ PER_ACTOR = 8  # environments of an actor; an assumption
 
 
 def on_ray(nodes: int, learning: float) -> float:
-    """With the learner on a machine of its own, which learns while actors step."""
+    """Rate with the learner on its own machine, learning while actors step."""
     actors = nodes * CORES
     environments = actors * PER_ACTOR
     step = max(environments * learning, environments * EMULATION / actors) + actors * ANSWER
@@ -27,9 +27,9 @@ def on_ray(nodes: int, learning: float) -> float:
 def on_ranks(
     ranks: int, each: int, cores: int, learning: float, exchange: float, gradients: float
 ) -> float:
-    """With `each` environments and `cores` for them per rank, and batches that grow with the ranks.
+    """Rate with `each` environments on `cores` per rank, and batches that grow with the ranks.
 
-    Emulation and learning overlap. A sum takes a ring 2 (ranks - 1) / ranks times the bytes.
+    Emulation and learning overlap. A ring all-reduce sends 2 (ranks - 1) / ranks times the bytes.
     """
     step = max(each * learning, each * EMULATION / cores)
     if ranks > 1:

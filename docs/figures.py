@@ -4,8 +4,8 @@
 # ///
 """Draws curves of docs/images: `uv run docs/figures.py [EPISODE.mp4] [way.mp4]`.
 
-level.png, game.png and noise.png show rows of results.md, means over seeds and standard errors
-of the raw files in docs/results; practice.png single seeds.
+level.png, game.png and noise.png show rows of results.md: means over seeds and standard errors
+of raw files in docs/results; practice.png: single seeds.
 Given a video of checkpoints/1-1.pt, run.png shows frames of it above the curves of such agents.
 Given the way.mp4 of a run folder, way.png shows frames of it.
 """
@@ -59,12 +59,12 @@ SMOOTH = 5  # log intervals on either side
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """Mean of each value and its neighbours, as far as there are any."""
+    """Mean of each value and its neighbours, without missing ones."""
     return np.array([np.nanmean(y[max(0, i - SMOOTH) : i + SMOOTH + 1]) for i in range(len(y))])
 
 
 def read(row: str, seed: str = "*") -> list[list[dict[str, float]]]:
-    """The log intervals of every seed of a row, or of one, all as long as the shortest."""
+    """The log intervals of every seed of a row, or of one, cut to the shortest."""
     seeds = [
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted((DOCS / "results").glob(f"{row}_seed{seed}.metrics.jsonl"))
@@ -74,9 +74,9 @@ def read(row: str, seed: str = "*") -> list[list[dict[str, float]]]:
 
 
 def minutes(seeds: list[list[dict[str, float]]]) -> np.ndarray:
-    """Time since the start of training at the end of every log interval, each as its fastest seed.
+    """Minutes from the start of training to the end of every log interval, by its fastest seed.
 
-    Others had something else run beside them, or stood still for a while.
+    Others had something else running beside them, or paused for a while.
     """
     steps = np.diff([0, *(line["step"] for line in seeds[0])])
     speeds = [[line["speed/agent_steps_per_s"] for line in lines] for lines in seeds]
@@ -107,7 +107,7 @@ def curves(
 
 
 def name_axes(axes: Axes, title: str, by_minutes: bool) -> None:
-    """Say what a plot shows."""
+    """Label a plot."""
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("minutes" if by_minutes else "agent steps, thousands")
     axes.grid(alpha=0.3)
@@ -117,7 +117,7 @@ def name_axes(axes: Axes, title: str, by_minutes: bool) -> None:
 def compare(
     file: str, rows: dict[str, tuple[str, str]], metrics: Sequence[tuple[str, str]]
 ) -> None:
-    """Draw metrics of those rows that there are, against agent steps and below against minutes."""
+    """Draw metrics of existing rows against agent steps and, below, against minutes."""
     if not any(read(row) for row in rows):
         return
     figure, all_axes = plt.subplots(2, len(metrics), figsize=(12.4, 6.6), layout="constrained")
@@ -128,7 +128,7 @@ def compare(
 
 
 def save(figure: Figure, named: Axes, file: str) -> None:
-    """Save a figure under what the lines of one of its plots are called."""
+    """Save a figure, with the legend of one of its plots on top."""
     lines, names = named.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper left", ncols=len(names), frameon=False)
     figure.savefig(DOCS / "images" / file, dpi=100)

@@ -1,4 +1,4 @@
-"""Which curves answer what someone who watches a run asks."""
+"""Curves, by the question about a run that they answer."""
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Does it explore?": {

@@ -19,7 +19,7 @@ FORMAT = 3
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, plain containers, tensors, and arrays, which become tensors.
+    """Write `content`: plain containers, tensors, and arrays, which become tensors.
 
     Raises:
         WriteError: it cannot be written, see `write_whole`.
@@ -29,14 +29,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
         try:
             torch.save(with_tensors(content), file)
         except RuntimeError as error:
-            # after an error of the disk, PyTorch ends its archive all the same, and fails again
+            # after a disk error, PyTorch still finishes its archive, and fails again
             raise error.__context__ or error from None
 
     write_whole(path, write)
 
 
 def with_tensors(content: Any) -> Any:
-    """`content` with tensors in place of the arrays in it: those need pickle's full powers."""
+    """`content` with its arrays as tensors: loading arrays would need full pickle."""
     if isinstance(content, dict):
         return {key: with_tensors(value) for key, value in content.items()}
     return torch.from_numpy(content) if isinstance(content, np.ndarray) else content
@@ -85,7 +85,7 @@ def for_playing(content: dict[str, Any]) -> dict[str, Any]:
 def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint `path`, and what it holds.
 
-    Where that is `latest.pt` and damaged or missing, the newest whole one beside it; a line on
+    If that is `latest.pt` and damaged or missing, the newest intact one beside it; a line on
     stderr says so.
 
     Raises:
@@ -105,14 +105,14 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def memory_name(step: int) -> str:
-    """The file that holds the memory of an agent step, beside its checkpoint."""
+    """Name of the memory file of an agent step, beside its checkpoint."""
     return f"replay_{step:09d}.pt"
 
 
 def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A checkpoint and the memory of the same step beside it, if there is one.
 
-    A run that still lives may replace both in between: then both are read again.
+    A running training may replace both in between; then both are read again.
 
     Raises:
         UserError: one of them is damaged, or the first is missing.
@@ -131,12 +131,12 @@ def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 @contextmanager
 def restoring(path: Path) -> Generator[None]:
-    """Turn what goes wrong while the content of `path` is restored into a `UserError` naming it."""
+    """Turn errors while the content of `path` is restored into a `UserError` that names it."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a content that is no state leads to many kinds
+    except Exception as error:  # invalid content leads to many kinds
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: incomplete or of another version ({what})") from None
 
@@ -155,7 +155,7 @@ def load_file(path: Path) -> Any:
         if not _is_whole(path):
             raise ValueError
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what odd files lead to
+            warnings.simplefilter("ignore")  # odd files cause some
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not all(map(_has_its_data, _tensors(content))):
             raise ValueError
@@ -180,9 +180,9 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def _has_its_data(tensor: Tensor) -> bool:
-    """Whether each number of a tensor has a place of its own in its file, in whatever order.
+    """Whether each element of a tensor has its own place in the file, in any order.
 
-    One number that is repeated without end would fill memory, and could not be written to.
+    One number repeated without end would fill memory, and could not be written to.
     """
     dense = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -193,7 +193,7 @@ def _has_its_data(tensor: Tensor) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file of `torch.save` holds what was written: torch looks at no checksum."""
+    """Whether a file of `torch.save` is intact: torch itself checks no checksum."""
     with zipfile.ZipFile(path) as archive:
         is_plain = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
         return is_plain and archive.testzip() is None

@@ -1,4 +1,4 @@
-"""How two torch files differ: what describes them, their tensors, and how far those moved."""
+"""How two torch files differ: their details, their tensors, and how far these moved."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from icm.errors import UserError
 
 MAX_PASSES = 100
 """How often tensors may go through their file's data: few bytes can name huge or many views."""
-CHUNK = 1 << 16  # elements that are numbers at a time
+CHUNK = 1 << 16  # elements converted at a time
 
 _CODES = {  # of NumPy, for one element or for each part of a complex one
     "float64": "f8",
@@ -63,8 +63,8 @@ class Change:
 class Pair:
     """A tensor that both files have.
 
-    `change` is None where there is none to speak of: the shapes differ, only one of the two is
-    complex, or a dtype has no numbers here (float8, float4).
+    `change` is None if it is not defined: the shapes differ, only one of the two is complex, or a
+    dtype cannot be converted here (float8, float4).
     """
 
     key: str
@@ -78,9 +78,9 @@ class Difference:
     """What differs between the files `a` and `b`.
 
     Attributes:
-        details: by dotted name, the two values that differ; a file without one has no value.
-        only: the tensors that the other file has not.
-        networks: the tensors that both have, by the network of `a` that they belong to.
+        details: the values that differ, by dotted name; a file that lacks one has no entry.
+        only: the tensors that the other file lacks.
+        networks: the tensors that both have, by their network in `a`.
     """
 
     details: dict[str, dict[Side, Any]]
@@ -91,8 +91,8 @@ class Difference:
 def compare(a: Checkpoint, b: Checkpoint) -> Difference:
     """Return how `b` differs from `a`; one pair of tensors is in memory at a time.
 
-    Raises `UserError` if a file changes meanwhile, or if its tensors repeat its data so often that
-    there would be no end.
+    Raises `UserError` if a file changes meanwhile, or if its tensors repeat its data too often to
+    ever finish.
     """
     ours, theirs = dict(a.entries), dict(b.entries)
     for data, tensors in ((a.data, ours.values()), (b.data, theirs.values())):
@@ -133,7 +133,7 @@ def _details(name: str, values: dict[Side, Any]) -> Iterator[tuple[str, dict[Sid
         for key in dict.fromkeys(key for value in values.values() for key in value):
             inner = {side: value[key] for side, value in values.items() if key in value}
             yield from _details(f"{name}.{key}" if name else key, inner)
-    # As texts: there NaN is NaN, and 1 is not True.
+    # As text: there NaN equals NaN, 1 is not True.
     elif len(values) < 2 or json.dumps(values["a"]) != json.dumps(values["b"]):
         yield name, values
 
@@ -161,7 +161,7 @@ def _change(a: Data, b: Data, before: Tensor, after: Tensor) -> Change | None:
 
 
 def _elements(data: Data, tensor: Tensor) -> np.ndarray:
-    """Return the elements as they are in the file: bytes, of a shape without ones."""
+    """Return the elements as bytes of the file, without dimensions of size 1."""
     size = tensor.item_size
     steps = [(n, step) for n, step in zip(tensor.shape, tensor.stride, strict=True) if n > 1]
     shape, strides = [n for n, _ in steps], [step * size for _, step in steps]

@@ -1,10 +1,10 @@
 """What a torch file holds, read without running or importing anything that the file names.
 
 A torch file is a pickle, and a pickle is a program: `torch.load` of a whole model runs whatever
-its author put in. Here the program is read as a description only. A class or a function is its
-name, a call of it is an object that remembers the name, and a tensor is its shape, its type and
-its place in a storage; the data of a tensor is read only where `Data.read` is asked for it. So any
-file can be looked at, also one of a model whose class is not on this machine.
+its author put in. Here the program is only read as a description: a class or a function becomes
+its name, a call of it an object with that name, and a tensor its shape, its type and its place in
+a storage. The data of a tensor is read only by `Data.read`. So any file can be inspected, even of
+a model whose class is not on this machine.
 """
 
 import io
@@ -30,11 +30,11 @@ MAX_KEY_LENGTH = 500
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 64
 MAX_DETAILS = 1 << 18
-"""How many values and characters the details of a checkpoint have: of a real one some 5000."""
+"""Most values and characters in a checkpoint's details; a real one has some 5000."""
 _INT64 = 1 << 63  # torch keeps every size, stride and count below this
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_ZIP_LENGTHS = 26  # where a member's header has the lengths of the two fields that end it
+_ZIP_LENGTHS = 26  # where a member's header has the lengths of its last two fields
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -108,7 +108,7 @@ class Tensor:
 
     @property
     def span(self) -> int:
-        """The bytes of its storage from the first of its elements to the end of the last."""
+        """The bytes of its storage from its first element to the end of its last."""
         if not self.numel:
             return 0
         steps = zip(self.shape, self.stride, strict=True)
@@ -120,7 +120,7 @@ type Entries = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The data of a file's storages: where each begins, in bytes, and its order of bytes."""
+    """The data of a file's storages: where each begins, in bytes, and the byte order."""
 
     path: str
     status: os.stat_result
@@ -136,7 +136,7 @@ class Data:
             position = self.positions[tensor.storage.key]
             file.seek(position + tensor.offset * tensor.item_size)
             data = file.read(tensor.span)
-            # A training replaces its latest.pt: what was read has to be of the file described.
+            # A training replaces its latest.pt: this must still be the file described.
             if _identity(os.fstat(file.fileno())) != _identity(self.status):
                 raise UserError("changed while it was read")
         return data
@@ -151,9 +151,9 @@ class Checkpoint:
     """What a file holds.
 
     `networks` maps a name to the tensors of that network. A file that is no checkpoint of this
-    project, so one state_dict or one model, is a single network without a name; it has no
-    `details` and no `optimizers`. `details` are its format, step, versions, metrics and config, as
-    far as it has them: dicts, lists, texts and numbers, but of any kind, since a file may lie.
+    project but a state_dict or a model is a single network without a name; it has no `details` and
+    no `optimizers`. `details` are its format, step, versions, metrics and config, if present:
+    dicts, lists, strings and numbers, but with any content, since a file may lie.
     """
 
     data: Data
@@ -186,7 +186,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 @contextmanager
 def _refusing(path: str) -> Generator[None]:
-    """Turn what goes wrong while the file is read into a `UserError` that names it."""
+    """Turn errors while the file is read into a `UserError` that names it."""
     try:
         yield
         return
@@ -205,7 +205,7 @@ def printable(text: str) -> str:
 
 
 def _checkpoint(contents: Any, data: Data) -> Checkpoint:
-    """Return the tensors of a file's `contents`, grouped by network, and what describes them."""
+    """Return the tensors of a file's `contents`, grouped by network, and its details."""
     match contents:
         case {"format": int(version), "step": int(step), "models": dict(models), **others}:
             if max(abs(version), abs(step)) >= _INT64:
@@ -227,7 +227,7 @@ def _checkpoint(contents: Any, data: Data) -> Checkpoint:
 
 
 def _plain(root: object) -> Any:
-    """Return a copy of `root` of dicts, lists, texts and numbers; all else becomes its name."""
+    """Copy `root` as dicts, lists, strings and numbers; anything else becomes its name."""
     total = 0
 
     def copy(node: object, key: str, depth: int) -> Any:
@@ -356,7 +356,7 @@ def _read_zip(file: _LimitedFile, size: int) -> tuple[object, dict[str, int], bo
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Return the member, once it is known not to grow when it is read."""
+    """Return a member, after checking that reading cannot inflate it."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED:
         raise UserError("a compressed zip file, which torch.save does not write")
@@ -364,7 +364,7 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 def _read_legacy(file: _LimitedFile, size: int) -> tuple[object, dict[str, int], bool]:
-    """Read the older format, pickles, then the bare data: as `_read_zip`."""
+    """As `_read_zip`, for the older format: pickles, then the bare data."""
     stream = io.BytesIO(file.read(file.left))
     try:
         magic = _Unpickler(stream).load()
@@ -382,7 +382,7 @@ def _read_legacy(file: _LimitedFile, size: int) -> tuple[object, dict[str, int],
     for key in keys:
         if not isinstance(key, str) or key not in unpickler.storages:
             raise UserError("data of no tensor")
-        positions[key] = end + 8  # behind the number of elements
+        positions[key] = end + 8  # after the number of elements
         end = positions[key] + unpickler.storages[key]
     if end > size or len(positions) < len(unpickler.storages):
         raise UserError("truncated: a tensor is larger than its data in the file")
@@ -398,14 +398,14 @@ class _Global:
 
 @dataclass(slots=True, eq=False)
 class _Object:
-    """What a file would have made by a call of `cls`; nothing was called."""
+    """What a call of `cls` would have made; nothing was called."""
 
     cls: str
     state: Any = None
 
 
 def _dtype(cls: _Global) -> str:
-    """Return the type of the elements of the storage class or dtype `cls`."""
+    """Return the element type of the storage class or dtype `cls`."""
     name = cls.name.rpartition(".")[2]
     dtype = _STORAGES.get(name, name)
     if dtype not in _ITEM_SIZES:
@@ -414,7 +414,7 @@ def _dtype(cls: _Global) -> str:
 
 
 def _view(storage: Storage, dtype: str, offset: Any, size: Any, stride: Any) -> Tensor:
-    """Return the tensor, once its elements are known to lie inside its storage."""
+    """Return the tensor, after checking that it lies inside its storage."""
     if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise UserError("a tensor with an impossible number of dimensions")
     if not all(type(value) is int and 0 <= value < _INT64 for value in (offset, *size, *stride)):
@@ -498,9 +498,9 @@ _OPCODES = (
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that has nothing to call: `_Global`s are all it finds.
+    """An unpickler with nothing to call: it finds only `_Global`s.
 
-    It is the one in Python because the one in C takes 64 GiB for a memo index that a file can
+    It extends the one in Python: the one in C allocates 64 GiB for a memo index that a file can
     name in five bytes, and cannot be kept from calling and hashing.
     """
 
@@ -514,7 +514,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.storages: dict[str, int] = {}
-        """The bytes of each storage, as far as the file declares them."""
+        """The bytes of each storage, as the file declares them."""
 
     def find_class(self, module: str, name: str) -> _Global:
         """Return the name; nothing is imported."""
@@ -593,7 +593,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
     def _extend(self, items: list[object]) -> None:
-        # The items of a class of its own, so of an _Object, name no tensors.
+        # The items of any other class, here an _Object, name no tensors.
         if isinstance(target := self.stack[-1], list):
             target.extend(items)
 

@@ -1,4 +1,4 @@
-"""What the Hydra applications share: how they start, and mistakes as one line."""
+"""What the Hydra applications share: how they start, and one-line errors."""
 
 import argparse
 import errno
@@ -32,9 +32,9 @@ OF_FILES = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
     *(errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR),
 )
-"""Errors of the operating system for which the program has no fault: no traceback is wanted."""
+"""Errors of the operating system that are not the program's fault: no traceback is wanted."""
 
-# the part of a run folder's name that says what is special: file systems allow 255 bytes, no slash
+# the part of a run folder's name that tells runs apart: file systems allow 255 bytes, no slash
 OmegaConf.register_new_resolver(
     "file_name", lambda text: re.sub(r"[^\w=,.+-]+", "_", text)[:100], replace=True
 )
@@ -62,13 +62,13 @@ def fail(error: Exception) -> None:
 
 
 def quoted(argument: str) -> str:
-    """A path as an argument that Hydra takes for a path, whatever characters it has."""
+    """Quote a path argument so that Hydra takes it for one, whatever its characters."""
     name, equals, path = argument.partition("=")
     if name not in PATHS or not equals:
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)
-        # not so a path that looks like a number or a list
+        # paths like a number or a list need the quotes
         if override.is_sweep_override():
             if {"-m", "--multirun"} & set(sys.argv):
                 return argument
@@ -76,24 +76,24 @@ def quoted(argument: str) -> str:
             return argument
     except HydraException:
         pass
-    path = re.sub(r"(\\*)'", r"\1\1\\'", path)  # as its grammar has it, so in the end of all
+    path = re.sub(r"(\\*)'", r"\1\1\\'", path)  # as Hydra's grammar wants; also at the end
     return f"{name}='{re.sub(r'(\\+)$', r'\1\1', path)}'"
 
 
 def refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of what Hydra's parser does with what it does not know: its usage and an error."""
+    """Replaces what Hydra's parser does with unknown arguments: print its usage and an error."""
     fail(UserError(f"{message}; settings are given as NAME=VALUE (--help lists all)"))
     raise AssertionError  # `fail` ends the program
 
 
 def one_voice() -> AbstractContextManager[None]:
-    """Inside, of all ranks the first alone prints."""
+    """Inside, only the first rank prints."""
     return nullcontext() if RANK == 0 else redirect_stdout(None)
 
 
 def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
 
     @functools.wraps(task)
     def careful(settings: DictConfig) -> Any:
@@ -103,7 +103,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         try:
             return task(settings)
         except Exception as error:
-            # here, because Hydra would print it; of many, the others go on
+            # here, as Hydra would print it; in a sweep, the others go on
             if not is_one_of_many or isinstance(error, BrokenPipeError):
                 fail(error)
             raise
@@ -115,6 +115,6 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         application(careful)()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except Exception as error:  # also of Hydra, which writes before it begins
+    except Exception as error:  # also Hydra's, which writes before it begins
         fail(error)
         raise

@@ -1,6 +1,6 @@
-"""What ranks exchange, see `icm.ranks`; with one rank, every function gives back what it is given.
+"""What ranks exchange, see `icm.ranks`; with one rank, functions return what they are given.
 
-Ranks call the same functions in the same order.
+Ranks must call the same functions in the same order.
 """
 
 import time
@@ -17,12 +17,12 @@ from icm.ranks import RANK, WORLD_SIZE
 
 PATIENCE = timedelta(hours=1)  # with another rank, which may be compiling
 
-_seconds = 0.0  # in exchanges, since `seconds` was asked
+_seconds = 0.0  # in exchanges since the last `seconds()`
 
 
 @contextmanager
 def together(device: torch.device) -> Generator[None]:
-    """All ranks have come here, and can exchange what is on the CPU or on their `device`."""
+    """Join all ranks: inside, they can exchange what is on the CPU or on their `device`."""
     if WORLD_SIZE == 1:
         yield
         return
@@ -37,8 +37,8 @@ def together(device: torch.device) -> Generator[None]:
 def seconds() -> float:
     """Spent in exchanges since the last call: waiting for other ranks, and the transfer itself.
 
-    Not within compiled functions, where they are small; and of what GPUs exchange only the time to
-    order it, because nothing waits for that.
+    Without those in compiled functions, which are small; of GPUs' exchanges, only the time to
+    launch them, because nothing waits for them.
     """
     global _seconds
     spent, _seconds = _seconds, 0.0
@@ -59,7 +59,7 @@ def own(whole: Tensor, dim: int = 0) -> Tensor:
 
 
 def gathered(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of all ranks, of float32 tensors (rows of a rank, ...) on one device."""
+    """All ranks' rows of float32 tensors (rows of a rank, ...) on one device."""
     if WORLD_SIZE == 1:
         return list(parts)
     packed = torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
@@ -71,7 +71,7 @@ def gathered(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def all_rows(part: Tensor) -> Tensor:
-    """The rows of all ranks, of one tensor."""
+    """All ranks' rows of one tensor."""
     if WORLD_SIZE == 1:
         return part
     whole = part.new_empty((len(part) * WORLD_SIZE, *part.shape[1:]))
@@ -81,7 +81,7 @@ def all_rows(part: Tensor) -> Tensor:
 
 
 def all_objects(given: Any) -> list[Any]:
-    """What each rank gives, in their order; anything that can be pickled."""
+    """What each rank gives, in rank order; anything that can be pickled."""
     if WORLD_SIZE == 1:
         return [given]
     whole = [None] * WORLD_SIZE
@@ -91,7 +91,7 @@ def all_objects(given: Any) -> list[Any]:
 
 
 def greatest(number: int) -> int:
-    """The greatest of what the ranks give."""
+    """The greatest of the ranks' numbers."""
     return int(all_rows(torch.tensor([number])).max())
 
 

@@ -19,19 +19,19 @@ from icm.errors import UserError
 from icm.processes import SIGNALS, say
 
 WORTHWHILE = 2_000
-"""Updates after which the time that compiling takes, up to a minute, is won back (measured)."""
+"""Updates after which the time to compile, up to a minute, is won back (measured)."""
 
-WARM_UPS = 3  # calls before a function is recorded: what PyTorch sets up once is done by then
+WARM_UPS = 3  # calls before a function is recorded: PyTorch's one-time set-up is done by then
 
 
 def resolve_compile(name: str, updates: int) -> str:
-    """`auto` becomes `off` for a run of fewer `updates` than are worth it."""
+    """`auto` becomes `off` for a run of too few `updates` to be worth it."""
     return "off" if name == "auto" and updates < WORTHWHILE else name
 
 
 @contextmanager
 def compiling() -> Generator[None]:
-    """Compile the backward pass at once, too, so that its failures are seen; say nothing."""
+    """Compile the backward pass at once, too, to see its failures; silence warnings."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of a missing GPU
@@ -44,14 +44,14 @@ def compiling() -> Generator[None]:
 
 
 class GivenUp(BaseException):
-    """A signal came while something was compiled. No `Exception`: PyTorch catches those."""
+    """A signal came during compilation. Not an `Exception`: PyTorch catches those."""
 
 
 @contextmanager
 def given_up_on_signals() -> Generator[None]:
-    """A signal that this process handles is handled, and ends what is under way with `GivenUp`.
+    """If a signal comes inside, run this process's handler for it, then raise `GivenUp`.
 
-    Compiling may take a minute, and whoever sends a signal may kill after ten seconds.
+    Compiling may take a minute, and the sender of a signal may kill after ten seconds.
     """
     this = psutil.Process()
     others = set(this.children(recursive=True))
@@ -64,7 +64,7 @@ def given_up_on_signals() -> Generator[None]:
             with suppress(psutil.Error, OSError, ValueError):
                 command, folder = compiler.cmdline(), compiler.cwd()
                 compiler.kill()
-                # or every later run would take half a library in PyTorch's cache for a whole one
+                # or every later run would use a half-written library in PyTorch's cache
                 Path(folder, command[command.index("-o") + 1]).unlink()
         handler = before[number]
         assert callable(handler)
@@ -85,37 +85,37 @@ def given_up_on_signals() -> Generator[None]:
 
 
 class Compiler:
-    """Compiles functions of tensors of always the same shapes, each when it is first called.
+    """Compiles functions of tensors whose shapes never change, each when it is first called.
 
-    A signal that comes meanwhile lets this and all other functions stay as they are: the run is
-    about to end.
+    If a signal comes meanwhile, neither this nor any other function is compiled: the run is about
+    to end.
 
-    On a GPU their kernels are replayed as a CUDA graph: no Python between them. What a function
-    returns is then overwritten by the next call of any of them. On a CPU, dropout draws the same
+    On a GPU, their kernels are replayed as a CUDA graph, without Python between them. The next
+    call of any such function overwrites what one returned. On a CPU, dropout draws the same
     numbers compiled or not.
 
     Args:
-        mode: `on`, `off` (functions stay as they are), or `auto`: where compiling fails, for want
-            of a compiler for instance, one line says so and functions are used as they are.
+        mode: `on`, `off` (functions stay as they are), or `auto`: if compiling fails, for instance
+            without a compiler, one line says so and functions stay as they are.
         device: where the tensors are.
     """
 
     def __init__(self, mode: str, device: torch.device) -> None:
         self.mode = mode
-        # code is generated in this process: others would stay, each with the memory of a PyTorch
+        # compile in this process: helpers would stay, each with a PyTorch in memory
         self.options: dict[str, Any] = {"fallback_random": True, "compile_threads": 1}
         if device.type == "cpu" and sys.platform == "linux":  # tried nowhere else
             self.options["cpp_wrapper"] = True  # one C++ file per function, not one per kernel
         self.device = device
 
     def __call__[**P, R](self, function: Callable[P, R], *, alone: bool = True) -> Callable[P, R]:
-        """`function`, compiled; not `alone` if it has no CUDA graph of its own.
+        """`function`, compiled; if not `alone`, without a CUDA graph of its own.
 
-        That is for a part of what is `recorded`, and for gradients that have to outlive other
+        That is for parts of a `recorded` function, and for gradients that must outlive other
         calls.
 
         Raises:
-            UserError: (of its first call) compiling is `on` and failed.
+            UserError: (at its first call) compiling is `on` and failed.
         """
         chosen = function
         tried = False
@@ -133,7 +133,7 @@ class Compiler:
             except GivenUp:
                 self.mode = "off"
                 return function(*args, **kwargs)
-            except Exception as error:  # of any kind: a mistake of `function` shows again below
+            except Exception as error:  # of any kind: a bug in `function` shows again below
                 reason = " ".join(str(error).split())[:200]
                 if self.mode == "on":
                     raise UserError(
@@ -150,10 +150,10 @@ class Compiler:
     def recorded[B](
         self, function: Callable[[B], tuple[list[str], Tensor]]
     ) -> Callable[[B], tuple[list[str], Tensor]]:
-        """`function`, on a GPU replayed as one CUDA graph, with all that it does to other tensors.
+        """`function`, on a GPU replayed as one CUDA graph, with its effects on other tensors.
 
-        It waits for nothing and works on the device alone; its batches are alike; what it returns
-        is overwritten by its next call.
+        It must wait for nothing and work on the device alone, on batches of the same shapes; its
+        next call overwrites what it returns.
         """
         calls = 0
         graph: torch.cuda.CUDAGraph | None = None

@@ -1,4 +1,4 @@
-"""Types of every setting and the checks that types cannot make; values stand in `conf/`."""
+"""Types of all settings, and checks beyond types; the values are in `conf/`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,14 +17,14 @@ SETTINGS = ".hydra/config.yaml"
 """In a run folder."""
 
 SLOWEST, FASTEST = 0.1, 10.0
-"""Speeds that a game is watched at, times its own."""
+"""Playback speeds, as multiples of the game's own."""
 
 INPUT_NORMS = ("standard", "contrast", "scale", "stack")
-"""See `icm.models.InputNorm`; here, because checking settings takes no PyTorch."""
+"""See `icm.models.InputNorm`; here, so that checking settings needs no PyTorch."""
 
 
 type Range = tuple[str, Callable[[Any], bool]]
-"""What a value must be, in words, and whether one is."""
+"""A requirement in words, and its check of a value."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class PolicyConfig:
 
 @dataclass
 class AgentConfig(ABC):
-    """What all learners have, see `conf/agent/`."""
+    """Common to all learners, see `conf/agent/`."""
 
     name: str
     input_norm: str
@@ -103,7 +103,7 @@ class DQNConfig(AgentConfig):
 
 @dataclass
 class RolloutConfig(AgentConfig):
-    """What learners from rollouts have; `discount` may be a schedule of `icm.agents.policy`."""
+    """Common to learners from rollouts; `discount` may be a schedule of `icm.agents.policy`."""
 
     discount: Any
     rollout_steps: int
@@ -139,7 +139,7 @@ class PQNConfig(RolloutConfig):
 
 @dataclass
 class CuriosityConfig:
-    """What all signals have, see `conf/curiosity/`."""
+    """Common to all signals, see `conf/curiosity/`."""
 
     name: str
     coef: float
@@ -152,7 +152,7 @@ class CuriosityConfig:
 
 @dataclass
 class PredictorConfig(CuriosityConfig):
-    """What signals have that learn to predict, see `conf/curiosity/`."""
+    """Common to signals that learn to predict, see `conf/curiosity/`."""
 
     hidden: int
 
@@ -193,10 +193,10 @@ CURIOSITIES: dict[str, type[CuriosityConfig]] = {
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and how many of the checkpoints that are named by their step to keep."""
+    """When to save, and how many of the checkpoints named by their step to keep."""
 
     every: int
-    keep: int = 20  # checkpoints from before this setting do not have it
+    keep: int = 20  # missing in checkpoints from before this setting
 
 
 @dataclass
@@ -229,7 +229,7 @@ class Config:
     checkpoint: CheckpointConfig
     log: LogConfig
     compile: str
-    # checkpoints from before these settings do not have them
+    # missing in checkpoints from before these settings
     collector: str = "local"
     practice: float = 0.0
     map: DrawingConfig = field(default_factory=lambda: DrawingConfig(50_000))
@@ -239,7 +239,7 @@ class Config:
 
 @dataclass
 class GameConfig:
-    """Settings of `EnvConfig` that an agent may be watched with; None: as it was trained."""
+    """Settings of `EnvConfig` that may be replaced after training; None: as in training."""
 
     id: str | None
     stuck_steps: int | None
@@ -296,12 +296,12 @@ def parse_config(settings: "DictConfig") -> Config:
 
 
 def typed[T](settings: "DictConfig", kind: type[T]) -> T:
-    """Turn composed settings into the dataclass `kind`, every field of it and no other key.
+    """Turn composed settings into the dataclass `kind`: all of its fields, no other key.
 
     Raises:
         UserError: a value is missing or of the wrong type, or a key is unknown.
     """
-    # only now: each worker process of the environments imports this module, and parses nothing
+    # here, because environment workers import this module, too, and parse nothing
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -336,14 +336,14 @@ def settings_of(run: Path) -> "DictConfig":
         settings = None
     if isinstance(settings, DictConfig):
         known: Any = OmegaConf.to_container(settings)
-        # Hydra writes these after all others: a file that was cut off lacks one
+        # Hydra writes these last: a file that was cut off lacks one
         if {"env.id", "agent.name", "curiosity.name"} <= flat(known).keys():
             return settings
     raise UserError(f"{run / SETTINGS}: damaged; a full disk may be why")
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in plain containers by their names, such as `env.id`."""
+    """Nested settings as one dict by name, such as `env.id`."""
     named: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -354,10 +354,10 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def special(kind: type, settings: "DictConfig") -> type:
-    """`kind` with the types of `agent` and `curiosity` that `settings` name, where it has these.
+    """`kind` with its `agent` and `curiosity`, if any, of the types that `settings` name.
 
     Raises:
-        UserError: there are none of these names.
+        UserError: a name is unknown.
     """
     from omegaconf import OmegaConf  # see `typed`
 
@@ -425,7 +425,7 @@ RANGES: dict[Range, str] = {
     _one_of("auto", "on", "off"): "compile",
     _one_of("local", "ray"): "collector",
 }
-"""Of single settings: those that the agent and the curiosity have, and that are not null."""
+"""Of single settings: checked if this agent and curiosity have them, and not null."""
 
 
 def _check(config: Config) -> None:
@@ -491,15 +491,15 @@ def _check(config: Config) -> None:
 
 
 def practising(share: float, num_envs: int) -> int:
-    """How many of so many environments practise; one at least does not."""
+    """How many of `num_envs` practise; at least one does not."""
     return num_envs - max(1, round((1 - share) * num_envs))
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what PyTorch or Gymnasium do not take for a seed.
+    """Refuse seeds that PyTorch or Gymnasium would not accept.
 
     Raises:
-        UserError: it is such a one.
+        UserError: it is one.
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"seed={seed}: must be at least 0 and below 2**63")

@@ -11,7 +11,7 @@ from icm.ranks import CORES, LOCAL_RANK
 def resolve_device(name: str) -> torch.device:
     """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device; `cuda` is one GPU for each rank.
 
-    A GPU is made the current one, in which PyTorch records graphs.
+    A GPU becomes the current one, on which PyTorch records graphs.
 
     Raises:
         UserError: the name is none of these, or there is no such GPU.
@@ -34,10 +34,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on `device`, where this program goes on without waiting for the device's work.
+    """A tensor on `device`, sent there without waiting for the device's work.
 
-    What is on the CPU may change as soon as this has returned: CUDA has a copy of it by then. So
-    this is not for the way back, on which one has to wait.
+    The original on the CPU may change as soon as this has returned: CUDA has a copy by then. This
+    is not for the way back to the CPU, where one has to wait.
     """
     return tensor.to(device, non_blocking=True)
 
@@ -47,19 +47,19 @@ def share_cores(device: torch.device) -> None:
 
     Unless OMP_NUM_THREADS says otherwise. A parallel region waits for its slowest thread, and
     emulators push threads off their cores: on two busy cores, two threads were measured to learn
-    down to 8 times slower than one.
+    up to 8 times slower than one.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if device.type == "cuda" else max(1, CORES // 2))
 
 
 def busy_cores(device: torch.device) -> int:
-    """How many cores of the machine learning on `device` keeps busy."""
+    """How many CPU cores are busy when learning on `device`."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def describe_device(device: torch.device) -> str:
-    """One line: is CUDA available, how many devices, and which one is taken."""
+    """One line: is CUDA available, how many devices, and which one is used."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

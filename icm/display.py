@@ -1,4 +1,4 @@
-"""What a terminal shows of a training: a live picture, or plain lines where it is none."""
+"""What is shown of a training: a live picture on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -16,13 +16,13 @@ PLAIN_EVERY = 60.0  # seconds between two plain lines
 
 
 class Stderr(Console):
-    """The console of a program that goes on when nobody reads what it says any more."""
+    """The console of a program that continues when nobody reads its output any more."""
 
     def __init__(self, is_quiet: bool) -> None:
         super().__init__(stderr=True, quiet=is_quiet)
 
     def _write_buffer(self) -> None:
-        """See the class; of a closed pipe rich would end the program, of a lost terminal raise."""
+        """See the class; rich would exit on a closed pipe, and raise on a lost terminal."""
         try:
             super()._write_buffer()
         except OSError:
@@ -30,7 +30,7 @@ class Stderr(Console):
 
 
 class Display:
-    """Shows progress on stderr, and what the run has found by then.
+    """Shows progress on stderr, and what the run has found so far.
 
     Args:
         step: agent steps already done.
@@ -42,7 +42,7 @@ class Display:
         self.saved: int | None = None
         self.printed = time.monotonic()
         console = Stderr(is_quiet=RANK > 0)
-        # rich draws nothing that lives on a dumb terminal, and may be made to see one in a file
+        # rich draws nothing live on a dumb terminal, and can be told that a file is a terminal
         self.is_live = console.is_interactive and sys.stderr.isatty()
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
@@ -63,7 +63,7 @@ class Display:
         self.bar.update(self.task, completed=step)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell what a log interval brought."""
+        """Show a log interval's metrics."""
         self.found.plain, self.speed.plain = self._found(metrics), self._speed(metrics)
         now = time.monotonic()
         if not self.is_live and (now - self.printed >= PLAIN_EVERY or step >= self.total_steps):

@@ -1,4 +1,4 @@
-"""The exceptions that mean: the user has to change something."""
+"""Exceptions that mean that the user has to change something."""
 
 
 class UserError(Exception):

@@ -13,7 +13,7 @@ from icm.models import NO_ACTION
 from icm.uncertainty import standard_error
 
 THRESHOLDS = (200, 400, 600, 948)
-"""Distances in pixels whose share of episodes is reported; 948 is 30 % of level 1-1."""
+"""Pixels; the share of episodes beyond each is reported; 948 is 30 % of level 1-1."""
 
 
 def rollouts(

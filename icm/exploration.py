@@ -13,7 +13,7 @@ import numpy as np
 
 from icm.envs.mario import CELL
 
-LATEST = 100  # episodes that say how good an agent is
+LATEST = 100  # episodes in an agent's average score
 
 type Place = tuple[int, int, int]
 """World, stage, area; see `icm.envs.mario`."""
@@ -29,7 +29,7 @@ class Visits:
     first: int  # agent step of the first visit
     count: int = 0
     ends: int = 0  # lives and episodes that ended here
-    judged: int = 0  # visits of which the surprise is known
+    judged: int = 0  # visits whose surprise is known
     surprise: float = 0.0  # sum over those
 
     def __add__(self, other: "Visits") -> "Visits":
@@ -45,7 +45,7 @@ class Visits:
 
 @dataclass
 class Picture:
-    """What a place looks like, as far as that is known, in blocks of 16x16 pixels."""
+    """What a place looks like, as far as known, in blocks of 16x16 pixels."""
 
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
     known: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool))  # (rows, columns)
@@ -81,7 +81,7 @@ class Region:
 
 @dataclass
 class Recording:
-    """An episode, or its beginning, that can be played again.
+    """An episode, or its beginning, that can be replayed.
 
     step: agent steps of the run by its end.
     score: its distance; in a game without distances, its reward. Of a way: levels known by then.
@@ -98,7 +98,7 @@ class Recording:
 class Exploration:
     """Places and what is known of them, the greatest distance, the best and the latest episodes.
 
-    And the way to the level that was discovered last: the episode that first came there, up to
+    And the way to the level that was discovered last: the episode that first got there, up to
     there.
     """
 
@@ -110,16 +110,16 @@ class Exploration:
         self.latest: deque[float] = deque(maxlen=LATEST)  # scores, see `Recording`
         self.here: list[Visits | None] = []  # of each environment
         self.at: list[Place | None] = []
-        # where the running life of each has come; None: the next one has not begun
+        # where the running life of each has been; None: the next one has not begun
         self.been: list[set[Place] | None] = []
         self.changed: set[Place] = set()
 
     def move(self, before: str, now: str) -> None:
-        """Go on in an environment of other settings, given both ids.
+        """Continue in an environment with other settings, given both ids.
 
-        Places of another game are others, even if they are called the same.
+        Another game's places are others, even under the same names.
         """
-        self.best = self.way = None  # they would go otherwise here
+        self.best = self.way = None  # replays would differ here
         self.latest.clear()
         if before != now:
             self.distance_max = 0.0
@@ -128,7 +128,7 @@ class Exploration:
             self.changed.clear()
 
     def visit(self, step: int, infos: dict[str, Any], ended: np.ndarray) -> int | None:
-        """Take in a vector step.
+        """Record a vector step.
 
         Args:
             step: agent step at its end.
@@ -136,7 +136,7 @@ class Exploration:
             ended: whether an episode ended, bool (num_envs,).
 
         Returns:
-            number of an environment in a level where none has been before; None: there is none.
+            number of an environment in a level new to the run; None: there is none.
         """
         known = self.levels()
         self.see(infos)
@@ -159,12 +159,12 @@ class Exploration:
             self.regions[place].picture.add(block, strip)
 
     def _come(self, over: np.ndarray, ended: np.ndarray, returned: np.ndarray) -> None:
-        """Count the lives that have come to where they are now.
+        """Count lives at the places that they have reached.
 
         Args:
-            over: whether a life is; if its episode goes on, the next one is there already.
-            ended: whether an episode is.
-            returned: whether one has begun in the middle of one before: that life came there then.
+            over: whether a life has ended; if its episode goes on, the next has begun.
+            ended: whether an episode has ended.
+            returned: whether one has begun in the middle of another, whose life counted there.
                 All bool (num_envs,).
         """
         if len(self.been) != len(self.at):
@@ -183,7 +183,7 @@ class Exploration:
                 self.regions[place].lives += 1
 
     def stand(self, step: int, infos: dict[str, Any], num_envs: int) -> None:
-        """Note where everybody is, without a visit."""
+        """Record where all are, without a visit."""
         self.here = [None] * num_envs
         self.at = [None] * num_envs
         if "cell" not in infos:
@@ -196,14 +196,14 @@ class Exploration:
             self.changed.add(place)
 
     def judge(self, surprise: list[float]) -> None:
-        """Take in how surprising the latest vector step was, of each environment; nan: unknown."""
+        """Record the surprise of the latest vector step, of each environment; nan: unknown."""
         for visits, value in zip(self.here, surprise, strict=True):
             if visits is not None and not math.isnan(value):
                 visits.judged += 1
                 visits.surprise += value
 
     def finish(self, step: int, episode: dict[str, Any]) -> None:
-        """Take in an episode that ended by an agent step, see `EpisodeStatistics`."""
+        """Record an episode that ended by an agent step, see `EpisodeStatistics`."""
         self.distance_max = max(self.distance_max, float(episode.get("distance", 0)))
         score = float(episode.get("distance", episode["reward"]))
         self.latest.append(score)
@@ -212,28 +212,28 @@ class Exploration:
             self.best = Recording(step, score, int(episode["seed"]), list(actions))
 
     def discover(self, step: int, way: tuple[int, list[int]]) -> None:
-        """Take in the way to a new level: seed and actions of the episode that is there."""
+        """Record the way to a new level: seed and actions of the episode that got there."""
         self.way = Recording(step, float(len(self.levels())), *way)
 
     def recordings(self) -> dict[str, Recording]:
-        """Episodes worth looking at, by name: "best" and "way", as far as there are any."""
+        """Episodes worth watching, by name: "best" and "way", if they exist."""
         found = {"best": self.best, "way": self.way}
         return {name: episode for name, episode in found.items() if episode is not None}
 
     def levels(self) -> set[tuple[int, int]]:
-        """World and stage of all in which somebody has been."""
+        """World and stage of all levels visited."""
         return {at[:2] for at, region in self.regions.items() if region.cells}
 
     def objective(self) -> float:
-        """Mean score of the latest episodes, however few; 0 of none. What a search maximises."""
+        """Mean score of the latest episodes, however few; 0 if none. What a search maximises."""
         return sum(self.latest) / max(1, len(self.latest))
 
     def average(self) -> float | None:
-        """Mean score of the latest episodes; None of fewer than `LATEST`."""
+        """Mean score of the latest episodes; None if fewer than `LATEST`."""
         return self.objective() if len(self.latest) == LATEST else None
 
     def names(self) -> dict[Place, str]:
-        """Of all places: "1-1", or "1-1_area_2" for the second area that was found of a level."""
+        """Of all places: "1-1", or "1-1_area_2" for the second area found in a level."""
         areas: dict[tuple[int, int], int] = defaultdict(int)  # of each level, so far
         names = {}
         for place in self.regions:
@@ -244,13 +244,13 @@ class Exploration:
         return names
 
     def news(self) -> dict[str, Region]:
-        """Where somebody has been since the last call, by name."""
+        """Regions visited since the last call, by name."""
         found = {n: self.regions[at] for at, n in self.names().items() if at in self.changed}
         self.changed.clear()
         return found
 
     def places(self) -> list[dict[str, Any]]:
-        """What is known of every place, in the order in which they were discovered.
+        """What is known of every place, in the order of discovery.
 
         `place`: its name; `first`: agent step of the first visit; `lives` that have come there;
         `ends`: lives and episodes that ended there; `cells` visited.
@@ -306,7 +306,7 @@ class Exploration:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave and a checkpoint kept."""
+        """Restore a `state_dict` that a checkpoint kept."""
         self.distance_max = state["distance_max"]
         kept = (state.get(name) for name in ("best", "way"))
         self.best, self.way = (None if each is None else Recording(**each) for each in kept)
@@ -334,7 +334,7 @@ class Exploration:
 
 
 def restored(state: dict[str, Any]) -> Exploration:
-    """What a checkpoint says was found by then."""
+    """What a checkpoint says has been found."""
     found = Exploration()
     found.load_state_dict(state)
     return found

@@ -1,4 +1,4 @@
-"""Puts an agent together from its settings."""
+"""Builds an agent from its settings."""
 
 import torch
 
@@ -78,7 +78,7 @@ def build_agent(
 def build_signal(
     config: CuriosityConfig, state_shape: tuple[int, int, int], num_actions: int, told: bool
 ) -> Signal:
-    """Build a curiosity signal; `told` its models the previous action or not."""
+    """Build a curiosity signal; `told` if its models get the previous action."""
     if not isinstance(config, PredictorConfig):
         return NoCuriosity()
     phi, hidden = Phi(state_shape), config.hidden
@@ -133,7 +133,7 @@ def build_replay(
     needed = Replay.nbytes(capacity, frame, num_actions)
     free = available_bytes() // LOCAL_WORLD_SIZE
     kept_on = memory_device(needed, device)
-    if needed > MOST * free:  # one on a GPU as well: it is saved, and read again, by way of the CPU
+    if needed > MOST * free:  # also for one on a GPU, which is saved and loaded by way of the CPU
         fitting = int(MOST * free / Replay.nbytes(1, frame, num_actions))
         raise UserError(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "

@@ -15,7 +15,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from icm.errors import UserError, WriteError
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Of the project: where `conf/` and `scripts/` are."""
+"""The project's root, with `conf/` and `scripts/`."""
 
 
 def latest(run: Path) -> Path:
@@ -24,7 +24,7 @@ def latest(run: Path) -> Path:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may be being written: what follows the last line break is no line.
+    """The lines of a file that may be growing: what follows the last line break is ignored.
 
     Raises:
         OSError: it cannot be read.
@@ -40,7 +40,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def numbered(folder: Path, kind: str) -> list[Path]:
-    """The files `kind`_<agent steps>.pt of a folder, by their steps; others are somebody's own."""
+    """A folder's files `kind`_<agent steps>.pt, sorted by steps; others are the user's own."""
     named = ((path.stem.removeprefix(f"{kind}_"), path) for path in folder.glob(f"{kind}_*.pt"))
     return [path for _, path in sorted((int(n), path) for n, path in named if n.isdecimal())]
 
@@ -49,7 +49,7 @@ LOCK = ".lock"
 
 
 def lock(folder: Path) -> AcquireReturnProxy:
-    """Let no other process write to a run folder while the result is kept, or in its context.
+    """Let no other process write to a run folder while the result lives, or in its context.
 
     Raises:
         UserError: another one does.
@@ -65,12 +65,12 @@ def lock(folder: Path) -> AcquireReturnProxy:
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes of this machine were writing when they were killed.
 
-    In a folder and in the folders in it.
+    In a folder and its subfolders.
     """
     for file in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         name, _, process = file.stem.rpartition(".")
         is_ours = name.endswith(f".{socket.gethostname()}") and process.isdigit()
-        # of this process it is from before it began: in a container all have the same number
+        # this process's id means an earlier process: in a container, all have the same id
         if is_ours and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             _remove(file)
 
@@ -86,7 +86,7 @@ def _remove(file: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Generator[Path]:
-    """A name to write a file or a folder under, which becomes `path` if nothing goes wrong.
+    """A temporary name for a file or a folder, which becomes `path` if nothing goes wrong.
 
     Raises:
         WriteError: it cannot be written.
@@ -99,7 +99,7 @@ def whole(path: Path) -> Generator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]  # ffmpeg's has no number
+        reason = error.strerror or str(error).partition("\n")[0]  # ffmpeg's has no errno
         raise WriteError(f"cannot write {path}: {reason}") from None
     finally:
         _remove(temporary)

@@ -1,4 +1,4 @@
-"""What happens every so many agent steps."""
+"""What happens every N agent steps."""
 
 
 def crossed(step: int, num_envs: int, every: int) -> bool:

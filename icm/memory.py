@@ -1,4 +1,4 @@
-"""How much memory there is, asked before much of it is taken, and what becomes of what is freed."""
+"""How much memory is free, checked before a large allocation; what becomes of freed memory."""
 
 import ctypes
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def available_bytes() -> int:
-    """Bytes this process can still take: free memory of the machine, or less in a container."""
+    """Bytes this process can still take: the machine's free memory, or less in a container."""
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What limits leave of a container, of a job of a cluster, and so on (cgroups, version 2)."""
+    """Bytes left by the limits of a container, a cluster job, and so on (cgroups, version 2)."""
     with suppress(OSError):
         name = CGROUP_OF_THIS.read_text().rpartition("0::/")[2].strip()
         for group in (CGROUPS / name, *(CGROUPS / name).parents):
-            limit = group / "memory.max"  # "max" where there is none
+            limit = group / "memory.max"  # "max" if there is none
             if limit.is_file() and (text := limit.read_text().strip()).isdigit():
                 used = int((group / "memory.current").read_text())
                 rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-                # what has been read and written is kept as long as nobody wants the memory
+                # the file cache is given up as soon as the memory is needed
                 cached = sum(int(n) for kind, n in rows if kind in ("active_file", "inactive_file"))
                 yield int(text) - used + cached
 
@@ -39,11 +39,11 @@ def memory_device(needed: int, device: torch.device) -> torch.device:
 
 
 def keep_freed() -> None:
-    """Let this process keep what it frees, up to blocks of 32 MiB, for what it allocates next.
+    """Let this process reuse what it frees, up to blocks of 32 MiB, for its next allocations.
 
-    GNU's C library gives large blocks back to the system. An update would take the same ones again
-    and again, page by page: a tenth of its time and more (docs/performance.md). Nothing happens
-    where there is another C library.
+    GNU's C library returns large blocks to the system. Every update would fetch them again, page
+    by page: a tenth of its time and more (docs/performance.md). With another C library, nothing
+    happens.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")

@@ -74,7 +74,7 @@ class InputNorm(nn.Module):
 def contrast_normalised(states: Tensor) -> Tensor:
     """Float32 of uint8 states (..., C, H, W), each with mean 0 and std 1 over all its pixels.
 
-    A dark level is seen as well as a bright one then; by the statistics of a bright one, as of
+    So a dark level is seen as well as a bright one; by the statistics of a bright one, as in
     `InputNorm`, all pictures of a dark one look much the same.
     """
     x = states.to(torch.float32)
@@ -88,10 +88,10 @@ def one_hot(actions: Tensor, num_actions: int) -> Tensor:
 
 
 def with_previous(x: Tensor, previous: Tensor | None, num_previous: int) -> Tensor:
-    """Inputs (batch, n) and, for networks told it, the previous action as one-hot beside them.
+    """Inputs (batch, n), followed by the one-hot previous action for networks that are told it.
 
-    A picture does not show what the controller did, and it matters: in Super Mario Bros. a jump
-    begins only where A was up before.
+    A picture does not show what the controller did, which matters: in Super Mario Bros. a jump
+    begins only if A was up before.
 
     Args:
         x: float (batch, n).
@@ -114,15 +114,15 @@ def with_previous(x: Tensor, previous: Tensor | None, num_previous: int) -> Tens
 class _ELU(torch.autograd.Function):
     """See `elu`. The gradient, 1 or y + 1, needs only the result y.
 
-    No `setup_context`: with one, each call inspects signatures, as long as the arithmetic takes.
+    No `setup_context`: each call would inspect signatures, as slow as the arithmetic itself.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 hides small y in bfloat16
         y = wide.clamp(max=0).exp_().sub_(1).to(x.dtype)
-        # fresh memory costs as much as the arithmetic; not compiled, and there PyTorch 2.11 cannot
-        # take an `out`, and has no gradient of what is changed in place
+        # new memory costs as much as the arithmetic; not when compiled, where PyTorch 2.11 cannot
+        # take an `out`, and has no gradient of in-place changes
         result = torch.maximum(x, y, out=None if torch.compiler.is_compiling() else y)
         ctx.save_for_backward(result)
         return result
@@ -136,14 +136,14 @@ class _ELU(torch.autograd.Function):
 def elu(x: Tensor, /) -> Tensor:
     """Exponential linear unit, x if positive, else exp(x) - 1 (Clevert et al. 2016, section 3).
 
-    `F.elu` takes expm1, which costs a compiled update a fifth of its time, and once was most of an
-    eager one (docs/performance.md). Equal to it within rounding of 1.
+    `F.elu` uses expm1, which takes a fifth of a compiled update's time, and once took most of an
+    eager one's (docs/performance.md). Equal to it within rounding of 1.
     """
     return _ELU.apply(x)
 
 
 def conv_features(height: int, width: int, convolutions: int = 4) -> int:
-    """Length of the flattened output of so many convolutions (42x42 -> 3x3x32 = 288)."""
+    """Length of the flattened output of the `convolutions` (42x42 -> 3x3x32 = 288)."""
     for _ in range(convolutions):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
     return height * width * 32
@@ -167,7 +167,7 @@ class _ConvBody(nn.Module):
 
     @property
     def convs(self) -> list[nn.Conv2d]:
-        """All of them, in order."""
+        """Convolutions in order."""
         return [module for module in self.children() if isinstance(module, nn.Conv2d)]
 
     def features(self, x: Tensor) -> Tensor:
@@ -219,14 +219,14 @@ class Fnet(nn.Module):
 class InverseNet(nn.Module):
     """Inverse model: guesses the action between two states (Pathak et al. 2017, eq. 2).
 
-    `dropout` hides features, each in both states, which keeps it from learning transitions by
-    heart; 0 is the tutorial's model. Hidden independently, few features would be left in both,
-    and it may learn nothing for 100 000 agent steps: what an action did shows in their difference.
+    `dropout` hides the same features in both states, so that the model does not memorise
+    transitions; 0 is the tutorial's model. Hidden independently, few features would be left in
+    both, and it may learn nothing for 100 000 agent steps: actions show in their difference.
 
-    `layer_norm` normalises what the hidden units are given (Ba et al. 2016), so that some are
-    active in every transition. Without, one after the other may fall silent in all of them, and
-    learns no more: features have a mean that is far from 0, through which one step of Adam moves
-    what all units are given, and a model that knows nothing yet errs least if it is silent.
+    `layer_norm` normalises the hidden units' inputs (Ba et al. 2016), so that some are active in
+    every transition. Without it, one unit after the other may fall silent in all of them, and then
+    learns no more: features have a mean far from 0, so one Adam step shifts the inputs of all
+    units, and a model that knows nothing yet errs least when silent.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class InverseNet(nn.Module):
 
 
 class Qnetwork(_ConvBody):
-    """Action values of a state; `layer_norm` normalises what the last two layers are given."""
+    """Action values of a state; `layer_norm` normalises the inputs of the last two layers."""
 
     def __init__(
         self,

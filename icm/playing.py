@@ -1,4 +1,4 @@
-"""A checkpoint at play, one agent step after the other."""
+"""A checkpoint at play, one agent step at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from icm.models import NO_ACTION
 
 @dataclass
 class Moment:
-    """One agent step as the agent went through it.
+    """One agent step as the agent experienced it.
 
     frames: of the game, RGB uint8 (H, W, 3), if somebody watches.
     state: what it saw, uint8 (C, H, W).
@@ -30,8 +30,8 @@ class Moment:
     action: the one that was taken.
     surprise: raw surprise of what followed.
     reward: scaled intrinsic reward of it.
-    guess: what the inverse model takes the action for, (actions,); None if there is no such model.
-    where: in words.
+    guess: action probabilities of the inverse model, (actions,); None if there is none.
+    where: the place, in words.
     episode: if it ended, its `length`, `distance` and so on, its `game_reward` and, scaled and
         summed, `intrinsic_reward`.
     """
@@ -53,7 +53,7 @@ def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agen
     Args:
         path: the checkpoint.
         device: where to compute.
-        game: what the settings of its environment are replaced by.
+        game: replacements for settings of its environment.
 
     Raises:
         UserError: the file is no checkpoint, or its networks do not fit its settings or the game.
@@ -75,7 +75,7 @@ class Player:
     """Plays the game of an agent in one environment; a context manager.
 
     Args:
-        agent: it decides, and judges what happens.
+        agent: acts, and judges what happens.
         config: its settings.
         step: the agent step whose schedules it follows.
         greedy: the best action instead of a sampled one.
@@ -119,7 +119,7 @@ class Player:
             action = int(torch.multinomial(probabilities, 1, generator=self.generator))
         observation, _, _, _, info = self.env.step(action)
         next_state, taken = torch.from_numpy(observation).unsqueeze(0), torch.tensor([action])
-        # the inverse model is told the policy, as in training, even if it is greedy now
+        # the inverse model is told the policy, as in training, even if play is greedy
         policy = agent.probabilities(state, previous, self.step) if self.greedy else probabilities
         errors, places = agent.judge(state, previous, taken, next_state, policy)
         episode = info.get("episode")
@@ -170,7 +170,7 @@ class Player:
 
 
 def where(info: dict[str, Any]) -> str:
-    """The place that a step has led to, in words; empty where it is not known."""
+    """The place that a step has led to, in words; empty if unknown."""
     if "cell" not in info:
         return ""
     world, stage, _, x, _ = info["cell"].tolist()

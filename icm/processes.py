@@ -16,27 +16,27 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
 from typing import Any, TextIO
 
-CLOSING_TIME = 4.0  # seconds in which a process has to end
+CLOSING_TIME = 4.0  # seconds for a process to end
 
-# A terminal and a cluster's scheduler send these to every process; the main one alone reacts: it
-# saves and ends the others, and should it be killed, they end with their pipe.
-HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; not on Windows
-TIME_IS_UP = getattr(signal, "SIGUSR2", None)  # of Slurm, as submitit asks it to; not on Windows
+# A terminal and a cluster's scheduler send these to every process; only the main one reacts: it
+# saves and ends the others; if it is killed, they end with their pipe.
+HANGUP = getattr(signal, "SIGHUP", None)  # when a terminal closes; not on Windows
+TIME_IS_UP = getattr(signal, "SIGUSR2", None)  # from Slurm, set by submitit; not on Windows
 SIGNALS = tuple(s for s in (signal.SIGINT, signal.SIGTERM, HANGUP, TIME_IS_UP) if s is not None)
 
 
 class Assistants:
     """New Python processes, each at the other end of a pipe.
 
-    They are new, because a fork of a process with the threads of torch may hang. They import the
-    main module, which has to do its work under `if __name__ == "__main__"`. They end with their
+    They are new, because a fork of a process with torch's threads may hang. They import the
+    main module, which must do its work under `if __name__ == "__main__"`. They end with their
     pipe to this process, however this process ends. One that fails sends its traceback, a str.
 
     Args:
         number: how many.
         serve: what each does, given its end of the pipe and `arguments`; must be picklable.
         arguments: for `serve`; picklable, or made by `multiprocessing` for sharing.
-        patience: seconds after which a process is killed that does not take in what it is sent, or
+        patience: seconds after which a process is killed if it does not read what it is sent, or
             does not finish what it has begun to send.
     """
 
@@ -45,7 +45,7 @@ class Assistants:
     ) -> None:
         self._given = serve, arguments
         self._patience = patience
-        self._deadlines = [math.inf] * number  # until when what waits for each has to be over
+        self._deadlines = [math.inf] * number  # until when waiting for each has to end
         self._over = threading.Event()
         self.pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
@@ -60,7 +60,7 @@ class Assistants:
         threading.Thread(target=_watch, args=watched, daemon=True).start()
 
     def send(self, number: int, order: Any, /) -> None:
-        """Send to a process; no error if it is gone: that is known when its answer is received."""
+        """Send to a process; no error if it is gone: receiving its answer will raise one."""
         with suppress(ConnectionError), self._guard(number):
             self.pipes[number].send(order)
 
@@ -75,7 +75,7 @@ class Assistants:
 
     @contextmanager
     def _guard(self, number: int) -> Generator[None]:
-        """Kill a process for which this one waits too long: a message may be longer than a pipe."""
+        """Kill a process that blocks this one too long: a message may exceed a pipe's buffer."""
         self._deadlines[number] = time.monotonic() + self._patience
         try:
             yield
@@ -94,7 +94,7 @@ class Assistants:
         ours, theirs = context.Pipe()
         serve, arguments = self._given
         if os.name == "posix":  # elsewhere there is none
-            with signals_blocked():  # its own, because starting it lets some through again
+            with signals_blocked():  # separately, as starting it unblocks some
                 resource_tracker.ensure_running()
         with signals_blocked():
             process = context.Process(target=_assist, args=(serve, theirs, *arguments), daemon=True)
@@ -120,12 +120,12 @@ def signals_blocked() -> Generator[None]:
 
 
 def discard(output: int) -> None:
-    """What is written to a file descriptor from now on is lost, and no error."""
+    """Silently discard what is written to a file descriptor from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def say(line: str, output: TextIO) -> None:
-    """Print a line; that nobody reads it any more is no reason to end."""
+    """Print a line; if nobody reads it any more, go on without it."""
     try:
         print(line, file=output, flush=True)
     except OSError:
@@ -133,14 +133,14 @@ def say(line: str, output: TextIO) -> None:
 
 
 def leave_terminal() -> None:
-    """Let go of a terminal that is gone."""
+    """Stop writing to a lost terminal."""
     for output in (1, 2):
         if stat.S_ISCHR(os.fstat(output).st_mode):
             discard(output)
 
 
 def _watch(processes: list[SpawnProcess], deadlines: list[float], over: threading.Event) -> None:
-    """Kill those whose deadline is over, until all is."""
+    """Kill those past their deadline, until `over`."""
     while not over.wait(1.0):
         for process, deadline in zip(processes, deadlines, strict=True):
             if time.monotonic() > deadline:

@@ -1,8 +1,8 @@
-"""Which of several learners this process is, as `torchrun` tells it in the environment.
+"""Which of several learners this process is, from `torchrun`'s environment variables.
 
 Ranks train one agent together (data-parallel). Each steps its own part of the environments and
-computes its own part of every batch; all else is the same in all of them. Apart from
-`icm.collectives`, because worker processes and `--help` do without torch.
+computes its own part of every batch; all else is the same in all of them. Not a part of
+`icm.collectives`, because worker processes and `--help` need no torch.
 """
 
 import os
@@ -14,7 +14,7 @@ RANK = int(os.environ.get("RANK", 0))
 """The number of this one; 0 keeps the run folder."""
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-"""Its number among those of its machine, and so that of its GPU."""
+"""Its number on its machine, and so that of its GPU."""
 
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 """How many ranks its machine has."""

@@ -47,7 +47,7 @@ class Replay:
         frame_shape: (H, W) of one grey frame.
         frame_stack: frames in a state; at the start of an episode its first frame is repeated.
         num_actions: size of the action space.
-        device: where all of it is kept, and sequences are put together.
+        device: where all of it is kept, and sequences are assembled.
     """
 
     def __init__(
@@ -121,28 +121,28 @@ class Replay:
         self.size = min(self.size + 1, self.num_slots)
 
     def can_sample(self, length: int) -> bool:
-        """Whether a sequence of `length` slots, its successor and its first state are stored."""
+        """Whether `length` slots, their successor and the first one's history are stored."""
         return self.size > length + self.history
 
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Sequences:
         """Draw `batch` sequences of `length` slots uniformly (see `Sequences` for shapes).
 
-        Every rank draws the same ones, and gets its part of them.
+        Every rank draws the same ones and gets its part of them.
 
         Raises:
             ValueError: too little is stored (see `can_sample`).
         """
         if not self.can_sample(length):
             raise ValueError(f"{self.size} slots stored, too few for sequences of {length}")
-        # what belongs to the oldest states is already overwritten
+        # the history of the oldest states is already overwritten
         starts = torch.randint(self.history, self.size - length, (batch, 1), generator=generator)
         envs = torch.randint(self.num_envs, (batch, 1), generator=generator)
         return self.gather(self.head - self.size + own(starts), own(envs), length)
 
     def gather(self, starts: Tensor, envs: Tensor, length: int) -> Sequences:
-        """Sequences of `length` slots from `starts` on, of `envs`: both int64 (B, 1), on the CPU.
+        """Sequences of `length` slots of `envs` from `starts` on: both int64 (B, 1), on the CPU.
 
-        What they and their first state reach to must still be stored, see `sample`.
+        Their successors and first states' history must be stored, see `sample`.
         """
         starts, envs = sent(starts, self.device), sent(envs, self.device)
         along = torch.arange(length + 1, device=self.device)
@@ -174,11 +174,11 @@ class Replay:
         return self.frames[index].flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled slots as tensors, on the CPU not copied, and where writing goes on.
+        """The filled slots as tensors, not copied on the CPU, and the slot written next.
 
-        The frames are compressed, to a seventh and less: uint8 (bytes,), as in a file of zstd.
+        The frames are compressed, to a seventh or less: uint8 (bytes,), as in a zstd file.
         """
-        # by way of NumPy, because a file would hold all of what a slice of a tensor is part of
+        # via NumPy, because saving a slice of a tensor would save the whole tensor
         filled = {
             name: torch.from_numpy(value[: self.size].cpu().numpy())
             for name, value in self._tensors().items()
@@ -214,7 +214,7 @@ class Replay:
         if zstandard.frame_content_size(packed) != size * prod(frame):
             raise ValueError("replay memory does not fit its own size")
         self.head, self.size = state["head"], size
-        # into their place, on a CPU: a copy beside it would be as large once more
+        # in place on a CPU: a copy would take as much memory again
         frames = self.frames[:size].cpu()
         with zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
             unpacked.readinto(frames.numpy().reshape(-1))
@@ -241,7 +241,7 @@ class Replay:
 def since_opening(states: Tensor, age: Tensor) -> Tensor:
     """Stacked states without what was before their episodes opened; the first frame is repeated.
 
-    So has the memory them. Of an episode that goes on in the middle, an environment shows more.
+    The memory has them so. If one opens in the middle of another, its environment shows more.
 
     Args:
         states: uint8 (n, C, H, W).

@@ -1,4 +1,4 @@
-"""Redoes the rows of docs/results.md with the scripts that a user runs, seed by seed."""
+"""Reproduces rows of docs/results.md with the scripts that users run, seed by seed."""
 
 import json
 import signal
@@ -40,7 +40,7 @@ class Row:
 
     train: list[Any]
     evaluate: dict[str, list[str]]
-    after: str | None = None  # the row whose checkpoint of the same seed the training continues
+    after: str | None = None  # the row whose checkpoint with the same seed is continued
 
 
 @dataclass
@@ -55,9 +55,9 @@ class ReproduceConfig:
 
 
 def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
-    """Train and evaluate what of a row is not there yet.
+    """Train and evaluate what is still missing of a row.
 
-    A training that was interrupted goes on. Beside the runs are written, for every seed,
+    An interrupted training continues. Written beside the runs are, for every seed,
     `<row>_seed<seed>.metrics.jsonl` and, for every evaluation, `<row>_seed<seed>.<name>.json`.
 
     Returns:
@@ -96,7 +96,7 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def flattened(settings: list[Any]) -> Iterator[str]:
-    """The settings in lists within lists."""
+    """The settings in nested lists."""
     for setting in settings:
         if isinstance(setting, list):
             yield from flattened(setting)
@@ -105,14 +105,14 @@ def flattened(settings: list[Any]) -> Iterator[str]:
 
 
 def summarised(rows: list[dict[str, Any]]) -> Iterator[dict[str, float]]:
-    """The log intervals of a training in short."""
+    """A summary of a training's log intervals."""
     for row in rows:
         kept = {k: round(row[k], 4) for k in METRICS if row.get(k) is not None}
         yield {"step": row["step"], **kept}
 
 
 def script(name: str, arguments: list[str], capture: bool = False) -> str:
-    """Run a script of this program; what it prints, if captured.
+    """Run a script of this program; return captured output.
 
     Raises:
         UserError: it failed. Its own message has been printed.
@@ -121,7 +121,7 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
     print("$", name, *arguments, flush=True)
     running = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
-    # a training takes its time to save; Ctrl-C reaches it without our help
+    # a training takes time to save; Ctrl-C reaches it directly
     before = [
         signal.signal(signal.SIGINT, signal.SIG_IGN),
         signal.signal(signal.SIGTERM, lambda number, frame: running.terminate()),
@@ -138,7 +138,7 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Distance and share of episodes that passed a level: of each seed, and mean and its error."""
+    """Distance and share of episodes past a level: per seed, then means with a standard error."""
     lines = []
     for kind, of_seeds in results.items():
         for policy in ("sampled", "greedy", "random"):

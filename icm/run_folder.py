@@ -1,4 +1,4 @@
-"""The run folder of a training: claimed before Hydra writes, and what a run there goes on with."""
+"""The run folder of a training: claimed before Hydra writes, and what a run there continues."""
 
 import itertools
 import sys
@@ -22,9 +22,9 @@ from icm.ranks import RANK, WORLD_SIZE
 
 
 class RunFolder(Callback):
-    """Before Hydra writes: takes over a checkpoint's settings, checks, claims a new folder.
+    """Before Hydra writes: adopts a checkpoint's settings, checks them, claims a new folder.
 
-    The first rank does; the others have a folder that goes with them.
+    The first rank claims; the others get temporary folders.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -48,9 +48,9 @@ class RunFolder(Callback):
             sys.exit(1)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """A sweep that is given no folder gets one that no other has.
+        """Create a new folder for a sweep that is given none.
 
-        Its runs are named by what they differ in.
+        Its runs are named after what they differ in.
         """
         if WORLD_SIZE > 1:
             fail(UserError("-m: torchrun trains one agent at a time; a sweep needs a launcher"))
@@ -68,12 +68,12 @@ class RunFolder(Callback):
         except UserError as error:
             fail(error)
         more.append("hydra.output_subdir=null")  # see `record`
-        with read_write(config), open_dict(config):  # Hydra makes the settings of each run of these
+        with read_write(config), open_dict(config):  # Hydra makes each run's settings from these
             config.hydra.overrides.hydra.extend(more)
 
 
 def record(settings: DictConfig, folder: Path) -> None:
-    """Write into a run folder of a sweep what Hydra writes itself into that of a single run.
+    """Write into a run folder of a sweep what Hydra itself writes into that of a single run.
 
     Hydra would do so before it is known that a run there has these settings.
     """
@@ -89,9 +89,9 @@ def record(settings: DictConfig, folder: Path) -> None:
 def adopt_settings(config: DictConfig) -> dict[str, Any]:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
-    But not where environments live: that is another matter on every machine.
+    Except for where environments run: that differs between machines.
 
-    Of a damaged `latest.pt` those of the newest whole checkpoint beside it, which is then `resume`.
+    If `latest.pt` is damaged, the newest whole checkpoint beside it becomes `resume`.
 
     Returns:
         the content of the checkpoint.
@@ -99,7 +99,7 @@ def adopt_settings(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: another group (`preset=…`) is chosen, or the checkpoint cannot be read.
     """
-    from icm import checkpoint  # here, because torch takes its time to import
+    from icm import checkpoint  # here, because importing torch takes time
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     path, content = checkpoint.newest_whole(Path(config.resume))
@@ -108,7 +108,7 @@ def adopt_settings(config: DictConfig) -> dict[str, Any]:
         key = override.key_or_group
         if key not in config.hydra.runtime.choices:
             OmegaConf.update(merged, key, OmegaConf.select(config, key))
-        # agent=ppo lets Hydra know the settings of a checkpoint of that agent
+        # agent=ppo makes Hydra accept the settings of that agent's checkpoint
         elif override.value() not in (merged[key], OmegaConf.select(merged, f"{key}.name")):
             raise UserError(
                 f"{override.input_line}: a resumed run keeps the groups of its checkpoint; "
@@ -122,7 +122,7 @@ def adopt_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def must_go_on(content: dict[str, Any], config: Config) -> None:
-    """Refuse to resume a checkpoint, of this content, with settings that cannot go on with it."""
+    """Refuse to resume a checkpoint (`content`) with settings that cannot continue it."""
     path, step, warmup = config.resume, content["step"], config.agent.warmup_steps
     if "optimizers" not in content:
         raise UserError(f"{path}: exported for playing; resume what it was exported from")
@@ -141,7 +141,7 @@ def must_go_on(content: dict[str, Any], config: Config) -> None:
 def claim_folder(config: DictConfig, settings: Config) -> None:
     """Create the run folder; a name that exists gets a number, unless the user gave it.
 
-    A folder the user gave may hold a run of the same settings, which is to go on.
+    A folder the user gave may hold a run with the same settings, to be continued.
 
     Raises:
         UserError: the folder the user gave holds something else, or it cannot be created.
@@ -152,7 +152,7 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             config.hydra.run.dir = str(new_folder(folder))
         return
     _made(folder)
-    # a start that was refused has left no more than its settings
+    # a refused start has left no more than its settings
     nothing = {LOCK, Path(SETTINGS).parent.name}
     if not folder.is_dir() or ({file.name for file in folder.iterdir()} - nothing):
         if not (folder / SETTINGS).exists():
@@ -183,7 +183,7 @@ def new_folder(wanted: Path) -> Path:
 
 
 def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint with which the run of a folder goes on, and its content, if there is one.
+    """The checkpoint from which a folder's run continues, and its content, if there is one.
 
     Raises:
         UserError: the settings are not those of that run.
@@ -191,7 +191,7 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
     newest = latest(folder)
     if not newest.exists() and not numbered(newest.parent, "step"):
         return None
-    from icm import checkpoint  # here, because torch takes its time to import
+    from icm import checkpoint  # here, because importing torch takes time
 
     path, content = checkpoint.newest_whole(newest)
     with checkpoint.restoring(path):
@@ -203,8 +203,8 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
 def must_be_same(folder: Path, before: Config, config: Config) -> None:
     """Refuse settings that are not those of the run in a folder.
 
-    Where environments live may change, and in how many processes. Of settings that are newer than
-    that run, it had the defaults.
+    Where environments run, and in how many processes, may change. A run older than a setting had
+    its default.
     """
     was, now = (flat(asdict(each)) for each in (before, config))
     for name in sorted(now.keys() - {"resume", "collector", "env.num_workers"}):

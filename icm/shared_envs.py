@@ -1,4 +1,4 @@
-"""Environments of all ranks, of which each steps its own."""
+"""Environments of all ranks; each rank steps its own."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     the state.
 
     Args:
-        envs: of this rank, which numbers them as part of the whole.
+        envs: of this rank, numbered as part of the whole.
     """
 
     def __init__(self, envs: WorkerVectorEnv) -> None:
@@ -69,7 +69,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return observations, rewards, terminated, truncated, infos
 
     def way(self, row: int) -> tuple[int, list[int]]:
-        """That of the environment's rank, see `WorkerVectorEnv.way`; all ranks ask together."""
+        """See `WorkerVectorEnv.way`, of the environment's rank; all ranks call it together."""
         rank, own = divmod(row, self.envs.num_envs)
         return all_objects(self.envs.way(own))[rank]
 
@@ -81,7 +81,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return {"entropy": parts[0]["entropy"], **whole}
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Play running episodes again, see `WorkerVectorEnv.restore`."""
+        """Replay running episodes, see `WorkerVectorEnv.restore`."""
         names = state.keys() - {"entropy"}
         part = {name: state[name][self.rows] for name in names}
         observations, ended, infos = self.envs.restore({"entropy": state["entropy"], **part})
@@ -95,7 +95,7 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _whole(
         self, infos: dict[str, Any], **results: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Results of all environments, as fields of an array, and infos; of this rank's part."""
+        """All environments' results, as array fields, and infos, from this rank's part."""
         episodes = [(row + self.rows.start, one) for row, one in episodes_in(infos).items()]
         scenery = infos.get("scenery", [])
         rows = np.zeros(self.envs.num_envs, self._row)

@@ -1,4 +1,4 @@
-"""Where numbers of a run go: TensorBoard and metrics.jsonl."""
+"""Where a run's numbers go: TensorBoard and metrics.jsonl."""
 
 import json
 import math
@@ -50,7 +50,7 @@ class Tracker:
                 }
             )
             self._describe(step, config)
-            if metrics.exists():  # what a run did after its last checkpoint is done again
+            if metrics.exists():  # steps after a run's last checkpoint are done again
                 rows = json_lines(metrics)
                 write_lines(metrics, [json.dumps(row) for row in rows if row["step"] <= step])
             self.file = metrics.open("a", buffering=1)
@@ -60,7 +60,7 @@ class Tracker:
         self.last: dict[str, float | None] = {}  # the latest line of metrics.jsonl
 
     def _describe(self, step: int, config: dict[str, Any]) -> None:
-        """Say in TensorBoard what this run is: the command, every setting, hyperparameters."""
+        """Describe this run in TensorBoard: the command, every setting, hyperparameters."""
         for name, text, kind in (
             ("command", shlex.join(["python", *sys.argv]), "bash"),
             ("settings", OmegaConf.to_yaml(OmegaConf.create(config)), "yaml"),
@@ -70,12 +70,12 @@ class Tracker:
         shown = {name: value for name, value in flat(config).items() if isinstance(value, kinds)}
         metrics = dict.fromkeys(("episode/distance", "explore/cells", "icm/inverse_gain"))
         writer = self.writer._get_file_writer()
-        for summary in hparams(shown, metrics):  # in this run, not in one of its own below it
+        for summary in hparams(shown, metrics):  # in this run, not in a sub-run of its own
             writer.add_summary(summary)
 
     @staticmethod
     def _report(failure: threading.ExceptHookArgs) -> None:
-        """Be silent of a thread of TensorBoard that cannot write: its next call raises that."""
+        """Ignore a thread of TensorBoard that cannot write: the next call raises its error."""
         if not isinstance(failure.thread, _AsyncWriterThread):
             threading.__excepthook__(failure)
 
@@ -93,7 +93,7 @@ class Tracker:
     def add(self, samples: dict[str, Any]) -> None:
         """Add a number, which may be a scalar tensor, or many samples (N,) to each average.
 
-        Sums of tensors stay where these are until `averages`.
+        Sums of tensors stay on their device until `averages`.
         """
         for name, value in samples.items():
             many = isinstance(value, Tensor) and value.ndim > 0
@@ -102,14 +102,14 @@ class Tracker:
 
     def averages(self) -> dict[str, float]:
         """Averages since the last call, in plain numbers."""
-        known = [name for name, count in self.counts.items() if count]  # not of resets alone
+        known = [name for name, count in self.counts.items() if count]  # 0: only resets
         result = {name: float(self.sums[name]) / self.counts[name] for name in known}
         self.sums.clear()
         self.counts.clear()
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What the running log interval has brought so far."""
+        """What the running log interval has so far."""
         return {
             "sums": dict(self.sums),
             "counts": dict(self.counts),
@@ -117,7 +117,7 @@ class Tracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with that interval."""
+        """Continue that interval."""
         self.sums.update(state["sums"])
         self.counts.update({name: int(count) for name, count in state["counts"].items()})
         for name, values in state["values"].items():
@@ -126,7 +126,7 @@ class Tracker:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write one log interval at an agent step, and histograms of what was collected.
 
-        In metrics.jsonl numbers that are not finite become null.
+        In metrics.jsonl, non-finite numbers become null.
 
         Raises:
             WriteError: it cannot be written.
@@ -161,7 +161,7 @@ class Tracker:
 
 
 class Clock:
-    """Wall-clock speeds between two log lines, and the shares of the time that phases take."""
+    """Wall-clock speeds between two log lines, and each phase's share of the time."""
 
     def __init__(self, step: int) -> None:
         self.since, self.step = time.perf_counter(), step

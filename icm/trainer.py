@@ -36,14 +36,14 @@ from icm.viz.gallery import Gallery
 from icm.viz.studio import Drawn
 
 EPISODE_METRICS = ("distance", "length", "reward", "flag", "levels_passed")
-SAME_SIGNAL = 1.0  # seconds: a terminal and `uv run` both pass one on, for instance
+SAME_SIGNAL = 1.0  # seconds: one may come twice, from a terminal and from `uv run`
 HURRY = 5.0  # seconds for drawing after a signal: some send a stronger one after ten
 
 
 class Trainer:
     """Trains an agent in a vector environment and keeps its run folder.
 
-    All ranks do the same; the first alone saves.
+    All ranks do the same; only the first saves.
 
     Args:
         agent: the learner.
@@ -67,7 +67,7 @@ class Trainer:
         self.core = core_name(config.env)
         self.stopped_by: int | None = None
         self.going_on: dict[str, Any] | None = None  # of the checkpoint that is continued exactly
-        # of the running episodes: the actions before the next ones, and how many there were
+        # of the running episodes: the previous actions, and the agent steps so far
         self.previous = torch.full((envs.num_envs,), NO_ACTION)
         self.age = torch.zeros(envs.num_envs, dtype=torch.int64)
         self.unobserved: dict[str, Tensor] | None = None  # arguments of the agent's `observe`
@@ -80,7 +80,7 @@ class Trainer:
 
         Raises:
             UserError: nothing can be written any more, or learning has broken down. What was saved
-                before is as it was.
+                before is intact.
         """
         total, log_every = self.config.total_steps, self.config.log.every
         save_every = self.config.checkpoint.every
@@ -92,7 +92,7 @@ class Trainer:
         try:
             with self._stopping_on_signals():
                 begun = self._begin()
-                clock = Clock(self.step)  # not before: to play episodes again may take minutes
+                clock = Clock(self.step)  # not before: replaying episodes may take minutes
                 for _ in self._steps(total, clock, *begun):
                     self.display.advance(self.step)
                     if crossed(self.step, self.envs.num_envs, log_every):
@@ -105,7 +105,7 @@ class Trainer:
                     if number := greatest(self.stopped_by or 0):  # all ranks stop together
                         self.stopped_by = number
                         break
-                if self.step >= total:  # or else whoever goes on completes the interval
+                if self.step >= total:  # else a resumed run completes the interval
                     self._log(clock)
                 self.save()
                 drawings = self.gallery.finish(
@@ -123,7 +123,7 @@ class Trainer:
             ) from None
         except WriteError:
             if WORLD_SIZE == 1:
-                with suppress(WriteError):  # this may be possible, in spite of that
+                with suppress(WriteError):  # this may still be possible
                     self.save()
             raise
         finally:
@@ -134,7 +134,7 @@ class Trainer:
         return self.stopped_by if self.step < total else None
 
     def _steps(self, total: int, clock: Clock, states: Tensor, reset: Tensor) -> Iterator[None]:
-        """Vector steps; while the emulators run, the agent observes the one before, and learns."""
+        """Vector steps; while the emulators run, the agent observes the last one and learns."""
         agent, envs = self.agent, self.envs
         n = envs.num_envs
         while self.step < total:
@@ -163,7 +163,7 @@ class Trainer:
                 "actions": actions,
                 "next_states": next_states,
                 "rewards": torch.from_numpy(rewards).float(),
-                # a life lost is a death like that which ends an episode
+                # a lost life is a death like one that ends an episode
                 "terminated": torch.from_numpy(terminated | life_lost),
                 "truncated": torch.from_numpy(truncated),
                 "reset": reset,
@@ -185,7 +185,7 @@ class Trainer:
             yield
 
     def _begin(self) -> tuple[Tensor, Tensor]:
-        """Begin episodes, or go on with those that a checkpoint was in the middle of.
+        """Begin episodes, or continue those that a checkpoint was in the middle of.
 
         Returns:
             what `Agent.observe` calls states and reset.
@@ -240,9 +240,8 @@ class Trainer:
         """Continue a checkpoint as if the run had never stopped.
 
         That needs the same environments and seed, and the memory of the same step beside the
-        checkpoint. In others, or with another seed, new episodes begin; without the memory, or for
-        one of another size, the agent fills a new one for as many steps as a warm-up has before it
-        learns.
+        checkpoint. With others, or another seed, new episodes begin; without the memory, or if its
+        size changes, the agent fills a new one for as many steps as a warm-up has before it learns.
 
         Raises:
             UserError: the checkpoint cannot be read, or does not fit.
@@ -255,7 +254,7 @@ class Trainer:
             if before[name] != now[name]:
                 print(f"changed: {name}={now[name]}, was {before[name]}")
         best = self.folder / "checkpoints" / "best.pt"
-        if best.exists():  # it goes on in its own folder
+        if best.exists():  # it continues in its folder
             try:
                 found = checkpoint.load(best)
                 with checkpoint.restoring(best):
@@ -269,7 +268,7 @@ class Trainer:
                     content["agent"].pop(name, None)
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
-            # an episode does not depend on these, and with another number all begin anew anyway
+            # episodes do not depend on these, and with another `num_envs` all begin anew anyway
             numbers = {"num_workers": None, "num_envs": None}
             same_env = content["config"]["env"] | numbers == asdict(self.config.env) | numbers
             if (was := content["core"]) != self.core:
@@ -292,7 +291,7 @@ class Trainer:
             return
         with checkpoint.restoring(path.with_name(checkpoint.memory_name(self.step))):
             self.agent.load_memory(memory)
-        # those that practise are the last ones, and their episodes are no others' episodes
+        # the last environments practise, and the others cannot continue their episodes
         no_less = self.config.practice >= content["config"].get("practice", 0.0)
         if same_env and same_seed and no_less:
             with checkpoint.restoring(path):
@@ -309,9 +308,9 @@ class Trainer:
             self.agent.begin_lives()
 
     def save(self) -> None:
-        """Write the memory, step_<agent steps>.pt, latest.pt, and best.pt if it is that.
+        """Write the memory, step_<agent steps>.pt, best.pt if it is best, and latest.pt.
 
-        Whenever this is interrupted, the memory of what is `latest.pt` then is there.
+        Whenever this is interrupted, `latest.pt` has its memory beside it.
         """
         device = self.agent.device
         cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -342,7 +341,7 @@ class Trainer:
         if average is not None and average > self.best_average:
             self.best_average = average
             names.append("best.pt")
-        names.append("latest.pt")  # the last, because a run goes on with it
+        names.append("latest.pt")  # last, because a run continues from it
         for name in names:
             checkpoint.save(checkpoints / name, content)
         steps, memories = numbered(checkpoints, "step"), numbered(checkpoints, "replay")
@@ -363,7 +362,7 @@ class Trainer:
     def _stopping_on_signals(self) -> Generator[None]:
         """Each of `SIGNALS` ends the loop after the current step, so that it saves.
 
-        Not SIGHUP where that is ignored from the start, as `nohup` has it.
+        Not SIGHUP if that is ignored from the start, as under `nohup`.
         """
         first = math.inf
 

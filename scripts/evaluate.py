@@ -19,7 +19,7 @@ def main(settings: "DictConfig") -> None:
         raise UserError(f"episodes={options.episodes}: must be at least 1")
     check_seed(options.seed)
 
-    # only now, because torch takes its time to import
+    # only now, because torch is slow to import
     from icm.device import resolve_device, share_cores
     from icm.evaluation import rollouts, summary, table
     from icm.playing import load_agent

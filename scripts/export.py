@@ -6,7 +6,7 @@ from icm import cli
 
 
 def main(settings: DictConfig) -> None:
-    """Keep what playing needs; `env.*` changes the game that it will be played in."""
+    """Keep what playing needs; `env.*` changes the game that it will play."""
     from dataclasses import asdict
     from pathlib import Path
 

@@ -41,12 +41,12 @@ def contents(path: str) -> dict[str, Any]:
 
 
 def keyed(entries: Entries) -> list[dict[str, Any]]:
-    """Return what is said of each tensor, and its key."""
+    """Describe each tensor, and give its key."""
     return [{"key": key, **kind(tensor)} for key, tensor in entries]
 
 
 def kind(tensor: Tensor) -> dict[str, Any]:
-    """Return what is said of one tensor."""
+    """Describe one tensor."""
     size = tensor.numel * tensor.item_size
     return {"shape": list(tensor.shape), "dtype": tensor.dtype, "bytes": size}
 
@@ -158,7 +158,7 @@ def row(norms: dict[str, Any], name: str) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a copy of `value` with None for the numbers that JSON has not."""
+    """Return a copy of `value` with None for the numbers that JSON lacks."""
     match value:
         case dict():
             return {key: finite(item) for key, item in value.items()}

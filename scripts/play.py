@@ -9,7 +9,7 @@ from icm import cli
 
 
 def main(settings: DictConfig) -> None:
-    """Play in a window where there is a display, into an mp4 where there is none."""
+    """Play in a window if there is a display, else into an mp4."""
     import json
     import os
     import sys
@@ -38,7 +38,7 @@ def main(settings: DictConfig) -> None:
     if render == "human" and not has_display:
         raise UserError("render=human: there is no display here; render=video writes an mp4")
 
-    # only now, because torch takes its time to import
+    # only now, because torch is slow to import
     from icm.agents.base import Agent
     from icm.device import resolve_device, share_cores
     from icm.playing import Moment, Player, load_agent

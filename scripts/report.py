@@ -20,7 +20,7 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    from icm.viz.report import read_runs, write_report  # only now: importing takes its time
+    from icm.viz.report import read_runs, write_report  # only now: importing is slow
 
     try:
         runs = {run.folder.resolve(): run for folder in options.runs for run in read_runs(folder)}

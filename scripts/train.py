@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def main(settings: "DictConfig") -> float:
-    """Train in the run folder, or go on there; the result is what a search for settings maximises.
+    """Train in the run folder, or continue there; returns what a search for settings maximises.
 
-    Exits like the signal that stopped it, if any did.
+    If a signal stopped it, exits like that signal would.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    # only now, because torch takes its time to import, and worker processes import this file, too
+    # only now, because torch is slow to import, and worker processes import this file, too
     from icm import cli
     from icm.collectives import all_objects, together
     from icm.device import resolve_device
@@ -38,10 +38,10 @@ def main(settings: "DictConfig") -> float:
 
 
 def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
-    """The checkpoint to continue, and the result if that is complete; of a folder with a run.
+    """The checkpoint to continue in a folder, and the result if the run there is complete.
 
     Raises:
-        UserError: another one of that run is to be resumed there.
+        UserError: `resume` names another one of that run.
     """
     from icm.errors import UserError
     from icm.exploration import restored

@@ -1,4 +1,4 @@
-"""What every learner shares: it acts, judges transitions by its curiosity, and is saved."""
+"""Common to all learners: acting, judging transitions by curiosity, and saving."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -28,26 +28,26 @@ from icm.models import InputNorm, Phi, contrast_normalised
 from icm.ranks import WORLD_SIZE
 from icm.replay import Replay, Sequences
 
-MOST_SKIPPED = 50  # steps of the optimizer without a break that may fail, before it is final
+MOST_SKIPPED = 50  # optimizer steps skipped in a row at which training is given up
 
 
 class BrokenDownError(UserError):
-    """What an agent computes is not finite, and will not be again."""
+    """The agent's numbers are not finite, and will not recover."""
 
 
 @dataclass(kw_only=True)
 class Common:
-    """What an agent is built from, whatever its learner.
+    """What an agent of any kind is built from.
 
-    signal: what makes it curious.
-    novelty_phi: encoder of the features by which a state is new or known; it never learns. None:
+    signal: the curiosity signal.
+    novelty_phi: encoder whose features tell new states from known ones; it is never trained. None:
         every state is new.
     input_norm: turns uint8 states into network input, shared by all networks.
     curiosity: settings of the reward.
-    num_envs: environments that it acts in side by side.
+    num_envs: environments that it acts in, in parallel.
     device: where networks and updates live.
     bf16: run the networks under bfloat16 autocast.
-    compiler: of what is computed in every step.
+    compiler: compiles what each step computes.
     seed: of action sampling and of drawing from memory.
     total_steps: agent steps of the whole run.
     """
@@ -65,15 +65,15 @@ class Common:
 
 
 class Agent[Batch](ABC):
-    """Acts, observes and learns, from a `Batch` per update.
+    """Acts, observes and learns from one `Batch` per update.
 
-    A subclass says what it prefers (`choose`) and how it learns (`due`, `update`, `losses`).
+    A subclass defines its preferences (`choose`) and its learning (`due`, `update`, `losses`).
 
     Args:
-        networks: the learner's own, under the names they have in a checkpoint; those with
-            gradients learn at the rate `agent.lr`.
-        policy: how it acts on what it prefers.
-        memory: of experience.
+        networks: the learner's own, by their names in a checkpoint; trainable ones have the
+            learning rate `agent.lr`.
+        policy: turns preferences into probabilities.
+        memory: replay memory.
         agent: settings of the learner.
         common: everything else.
     """
@@ -110,7 +110,7 @@ class Agent[Batch](ABC):
         self._errors = compiler(self.errors)
         self._losses = compiler(self.loss_and_parts, alone=False)
         is_whole = WORLD_SIZE == 1  # ranks exchange gradients between loss and step
-        # by whether a batch begins and completes what the optimizer makes a step of
+        # by whether a batch begins and whether it completes an optimizer step
         self._steps: dict[tuple[bool, bool], Callable[[Batch], tuple[list[str], Tensor]]] = {}
         for begins in (True, False):
             for completes in (True, False):
@@ -118,23 +118,23 @@ class Agent[Batch](ABC):
                 self._steps[begins, completes] = compiler.recorded(step) if is_whole else step
         self.learning = nn.ModuleList(networks.values()), signal
         self.total_steps = common.total_steps
-        # two, because a step may be observed before the next actions are drawn, or after them
+        # two, because a step may be observed before or after the next actions are drawn
         drawn, acted = np.random.SeedSequence(common.seed).generate_state(2).tolist()
         self.generator = torch.Generator().manual_seed(drawn)
         self.action_generator = torch.Generator().manual_seed(acted)
         self.learn_from = agent.warmup_steps
         self.updates = 0
-        self.learned_steps = 0.0  # agent steps that these updates were made for
-        self.waiting = 0  # batches whose gradients wait for more, to make a step of the optimizer
-        self.skipped = torch.zeros((), device=device)  # steps that were not finite
-        self.skipped_running = torch.zeros((), device=device)  # the latest ones, without a break
+        self.learned_steps = 0.0  # agent steps that these updates account for
+        self.waiting = 0  # batches whose gradients are accumulated for the next optimizer step
+        self.skipped = torch.zeros((), device=device)  # non-finite optimizer steps
+        self.skipped_running = torch.zeros((), device=device)  # of these, the latest in a row
 
     @cached_property
     def optimizer(self) -> torch.optim.Adam:
-        """Of what learns, in two groups; `descend` sets their learning rates.
+        """Adam for what learns, in two groups; `descend` sets their learning rates.
 
-        Not made before it is needed: the first one of a process imports PyTorch's compiler, which
-        takes three seconds, and who plays does not learn.
+        Created on first use: a process's first optimizer imports PyTorch's compiler, which takes
+        three seconds, and playing needs none.
         """
         groups = [[p for p in of.parameters() if p.requires_grad] for of in self.learning]
         rate = partial(torch.zeros, (), device=self.device)  # a tensor, to be set within a graph
@@ -158,11 +158,11 @@ class Agent[Batch](ABC):
 
     @abstractmethod
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """What decides which action is taken, and what the states are worth; all on the device.
+        """Action preferences and values of states, on the device.
 
         Args:
             states: uint8 (batch, C, H, W).
-            previous: the actions before, int64 (batch,), NO_ACTION at the start of an episode.
+            previous: previous actions, int64 (batch,), NO_ACTION at the start of an episode.
 
         Returns:
             logits or action values, float32 (batch, actions), and values, float32 (batch, heads).
@@ -178,7 +178,7 @@ class Agent[Batch](ABC):
 
         Args:
             states: uint8 (batch, C, H, W).
-            previous: the actions before, int64 (batch,), NO_ACTION at the start of an episode.
+            previous: previous actions, int64 (batch,), NO_ACTION at the start of an episode.
             step: agent step.
             greedy: all probability on the best action instead.
 
@@ -199,8 +199,8 @@ class Agent[Batch](ABC):
         """Draw one action per state at an agent step; see `probabilities` for the shapes.
 
         Returns:
-            the actions, int64 (batch,); the policy they were drawn from, (batch, actions); and what
-            the states are worth, (batch, heads).
+            the actions, int64 (batch,); the policy they were drawn from, (batch, actions); and the
+            values of the states, (batch, heads).
 
         Raises:
             BrokenDownError: the policy is not finite.
@@ -221,7 +221,7 @@ class Agent[Batch](ABC):
         next_states: Tensor,
         probabilities: Tensor,
     ) -> tuple[Errors, Tensor, Tensor]:
-        """What `judge` returns, of tensors on the device, and the features of the next states."""
+        """`judge` for tensors on the device; also returns the features of the next states."""
         next_features = self.encode(next_states)
         with self._autocast():
             errors = self.signal(features, actions, next_features, probabilities, previous)
@@ -241,10 +241,10 @@ class Agent[Batch](ABC):
         next_states: Tensor,
         probabilities: Tensor,
     ) -> tuple[Errors, Tensor]:
-        """The signal's errors on transitions, and where these led, see `novelty_features`.
+        """The signal's errors on transitions, and `novelty_features` of the next states.
 
-        Shapes as in `observe`. Where a transition begins, the one before has ended: then the
-        features are known, of phi as it was before it has learned since.
+        Shapes as in `observe`. If `states` are the next states of the previous call, their
+        features are reused: those of phi before its latest updates.
         """
         self.signal.eval()
         states, next_states = own(states), own(next_states)
@@ -261,9 +261,9 @@ class Agent[Batch](ABC):
         return Errors(**dict(zip(found, whole, strict=True))), places
 
     def novelty_features(self, states: Tensor) -> Tensor:
-        """Features (batch, F) of uint8 states (batch, C, H, W) by which they are new or known.
+        """Features (batch, F) of uint8 states (batch, C, H, W), to measure novelty by.
 
-        F is 0 where every state is new.
+        F is 0 if every state counts as new.
         """
         if self.novelty_phi is None:
             return torch.empty((len(states), 0), device=states.device)
@@ -271,12 +271,12 @@ class Agent[Batch](ABC):
         return random_features(self.novelty_phi, x)
 
     def new_novelty(self, num_envs: int) -> EpisodicNovelty:
-        """The novelty of states in lives of `num_envs` environments that begin now."""
+        """A novelty measure for `num_envs` environments, with lives that begin now."""
         size = 0 if self.novelty_phi is None else self.novelty_phi.num_features
         return EpisodicNovelty(num_envs, size, self.curiosity.episodic_scale, self.device)
 
     def worth(self, surprise: Tensor, novelty: Tensor) -> Tensor:
-        """Raw intrinsic rewards of surprises and of what they led to, (batch,) on the CPU."""
+        """Raw intrinsic rewards from surprise and novelty, (batch,) on the CPU."""
         return self.interest(surprise, self.interest.usual()) * novelty
 
     # --- remembering ----------------------------------------------------------------------------
@@ -298,24 +298,24 @@ class Agent[Batch](ABC):
         origin: Tensor,
         undone: Tensor,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Store one step of every environment, and judge the signal on it before it learns from it.
+        """Store a step of every environment; the signal is evaluated on it before learning from it.
 
         A transition seen here was never trained on, so its inverse loss is a held-out one.
 
         Args:
             states, next_states: uint8 (num_envs, C, H, W).
-            previous: the actions before, int64 (num_envs,), NO_ACTION at the start of an episode.
-            probabilities, values: what `act` said of the states.
+            previous: previous actions, int64 (num_envs,), NO_ACTION at the start of an episode.
+            probabilities, values: as `act` returned them.
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
-            respawned: bool (num_envs,), whether the next state is where a new life begins: no
-                consequence of the action, so that its surprise is neither rewarded nor learned.
-            origin: int64 (num_envs,), -1, or where a reset opens an episode that goes on with that
-                of an environment, the number of this: that life goes on, and knows what it saw.
-            undone: int64 (num_envs,), how many of the latest actions of that one are undone.
+            respawned: bool (num_envs,), whether a new life begins in the next state: that does not
+                follow from the action, so its surprise is neither rewarded nor learned.
+            origin: int64 (num_envs,), if a reset opens an episode that continues an environment's,
+                the number of that, else -1. The life goes on, and remembers what it saw.
+            undone: int64 (num_envs,), how many of that environment's latest actions are undone.
 
         Returns:
-            statistics of transitions, of each those that it is of, (transitions,); and the surprise
-            of each transition, (num_envs,) on the CPU, nan where an action led to none.
+            statistics, each over the transitions it applies to, (transitions,); and the surprise of
+            each transition, (num_envs,) on the CPU, nan at resets and respawns.
         """
         errors, places = self.judge(states, previous, actions, next_states, probabilities)
         # what follows the last state of an episode opens the next one
@@ -351,7 +351,7 @@ class Agent[Batch](ABC):
             inverse = errors.inverse.cpu()
             samples["icm/inverse_accuracy"] = hits[judged].float()
             samples["icm/inverse_heldout"] = inverse[judged]
-            # not the entropy, which is the mean of this: the gain would vary more
+            # not the entropy, the mean of -log p: the gain would vary more
             chosen = probabilities.gather(1, actions.unsqueeze(1)).squeeze(1)
             samples["icm/inverse_gain"] = (-chosen.log() - inverse)[judged]
         return samples, surprise.masked_fill(~judged, torch.nan)
@@ -382,7 +382,7 @@ class Agent[Batch](ABC):
 
     @abstractmethod
     def due(self, step: int) -> int:
-        """How many updates to make while the step from agent step `step` on runs."""
+        """Updates to make during the step that starts at agent step `step`."""
 
     @abstractmethod
     def update(self) -> dict[str, Tensor]:
@@ -397,19 +397,19 @@ class Agent[Batch](ABC):
         """The loss of a batch on the device, and its parts."""
 
     def loss_and_parts(self, batch: Batch) -> tuple[Tensor, list[str], Tensor]:
-        """What `losses` returns, the parts as their names and one tensor (parts,).
+        """What `losses` returns, with the parts as names and one tensor (parts,).
 
-        As a tensor of its own each, a part that equals the loss would be the same one as the loss
-        for the compiler (PyTorch 2.15), which then has no gradient: where nothing is curious.
+        As separate tensors, a part that equals the loss (without curiosity) would be the same
+        tensor as the loss to the compiler (PyTorch 2.15), and the loss would have no gradient.
         """
         loss, parts = self.losses(batch)
         return loss, list(parts), torch.stack(list(parts.values()))
 
     def signal_loss(self, x: Tensor, batch: Sequences) -> tuple[Errors, Tensor, dict[str, Tensor]]:
-        """The signal on sequences, of which x (B * (L + 1), C, H, W) are the network inputs.
+        """The signal on sequences with network inputs x (B * (L + 1), C, H, W).
 
         Returns:
-            its errors on their transitions, (B * L,) each; its loss; and the parts of that.
+            its errors on their transitions, (B * L,) each; its loss; and the loss's parts.
         """
         features = self.signal.encode(x).unflatten(0, batch.previous.shape)
         errors = self.signal(
@@ -423,22 +423,22 @@ class Agent[Batch](ABC):
         return errors, *self.signal.loss(errors, learnable)
 
     def discount(self) -> float:
-        """Of curiosity's rewards, per agent step, now."""
+        """Current intrinsic discount, per agent step."""
         return self.config.discount
 
     def learning_rate(self) -> float:
-        """Of the learner's own networks, now: from `lr` linearly to the share `lr_final` of it.
+        """Current rate of the learner's networks: linear from `lr` to `lr * lr_final`.
 
-        By what updates were made for; the warm-up has none, so a little more is left in the end.
+        By the agent steps that updates cover; the warm-up has none, so it ends a bit higher.
         """
         done = min(self.learned_steps / self.total_steps, 1.0)
         return self.config.lr * (1 - done * (1 - self.config.lr_final))
 
     def descend(self, batch: Batch) -> dict[str, Tensor]:
-        """Learn from a batch for `losses`; the parts of the loss.
+        """Learn from a batch for `losses`; return the parts of the loss.
 
-        With every `accumulate`-th batch comes a step of the optimizer. Loss or gradients that are
-        not finite change no weights that learn.
+        Every `accumulate`-th batch makes an optimizer step. If loss or gradients are not finite,
+        no trainable weights change.
         """
         learner, signal = self.optimizer.param_groups
         learner["lr"].fill_(self.learning_rate())
@@ -455,16 +455,16 @@ class Agent[Batch](ABC):
     def gradient_step(
         self, begins: bool, completes: bool, batch: Batch
     ) -> tuple[list[str], Tensor]:
-        """What `descend` does on the device; the names and values (parts,) of the loss's parts.
+        """The device part of `descend`; returns names and values (parts,) of loss parts.
 
         Args:
             begins: whether the batch is the first of those whose gradients are averaged.
             completes: whether it is the last of them.
-            batch: see above.
+            batch: see `losses`.
         """
         count = self.config.accumulate
         if begins:
-            # what CUDA graphs add to has to stay where it is
+            # what CUDA graphs add to must stay in place
             self.optimizer.zero_grad(set_to_none=count == 1)
         loss, names, parts = self._losses(batch)
         loss.backward()
@@ -475,7 +475,7 @@ class Agent[Batch](ABC):
             return names, parts
         if count > 1:
             torch._foreach_div_(gradients, count)
-        # of no parameters at all, where nothing is curious, the norm would be on the CPU
+        # without curiosity, a group has no parameters, and its norm would be on the CPU
         groups = [group["params"] for group in self.optimizer.param_groups]
         norms = [nn.utils.clip_grad_norm_(g, self.config.max_grad_norm) for g in groups if g]
         finite = torch.stack((loss, *norms)).isfinite().all()
@@ -489,11 +489,11 @@ class Agent[Batch](ABC):
         return names, parts
 
     def update_targets(self) -> None:
-        """Let averaged weights follow by one step of the optimizer."""
+        """Update averaged weights after an optimizer step."""
         self.signal.update_target()
 
     def check_updates(self) -> None:
-        """See whether the optimizer's steps fail one after the other; waits for the device.
+        """Check whether optimizer steps keep failing; waits for the device.
 
         Raises:
             BrokenDownError: they do.
@@ -529,7 +529,7 @@ class Agent[Batch](ABC):
         }
 
     def waiting_gradients(self) -> list[Tensor | None]:
-        """Of all that learns, if a step of the optimizer is waiting for more batches."""
+        """Gradients of all that learns, while an optimizer step awaits more batches."""
         if self.waiting == 0:
             return []
         gradients = [None if p.grad is None else p.grad.clone() for p in self.learned]
@@ -542,18 +542,18 @@ class Agent[Batch](ABC):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; without its generators, with those that are here.
+        """Continue from what `state_dict` gave; generators missing from it stay as they are.
 
         Raises:
-            Exception: of any kind: that is no such state.
+            Exception: of any kind, if this is no such state.
         """
         self.load_to_play(state)
-        # its settings are those of this program
+        # its settings stay those of this run
         groups = self.optimizer.state_dict()["param_groups"]
         moments = state["optimizers"]["adam"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for parameter, its in self.optimizer.state.items():
-            # what the optimizer takes for granted: it would read and write beyond a smaller one
+            # the optimizer does not check: it would read and write beyond a smaller one
             if not its["exp_avg"].shape == its["exp_avg_sq"].shape == parameter.shape:
                 raise ValueError("the optimizer's moments do not fit the networks")
         agent = state["agent"]
@@ -566,14 +566,14 @@ class Agent[Batch](ABC):
         encoded = agent["encoded"]
         if encoded and len(encoded[0]) == self.num_envs:
             self.encoded = [own(encoded[0]), own(encoded[1]).to(self.device)]
-        # with another setting these may be too many: the batches in them are lost
+        # if too many for a smaller `accumulate`, these batches are lost
         self.waiting = agent["waiting"] if agent["waiting"] < self.config.accumulate else 0
         if self.waiting:
             for parameter, gradient in zip(self.learned, agent["gradients"], strict=True):
                 parameter.grad = None if gradient is None else gradient.to(self.device)
 
     def load_to_play(self, state: dict[str, Any]) -> None:
-        """Load what acting and judging need alone."""
+        """Load only what acting and judging need."""
         self.load_networks(state["models"])
         self.scale.load_state_dict(state["curiosity"]["scale"])
         self.interest.moments.load_state_dict(state["curiosity"]["surprise"])
@@ -589,7 +589,7 @@ class Agent[Batch](ABC):
         self.novelty.load_state_dict(state["lives"])
 
     def load_networks(self, models: dict[str, Any]) -> None:
-        """Load the networks alone.
+        """Load only the networks.
 
         Raises:
             UserError: some are missing, of other sizes or not finite; nothing has changed then.

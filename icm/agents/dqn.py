@@ -5,13 +5,13 @@ network that follows the learning one as a moving average (Lillicrap et al. 2016
 intrinsic reward of `icm.curiosity`, whose surprise is computed with the current signal whenever
 transitions are sampled, never stored.
 
-One action of a tenth of a second hardly changes what the future is worth: the values of different
-actions lie closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare
-et al. 2016, operator T_AL) widens the gaps between them and leaves the value of the best alone.
+One action of a tenth of a second hardly changes the return: the values of different actions lie
+closer together than a network can tell apart. Advantage learning (Baird 1999; Bellemare et al.
+2016, operator T_AL) widens the gaps between them and keeps the value of the best action.
 
-The target network also acts. A few updates of the learning network turn its preferences over
-(policy churn, Schaul et al. 2022): what it does while it learns is then no policy that a checkpoint
-could keep. Averaged values change slowly.
+The target network also acts. A few updates of the learning network overturn its preferences
+(policy churn, Schaul et al. 2022), so no checkpoint could keep the policy that it would follow
+while it learns. Averaged values change slowly.
 """
 
 import copy
@@ -43,9 +43,9 @@ def n_step_targets(
 
     G(t, 0) = V(s_t) and G(t, k) = r_t + discount * G(t + 1, k - 1), except:
     a `terminal` transition has no future; a `truncated` one bootstraps at once from the state it
-    reached; and a `reset` slot (the last state of an episode, where nothing is chosen) has the
+    reached; and a `reset` slot (the last state of an episode, where no action is chosen) has the
     value of the state that opens the next episode. So where death is not terminal, dying leads
-    back to the start and is worth what the start is worth.
+    back to the start and has its value.
 
     Args:
         rewards: float (B, L).
@@ -87,8 +87,8 @@ class Batch:
     """What an update learns from, all on the device."""
 
     sequences: Sequences  # (B, L)
-    novelty: Tensor  # of the states they led to, scaled, float32 (B, L)
-    usual: Tensor  # see `Interest.usual`; the surprise is today's, so that what is known bores
+    novelty: Tensor  # of their next states, scaled, float32 (B, L)
+    usual: Tensor  # see `Interest.usual`; surprise is recomputed, so known transitions bore
 
 
 class DQN(Agent[Batch]):
@@ -175,7 +175,7 @@ class DQN(Agent[Batch]):
             advantages = advantages - values[:, :-1]
             returns = returns + config.advantage_learning * advantages
             learnable = valid
-            # where the sequence breaks off at a death, the start it leads to is not in sight; of
+            # where a sequence ends at a death, the start that this leads to is missing; with
             # sequences of one step, no death would be learned
             if not config.death_is_terminal and length > 1:
                 needs_end = bootstraps_at_end(

@@ -1,4 +1,4 @@
-"""What learners from rollouts share: what a rollout was worth, and in which order it is learned."""
+"""Common to learners from rollouts: returns of a rollout, and the order in which it is learned."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ def lambda_returns(
 
     G(t) = r_t + discount * ((1 - trace) V(s_t+1) + trace G(t + 1)), except:
     a `terminal` transition has no future; a `truncated` one has V(s_t+1) alone; and a `reset` step
-    (the last state of an episode, where nothing is chosen) is worth what the next episode's start
-    is worth. So where death is not terminal, dying leads back to the start; where that is beyond
-    the end, it is worth what the last state is. G - V is the advantage of Schulman et al. 2016.
+    (the last state of an episode, where no action is chosen) has the return of the next episode's
+    start. So where death is not terminal, dying leads back to the start; if that lies beyond the
+    end, the last state's value stands in. G - V is the advantage of Schulman et al. 2016.
 
     Args:
         rewards: float (T, ...).
@@ -61,15 +61,15 @@ class Batch:
     """What an update learns from, all on the device."""
 
     rollout: Sequences  # of the newest rollout, (B, L), for the learner
-    targets: dict[str, Tensor]  # what `OnPolicy.targets_of_rollout` gave of it, (B, L, ...)
-    replayed: Sequences  # of everything remembered, for the curiosity signal
+    targets: dict[str, Tensor]  # its part of `OnPolicy.targets_of_rollout`, (B, L, ...)
+    replayed: Sequences  # from the whole memory, for the curiosity signal
 
 
 class OnPolicy(Agent[Batch]):
-    """Learns from the newest rollout, in `epochs` passes, while the next one is made.
+    """Learns from the newest rollout, in `epochs` passes, while the next one is collected.
 
-    So environments never wait for a learner that works through a whole rollout at once. Its
-    curiosity learns from everything remembered: what was once known shall not surprise again.
+    So environments never wait until a whole rollout has been learned. Curiosity learns from the
+    whole memory, so that what was once known does not surprise again.
 
     A rollout is `rollout_steps` (T) steps of every environment (N), and the step after them.
     """
@@ -87,17 +87,17 @@ class OnPolicy(Agent[Batch]):
     ) -> None:
         super().__init__(networks, policy, memory, agent, common)
         shape = agent.rollout_steps + 1, common.num_envs
-        self.collected = 0  # steps of the rollout that is being made
-        self.values = torch.zeros(*shape, heads)  # of its states, when it was made
+        self.collected = 0  # steps so far of the current rollout
+        self.values = torch.zeros(*shape, heads)  # of its states, when acting
         self.raw = torch.zeros(shape)  # intrinsic rewards of its transitions, before scaling
         # of the rollout that is being learned
         self.first = 0  # its first slot in memory
         self.targets: dict[str, Tensor] = {}  # (T, N, ...), on the device
-        # sequences still to be learned, by their number: (updates, batch_size)
+        # numbers of sequences still to be learned: (updates, batch_size)
         self.order = torch.empty(0, agent.batch_size, dtype=torch.int64)
 
     def remember(self, values: Tensor, raw: Tensor, **step: Tensor) -> None:
-        """Add a step to memory; a rollout that is complete with it waits to be learned."""
+        """Add a step to memory; if it completes a rollout, prepare to learn that."""
         super().remember(values, raw, **step)
         self.values[self.collected] = values
         self.raw[self.collected] = raw
@@ -113,12 +113,12 @@ class OnPolicy(Agent[Batch]):
         self.collected = 1
 
     def discount(self) -> float:
-        """See `Agent.discount`; by the agent steps that updates so far were made for."""
+        """See `Agent.discount`; follows the agent steps covered by updates so far."""
         return scheduled(self.config.discount, self.config.warmup_steps + self.learned_steps)
 
     @abstractmethod
     def targets_of_rollout(self) -> dict[str, Tensor]:
-        """What is learned of the complete rollout, float32 (T, N, ...) by name, on the CPU."""
+        """Learning targets of the complete rollout by name, float32 (T, N, ...) on the CPU."""
 
     def stored(self, tensor: Tensor) -> Tensor:
         """The rollout's part (T, N, ...) of one of the memory's tensors."""
@@ -126,13 +126,13 @@ class OnPolicy(Agent[Batch]):
         return tensor[slots.to(tensor.device)].cpu()
 
     def rewards(self) -> tuple[Tensor, Tensor]:
-        """Those of the rollout, weighted, each (T, N): curiosity's and the game's."""
+        """Weighted rewards of the rollout, (T, N) each: intrinsic and the game's."""
         curiosity = self.curiosity
         intrinsic = curiosity.coef * self.scale(self.raw[:-1])
         return intrinsic, curiosity.extrinsic_coef * self.stored(self.memory.rewards)
 
     def returns_of(self, rewards: Tensor, values: Tensor, discount: float) -> Tensor:
-        """Returns (T, N) of rewards (T, N) of the rollout that build on values (T + 1, N)."""
+        """Returns (T, N) of the rollout from rewards (T, N) and values (T + 1, N)."""
         memory = self.memory
         return lambda_returns(
             rewards,
@@ -157,33 +157,33 @@ class OnPolicy(Agent[Batch]):
 
     @property
     def shape(self) -> list[int]:
-        """What rollouts of other settings differ in."""
+        """Settings that a saved rollout depends on."""
         config = self.config
         made = [config.rollout_steps, self.num_envs]
         return [*made, config.sequence_length, config.batch_size, config.epochs]
 
     @property
     def _sequences(self) -> int:
-        """Sequences of a rollout."""
+        """Sequences per rollout."""
         return self.config.rollout_steps // self.config.sequence_length * self.num_envs
 
     def measure_input(self) -> None:
-        """See `Agent.measure_input`; what a random agent did is not learned by the policy."""
+        """See `Agent.measure_input`; the policy does not learn from the random agent."""
         super().measure_input()
         self.restart()
 
     def forget(self, step: int) -> None:
-        """See `Agent.forget`; curiosity alone needs more than a new rollout."""
+        """See `Agent.forget`; only curiosity needs more than a new rollout."""
         super().forget(step)
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new rollout, and learn nothing of those before it."""
+        """Begin a new rollout, and learn no more from earlier ones."""
         self.collected = 0
         self.order = self.order[:0]
 
     def due(self, step: int) -> int:
-        """So many that a rollout is learned evenly, and all of it when the next one is full."""
+        """Enough to learn a rollout evenly, and all of it by the time the next one is full."""
         if not self.can_learn(step):
             return 0
         updates = self.config.epochs * self._sequences // self.config.batch_size
@@ -224,7 +224,7 @@ class OnPolicy(Agent[Batch]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Agent.load_state_dict`; of other settings, a new rollout begins."""
+        """See `Agent.load_state_dict`; a new rollout if settings differ."""
         super().load_state_dict(state)
         agent = state["agent"]
         if agent["shape"] != self.shape:

@@ -18,7 +18,7 @@ type Schedule = float | Sequence[Sequence[float]]
 MIN_TEMPERATURE = 1e-6
 """Below it the policy is greedy: float32 cannot tell, and may overflow."""
 
-TEMPERATURE_LR = 0.05  # per vector step: one nat of missing entropy is mended in about 20
+TEMPERATURE_LR = 0.05  # per vector step: corrects one nat of missing entropy in about 20
 
 
 def scheduled(schedule: Schedule, step: float) -> float:
@@ -59,10 +59,10 @@ class Policy(ABC):
 
     @abstractmethod
     def __call__(self, preferences: Tensor, step: int, greedy: bool) -> Tensor:
-        """Action probabilities (batch, actions) of preferences of that shape, at an agent step."""
+        """Action probabilities at an agent step for preferences, both (batch, actions)."""
 
     def adapt(self, probabilities: Tensor, step: int) -> None:  # noqa: B027 (few do)
-        """Take in the probabilities that were acted by at an agent step."""
+        """Adapt to the probabilities used to act at an agent step."""
 
     def statistics(self, step: int) -> dict[str, float]:
         """Settings at an agent step, under their names in the log."""
@@ -88,8 +88,7 @@ class LogitPolicy(Policy):
 class ValuePolicy(Policy):
     """The policy of a learner of action values: uniform at first, then (temperature, epsilon).
 
-    Where the configuration has no temperature, it follows from the entropy that the policy is to
-    have.
+    Without a configured temperature, the temperature follows from the policy's target entropy.
 
     Args:
         config: the schedules.

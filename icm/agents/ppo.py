@@ -44,10 +44,10 @@ class PPO(OnPolicy):
         return logits.float(), values.float()
 
     def targets_of_rollout(self) -> dict[str, Tensor]:
-        """Returns, and advantages over the values of the time of acting, normalised.
+        """Returns, and normalised advantages over the values at the time of acting.
 
-        Where the game's reward is learned too, it has a discount and a head of its own (Burda et
-        al. 2018b, section 2.3), and the advantages of both count.
+        If the game's reward is learned too, it has its own discount and value head (Burda et al.
+        2018b, section 2.3), and both advantages are added.
         """
         rewards, values = self.rewards(), self.values.unbind(2)
         discounts = self.discount(), self.config.extrinsic_discount

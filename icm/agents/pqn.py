@@ -4,8 +4,8 @@ Gallici, Fellows, Ellis, Pou, Masmitja, Foerster, Martin: Simplifying Deep Tempo
 Learning (2024): Q(lambda) returns of a rollout, learned in a few passes by a network with layer
 normalisation, which keeps it stable.
 
-Actions differ by less than a network can tell apart; advantage learning (Baird 1999; Bellemare et
-al. 2016, operator T_AL) widens the gaps between them, as in `icm.agents.dqn`.
+Action values differ by less than a network can tell apart; advantage learning (Baird 1999;
+Bellemare et al. 2016, operator T_AL) widens their gaps, as in `icm.agents.dqn`.
 """
 
 from torch import Tensor
@@ -40,13 +40,13 @@ class PQN(OnPolicy):
         super().__init__({"qnetwork": qnetwork}, policy, heads, memory, agent, common)
 
     def choose(self, states: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """Action values, also as the values: `targets_of_rollout` needs those of all actions."""
+        """Action values, returned twice: `targets_of_rollout` needs those of all actions."""
         with self._autocast():
             q = self.qnetwork(self._input(states), previous).float()
         return q, q
 
     def targets_of_rollout(self) -> dict[str, Tensor]:
-        """Q(lambda) returns, plus what widens the gaps between actions."""
+        """Q(lambda) returns, plus the term of advantage learning."""
         actions = self.stored(self.memory.actions).long().unsqueeze(2)
         best = self.values.amax(2, keepdim=True)
         gaps = self.values[:-1].gather(2, actions) - best[:-1]

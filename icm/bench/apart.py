@@ -7,12 +7,12 @@ from multiprocessing.connection import Connection
 from icm.processes import Assistants
 
 type Measure = Callable[[float], float]
-"""What is measured for about so many seconds."""
+"""Measures for about that many seconds."""
 
 
 @contextmanager
 def apart(make: Callable[[], Measure], processes: int = 1) -> Generator[Measure]:
-    """The sum of what as many processes measure at the same time, each by a measure of its own.
+    """The sum of what several processes measure at the same time, each by its own measure.
 
     Args:
         make: makes the measure, in its process; must be picklable.

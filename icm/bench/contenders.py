@@ -1,7 +1,7 @@
 """Trainings that take turns on one machine: each in processes of its own, paused between turns.
 
-Processes, because how many threads compute is a setting of a whole process; turns, because a
-machine is faster in one minute than in the next; pauses, because starting takes longer than a turn.
+Processes, because the number of threads is a setting of a whole process; turns, because a machine's
+speed changes from minute to minute; pauses, because starting takes longer than a turn.
 """
 
 import os
@@ -19,7 +19,7 @@ from icm.errors import UserError
 from icm.files import ROOT, json_lines
 
 POLL = 0.1  # seconds between looks at a run; often enough, and next to no load
-STARTING_TIME = 300.0  # seconds in which a training has to learn
+STARTING_TIME = 300.0  # seconds by which a training must learn
 MAX_STEPS = 10_000_000  # agent steps; ends a training that nobody is left to stop
 LOG_EVERY = 160  # agent steps
 WARMUP_STEPS = 1_000  # agent steps, more than the default configuration needs for an update
@@ -29,13 +29,13 @@ class Contender:
     """A training that runs in turns.
 
     It reports on itself in a file of JSON lines with `step` (agent steps so far) and
-    `speed/agent_steps_per_s` (of the steps since the line before, by a clock that runs on in
-    pauses). Entering starts it, `get_ready` pauses it once it learns; leaving ends it.
+    `speed/agent_steps_per_s` (since the previous line, by a clock that also runs in pauses).
+    Entering starts it, `get_ready` pauses it once it learns; leaving ends it.
 
     Args:
         command: what to run, given a temporary folder.
         progress: the file of JSON lines in that folder; `output` is what the command prints.
-        learning: lines without this key are from before learning; None: there are none such.
+        learning: lines without this key are from before learning; None: no lines are.
 
     Raises:
         UserError: (`get_ready`) the command refused its arguments, or ended before it learned.
@@ -59,14 +59,14 @@ class Contender:
                 self.command,
                 stdout=out,
                 stderr=err,
-                # a group of its own to pause, which Ctrl-C does not reach, but of this session:
-                # should this process be killed, the system ends what it has paused
+                # its own group, to pause it and to keep Ctrl-C from it, but in this session:
+                # should this process be killed, the system ends what is paused
                 process_group=0,
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it: politely, so that it ends its own workers, else with its whole group."""
+        """End it by SIGTERM, so that it ends its own workers, else kill its group."""
         if self.process.poll() is None:
             self.process.terminate()
             os.killpg(self.process.pid, signal.SIGCONT)
@@ -79,15 +79,15 @@ class Contender:
 
     def get_ready(self) -> None:
         """Wait until it learns steadily, then pause it."""
-        # the first line also pays for one-time work
+        # the first line also covers one-time work
         self._wait(lambda: len(self._lines()) >= 2, STARTING_TIME)
         self._pause()
 
     def turn(self, seconds: float) -> float:
-        """Let it run for about `seconds`; agent steps/s.
+        """Let it run for about `seconds`; return agent steps/s.
 
-        Until the first line it warms up: the pause, in which the system may have taken its memory
-        from it, is part of what that line is about.
+        It warms up until its first line, which includes the pause, in which the system may have
+        taken its memory from it.
         """
         counted = len(self._lines())
         os.killpg(self.process.pid, signal.SIGCONT)

@@ -21,7 +21,7 @@ CHUNK = 10  # agent steps between looks at the clock
 
 
 def repeated(do: Callable[[], int], seconds: float) -> float:
-    """How much of what `do` counts is done per second."""
+    """Rate of what `do` counts, per second."""
     do()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -100,7 +100,7 @@ def vector_steps(config: EnvConfig) -> Generator[Measure]:
 
 
 def separate_steps(config: EnvConfig, processes: int) -> AbstractContextManager[Measure]:
-    """Agent steps of as many processes, each with one environment and nothing else, together."""
+    """Total agent steps of the processes, each with one environment and nothing else."""
     return apart(partial(environment_steps, config), processes)
 
 

@@ -27,7 +27,7 @@ from icm.envs import action_count, make_env
 from icm.factory import build_agent
 from icm.memory import keep_freed
 
-PLAIN = "float32 as PyTorch comes"  # the unit: eager, its own ELU, memory given back when freed
+PLAIN = "float32 as PyTorch comes"  # the unit: eager, PyTorch's ELU, freed memory given back
 REMEMBERED = 40  # vector steps
 
 type Sizes = tuple[tuple[int, int, int], int]
@@ -35,7 +35,7 @@ type Sizes = tuple[tuple[int, int, int], int]
 
 
 def make_agent(config: Config, shape: tuple[int, int, int], actions: int) -> Agent:
-    """An agent that remembers random pictures: what they show costs nothing."""
+    """An agent with random pictures in memory: their content costs nothing."""
     agent = build_agent(config, shape, actions, resolve_device(config.device))
     rollout = config.agent.rollout_steps if isinstance(config.agent, RolloutConfig) else 0
     for _ in range(max(REMEMBERED, rollout + 1)):
@@ -52,7 +52,7 @@ def update(agent: Agent) -> dict[str, torch.Tensor]:
 
 
 def vector_step(agent: Agent, shape: tuple[int, ...], actions: int) -> dict[str, torch.Tensor]:
-    """What `Agent.observe` is given, again and again: the next step begins where one leads to."""
+    """Arguments for `Agent.observe`, to be repeated: each step begins where the last one led."""
     n = agent.num_envs
     never = torch.zeros(n, dtype=torch.bool)
     states = torch.randint(0, 256, (n, *shape), dtype=torch.uint8)
@@ -107,11 +107,10 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         overrides: settings; with `compile=off` nothing is compiled.
 
     Returns:
-        `modes`: of each way to compute an update its median and single times, samples/s, and the
-        speed as a multiple of the plain one; `mode`: the one that a training takes, `speedup`: its
-        multiple; `act_ms` and `observe_ms` in that mode, of a vector step;
-        `seconds_per_agent_step`: these two and the configured share of an update, on one core;
-        `update_seconds_per_agent_step`: that share alone.
+        `modes`: for each way to compute an update, its median and single times, samples/s, and its
+        speed as a multiple of the plain one's; `speedup`: that of the mode that a training takes;
+        `act_ms` and `observe_ms` of a vector step, in that mode; `seconds_per_agent_step`: these
+        two and the configured share of an update, in seconds of one core.
     """
 
     def settings(*more: str) -> Config:
@@ -143,10 +142,10 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         **{name: partial(update, agents[name]) for name in agents},
     }
     times: dict[str, list[float]] = {name: [] for name in (*measured, PLAIN)}
-    for do in reversed(measured.values()):  # compiles, and first what a training takes
+    for do in reversed(measured.values()):  # compiles, the mode of a training first
         for _ in range((WARM_UPS + 1) * config.agent.accumulate):
             do()
-    # in a process of its own: what is asked of the C library holds for a whole process
+    # in a process of its own: settings of the C library hold for a whole process
     with apart(partial(plain_updates, overrides, sizes)) as measure_plain:
         sys.stdin.readline()
         for _ in range(rounds):

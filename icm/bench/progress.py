@@ -1,4 +1,4 @@
-"""How a training that is no run of this project tells its speed."""
+"""How a training of another program reports its speed."""
 
 import json
 import time

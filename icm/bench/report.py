@@ -5,7 +5,7 @@ from typing import Any
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What `icm.bench.suite.measure` found, for people."""
+    """The results of `icm.bench.suite.measure` as text."""
     return "\n".join(_lines(result))
 
 

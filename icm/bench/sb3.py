@@ -3,9 +3,9 @@
 `python -m icm.bench.sb3 ppo|dqn ACTION_REPEAT` runs until it is stopped, see `main`. The package is
 the optional extra `bench`.
 
-Wrappers are those that are usual with it (84x84, grey, 4 frames stacked), settings those of its own
-collection of tuned ones for Atari games: 8 processes with one environment each for PPO, one
-environment for DQN. Only PPO's rollouts and DQN's replay memory are shorter: as much work per step.
+The wrappers are its usual ones (84x84, grey, 4 frames stacked), the settings those of its own tuned
+collection for Atari games: 8 processes with one environment each for PPO, one environment for DQN.
+Only PPO's rollouts and DQN's replay memory are shorter: as much work per step.
 """
 
 import sys

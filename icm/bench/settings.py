@@ -8,7 +8,7 @@ from icm.config import Config, parse_config
 
 
 def train_settings(*overrides: str) -> Config:
-    """Those of scripts/train.py with `overrides`."""
+    """Settings of train.py with `overrides`."""
     GlobalHydra.instance().clear()  # this may run within another Hydra application
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return parse_config(compose("config", list(overrides)))

@@ -23,9 +23,9 @@ from icm.envs.cores import installed_cores
 from icm.errors import UserError
 
 STARTED = time.monotonic()
-PART = 0.12  # of the time of a turn: a measurement of one part
+PART = 0.12  # share of a turn's time, for measuring one part
 SETTLING = {"nes_py": 4, "libretro": 9}
-"""Turns in which environments move to where there is time for them: more, the more of it goes into
+"""Turns for environments to move to workers with time for them: more, the more of it goes into
 learning."""
 
 
@@ -41,17 +41,17 @@ class BenchConfig:
 
     @property
     def overrides(self) -> list[str]:
-        """Of the settings of all trainings."""
+        """Overrides for all trainings."""
         return ["compile=off", *self.train] if self.quick else self.train
 
 
 def say(what: str) -> None:
-    """Tell how far it is: on stderr, so that stdout is the result alone."""
+    """Print progress on stderr, so that stdout has only the result."""
     print(f"{time.monotonic() - STARTED:3.0f} s: {what}", file=sys.stderr, flush=True)
 
 
 def in_turn(measures: dict[str, Measure], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """What every measure finds, measured once per round, one after the other."""
+    """The results of all measures, taken in turn, once per round."""
     found = defaultdict(list)
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -77,7 +77,7 @@ def trained(options: BenchConfig) -> Config:
 
 
 def measure(options: BenchConfig, config: Config) -> dict[str, Any]:
-    """Measure everything that is installed here; the result is what goes into the JSON.
+    """Measure everything that is installed here; return what goes into the JSON.
 
     Args:
         config: of the trainings, see `trained`.
@@ -142,7 +142,7 @@ def emulator_speeds(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Frames/s of every emulator alone, and agent steps/s of one environment on each.
 
-    `overhead` is what a frame of the game costs beyond the emulator's (that draws every frame), as
+    `overhead` is a game frame's extra cost over one of the emulator (which draws every frame), as
     a share of that; `overhead_with_state` includes what the agent sees.
     """
     measures: dict[str, Measure] = {}
@@ -191,7 +191,7 @@ def vector_speeds(config: EnvConfig, cores: int, seconds: float, rounds: int) ->
 def learning(
     seconds: float, rounds: int, overrides: list[str]
 ) -> Generator[Callable[[], dict[str, Any]]]:
-    """What measures a learner that compiles from now on; see `icm.bench.learner`."""
+    """Start a compiling learner; yield its measurement, see `icm.bench.learner`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "icm.bench.learner", str(seconds), str(rounds), *overrides],
         stdin=subprocess.PIPE,
@@ -217,8 +217,8 @@ def learning(
 def trainings(
     quick: bool, overrides: list[str], backends: dict[str, EnvConfig]
 ) -> dict[str, contenders.Contender]:
-    """All that take turns; those that compile come last: by then the learner may have done it."""
-    repeat = backends["nes_py"].action_repeat  # of all, so that agent steps are as long
+    """All contenders; those that compile come last: by then the learner may have compiled."""
+    repeat = backends["nes_py"].action_repeat  # of all: their agent steps are as long
     entered = {"tutorial": contenders.tutorial(repeat)}
     if not quick and importlib.util.find_spec("stable_baselines3") is None:
         say("Stable-Baselines3 is not measured: pip install -e .[bench] installs it")
@@ -249,7 +249,7 @@ def training_speeds(
 
 
 def compared(rates: dict[str, list[float]], ideal: dict[str, float]) -> dict[str, Any]:
-    """Medians of the rates, and what those with an ideal are beside it and the others."""
+    """Medians of the rates; those with an ideal compared with it and with the others."""
     result: dict[str, Any] = {
         name: {"agent_steps_per_s": median(found), "rounds": found} for name, found in rates.items()
     }

@@ -42,10 +42,10 @@ type Transition = tuple[Tensor, int, float, Tensor]
 def downscale(image: np.ndarray) -> np.ndarray:
     """Shrink and grey one uint8 image (H, W, 3) as the tutorial does: float64 (42, 42) in [0, 1].
 
-    The tutorial's `skimage.transform.resize(image, (42, 42), anti_aliasing=True).max(axis=2)`, to
-    rounding, by the same two steps in float64 (Gaussian blur, then bilinear), but in OpenCV, which
-    takes less than half of skimage's time. That makes the baseline faster than the tutorial was,
-    and the multiple claimed over it smaller.
+    The tutorial's `skimage.transform.resize(image, (42, 42), anti_aliasing=True).max(axis=2)`, up
+    to rounding: the same two steps in float64 (Gaussian blur, then bilinear), but in OpenCV, in
+    less than half of skimage's time. So the baseline is faster than the tutorial was, and the
+    multiple claimed over it smaller.
     """
     # skimage's width of the blur, and its cut-off at four standard deviations
     sigma_y, sigma_x = ((length / SIZE - 1) / 2 for length in image.shape[:2])
@@ -111,9 +111,9 @@ class TutorialLoop:
 
     One environment, all six repeated frames prepared one by one, one update of batch 150 per agent
     step, float32 on the CPU, torch's own choice of threads. Its mistakes (`docs/tutorial.md`) are
-    kept where they shape the computation. Where this code differs in cost it is the cheaper one:
-    `downscale`, `Fnet` (its one-hot is one operation), indexing by tensors instead of lists, one
-    reset per death instead of two.
+    kept where they shape the computation. Where costs differ, this code is cheaper: `downscale`,
+    `Fnet` (its one-hot is one operation), indexing by tensors instead of lists, one reset per death
+    instead of two.
 
     Args:
         env: a Mario environment with COMPLEX_MOVEMENT, not yet reset.
@@ -218,7 +218,7 @@ def main(action_repeat: int) -> None:
     loop = TutorialLoop(make_env(), action_repeat=action_repeat)
     for _ in range(BATCH_SIZE // 10):
         loop.step()
-    loop.replay.memory *= 10  # a batch: an update takes as long whatever it holds
+    loop.replay.memory *= 10  # a batch: its content does not change the time
     report = Report(loop.steps)
     while True:
         loop.step()

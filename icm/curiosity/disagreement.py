@@ -11,10 +11,10 @@ from icm.ranks import WORLD_SIZE
 
 
 class Disagreement(Signal):
-    """Variance of what several forward models predict, averaged over random features.
+    """Variance of several forward models' predictions, averaged over random features.
 
-    Pathak, Gandhi, Gupta: Self-Supervised Exploration via Disagreement (2019), eq. 1. What cannot
-    be predicted, like noise, makes all of them predict its mean: they agree, and it bores.
+    Pathak, Gandhi, Gupta: Self-Supervised Exploration via Disagreement (2019), eq. 1. All models
+    predict the mean of what is unpredictable, like noise: they agree, and it bores.
 
     Args:
         phi: encoder that never learns; its features are normalised to mean 0 and variance 1.

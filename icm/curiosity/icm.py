@@ -2,11 +2,11 @@
 
 Pathak, Agrawal, Efros, Darrell: Curiosity-driven Exploration by Self-supervised Prediction (2017).
 
-The surprise is measured on features of phi itself, which the forward loss reaches, too, as in the
-paper: so phi forgets what cannot be predicted. Or it is measured on those of a *moving average* of
-phi, much as in BYOL-Explore (Guo et al. 2022), and phi learns from the inverse loss alone. Phi then
-changes faster than a forward model could follow, and with its own features every state would be as
-surprising as any other.
+Either surprise is measured in the features of phi itself, as in the paper: the forward loss then
+reaches phi, too, which forgets what cannot be predicted. Or it is measured in those of a *moving
+average* of phi, much as in BYOL-Explore (Guo et al. 2022), and phi learns from the inverse loss
+alone. Phi then changes faster than a forward model could follow: in its own features, all states
+would be equally surprising.
 """
 
 import copy
@@ -32,13 +32,13 @@ class ICM(Signal):
         reduction: `mean` or `sum` of the squared error over features.
         forward_scale: factor on the forward loss (the tutorial's forward scale).
         inverse_scale: factor on the inverse loss (the tutorial's inverse scale).
-        target_tau: share of phi that enters its moving average, the target phi, with every step of
-            the optimizer; with 1 the two are the same. None: there is no average, and phi learns
-            from both losses (eq. 7).
-        normalize_features: whether the features that are predicted are normalised to mean 0 and
-            variance 1 within every state (layer normalisation without parameters), so that their
-            scale cannot drift. If phi learns from the forward loss, that is a share of their
-            variance over the batch besides, or phi could lower it by making all states alike.
+        target_tau: share of phi mixed into its moving average, the target phi, per optimizer step;
+            with 1 the two are the same. None: there is no average, and phi learns from both losses
+            (eq. 7).
+        normalize_features: whether the predicted features are normalised to mean 0 and variance 1
+            within every state (layer normalisation without parameters), so that their scale cannot
+            drift. If phi learns from the forward loss, that is also divided by their variance over
+            the batch, or phi could lower it by making all states alike.
         policy_prior: whether the inverse model is told the policy, see `forward`.
     """
 
@@ -85,8 +85,8 @@ class ICM(Signal):
     def encode(self, x: Tensor) -> Tensor:
         """Features of normalised states (batch, C, H, W), shape (batch, 2, F).
 
-        First those of phi, which the inverse model sees; then those that the forward model sees and
-        predicts. If these are of a target phi, no loss on them reaches phi.
+        First those of phi, for the inverse model; then those that the forward model takes and
+        predicts. If the latter are of a target phi, no loss on them reaches phi.
         """
         learned = target = self.phi(x).float()
         if self.target_phi is not None:
@@ -107,8 +107,8 @@ class ICM(Signal):
         """Errors of both models on transitions.
 
         By Bayes' rule p(a | s, s') is proportional to pi(a | s) p(s' | s, a). With `policy_prior`
-        the policy's part is handed to the inverse model, which then has only the second factor to
-        learn: what an action does, not which action an ever-changing policy prefers.
+        the inverse model is given the first factor and has only the second to learn: what an
+        action does, not which action an ever-changing policy prefers.
 
         Args:
             features, actions, next_features, behaviour, previous: see `Signal.forward`.
@@ -150,13 +150,13 @@ class ICM(Signal):
         return squared.mean(1) if self.reduction == "mean" else squared.sum(1)
 
     def update_target(self) -> None:
-        """Let the target phi, if there is one, follow phi by one step of the optimizer."""
+        """Move the target phi, if there is one, towards phi after an optimizer step."""
         if self.target_phi is not None and self.target_tau is not None:
             soft_update(self.target_phi, self.phi, self.target_tau)
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:
-    """What a mean over the batch is of another, from what `MaskedMean` gives on each rank.
+    """Ratio of two means over the batch, each as `MaskedMean` gives it on a rank.
 
     Averaged over ranks, it and its gradient are those of the batch.
     """

@@ -15,7 +15,7 @@ class NoCuriosity(Signal):
         return {}
 
     def encode(self, x: Tensor) -> Tensor:
-        """Features that are all the same, (batch, 1, 1)."""
+        """Constant features, (batch, 1, 1)."""
         return torch.zeros((len(x), 1, 1), device=x.device)
 
     def forward(

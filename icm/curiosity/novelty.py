@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CAPACITY = 1_000
-"""States of a life that are remembered, the latest: Super Mario Bros. has time for 1600 steps."""
+"""Latest states of a life that are remembered: Super Mario Bros. has time for 1600 steps."""
 
 LEAST = torch.finfo(torch.float32).tiny
 """Novelty of a state seen before: 0 says that there is nothing to learn."""
@@ -16,22 +16,22 @@ class EpisodicNovelty:
     """How far a state is from all that its life has seen, between 0 and 1.
 
     1 - K with the kernel K(x, y) = scale / (|x - y|^2 / F + scale) of Never Give Up (Badia et al.
-    2020, eq. 3) and the nearest state alone: near 0 for a state seen before, 1/2 at a mean squared
+    2020, eq. 3) and only the nearest state: near 0 for a state seen before, 1/2 at a mean squared
     difference of `scale` per feature, near 1 for one that looks like nothing before.
 
     Surprise alone does not tell a new place from one where something keeps moving: an agent that
-    waits among enemies is surprised for ever. Weighted with this, what pays is to move on.
+    waits among enemies is surprised for ever. With this weight, moving on pays.
 
-    The features are random ones that never learn, whatever the signal: a life's memory needs them
-    to stand still, and those of an inverse model tell less well where one is, because they are made
-    to tell what an action did (docs/search.md). They see every state in its own contrast, or a
+    The features are random and never trained, whatever the signal: a life's memory needs them to
+    be fixed, and those of an inverse model tell places apart less well, because they are made to
+    tell what an action did (docs/search.md). Every state is normalised to its own contrast, or a
     dark level would look like one place.
 
     Args:
-        num_envs: environments whose lives run side by side.
+        num_envs: environments whose lives run in parallel.
         num_features: length F of the features.
         scale: see above; None: every state is new, and features are not needed.
-        device: where all of it is kept.
+        device: where everything is kept.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class EpisodicNovelty:
         if scale is None:
             return
         self.seen = torch.zeros(num_envs, CAPACITY, num_features, device=device)
-        # |f|^2 of what is seen, infinity where nothing is
+        # |f|^2 of what was seen, infinity in empty slots
         self.squares = torch.full((num_envs, CAPACITY), torch.inf, device=device)
         self.count = torch.zeros(num_envs, dtype=torch.int64)  # states of the running lives
 
     @torch.no_grad()
     def __call__(self, features: Tensor, opens: Tensor, respawned: Tensor) -> Tensor:
-        """Novelty of the states that a step has led to; they are seen from then on.
+        """Novelty of the states a step led to; from then on they count as seen.
 
         Args:
             features: of these states, float32 (num_envs, F).
@@ -55,8 +55,8 @@ class EpisodicNovelty:
             respawned: whether no action led there, bool (num_envs,), on the CPU.
 
         Returns:
-            float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: nothing is to be
-            learned of how these follow.
+            float32 (num_envs,), on the CPU; 0 where `respawned`, and only there: such transitions
+            are not learned from.
         """
         if self.scale is None:
             return torch.ones(len(opens)).masked_fill(respawned, 0.0)
@@ -75,12 +75,12 @@ class EpisodicNovelty:
         return novelty.masked_fill(respawned, 0.0)
 
     def inherit(self, origin: Tensor, undone: Tensor) -> None:
-        """Let lives that go on in the middle of others know what these had seen up to there.
+        """Give lives that continue from the middle of others what these had seen by then.
 
         Args:
-            origin: environment whose life each goes on with, int64 (num_envs,), on the CPU; -1:
+            origin: environment whose life each one continues, int64 (num_envs,), on the CPU; -1:
                 none.
-            undone: how many of that one's latest actions came later, int64 (num_envs,), likewise.
+            undone: how many of its latest actions came after that, int64 (num_envs,), on the CPU.
         """
         rows = (origin >= 0).nonzero().squeeze(1)
         if self.scale is None or not len(rows):
@@ -89,7 +89,7 @@ class EpisodicNovelty:
             known[rows] = known[origin[rows]]
         for row in rows.tolist():
             last = int(self.count[row])
-            # and the state that it begins in, which is about to be seen again
+            # one more: the state that it begins in is about to be seen again
             forgotten = min(int(undone[row]) + 1, last, CAPACITY)
             self.squares[row, torch.arange(last - forgotten, last) % CAPACITY] = torch.inf
             self.count[row] -= forgotten
@@ -105,7 +105,7 @@ class EpisodicNovelty:
         return {"seen": seen.cpu(), "squares": squares.cpu(), "count": self.count.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with these lives."""
+        """Continue these lives."""
         if self.scale is None:
             return
         filled = state["seen"].shape[1]

@@ -7,10 +7,10 @@ from icm.models import Fnet, Phi
 
 
 class RandomFeatures(Signal):
-    """Forward error ||fnet(phi(s), a) - phi(s')||^2 / F with a phi that never learns.
+    """Forward error ||fnet(phi(s), a) - phi(s')||^2 / F with an untrained phi.
 
     Burda, Edwards, Pathak, Storkey, Darrell, Efros: Large-Scale Study of Curiosity-Driven Learning
-    (2018), section 2.1, "random features". They are normalised to mean 0 and variance 1.
+    (2018), section 2.1, "random features". Features are normalised to mean 0 and variance 1.
     """
 
     def __init__(self, phi: Phi, fnet: Fnet) -> None:

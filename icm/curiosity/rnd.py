@@ -11,7 +11,7 @@ class RND(Signal):
     """Error ||g(s') - phi(s')||^2 / F of a network g that learns to imitate a random one, phi.
 
     Burda, Edwards, Storkey, Klimov: Exploration by Random Network Distillation (2018), section 2.2.
-    Nothing is predicted about the future: a state is surprising as long as it was seen seldom.
+    Nothing is predicted about the future: a state is surprising as long as it was rarely seen.
 
     Args:
         phi: the random network; its features are normalised to mean 0 and variance 1.
@@ -33,7 +33,7 @@ class RND(Signal):
         return {"phi": self.phi, "predictor": self.predictor}
 
     def encode(self, x: Tensor) -> Tensor:
-        """What the predictor makes of a state, and its random features: (batch, 2, F)."""
+        """The predictor's output for a state and its random features, (batch, 2, F)."""
         return torch.stack((self.predictor(x).float(), random_features(self.phi, x)), dim=1)
 
     def forward(

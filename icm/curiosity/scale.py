@@ -1,4 +1,4 @@
-"""Rewards of steady size from surprises of any."""
+"""Turns surprise into rewards of steady size."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean and standard deviation of a stream of numbers in which older ones fade.
+    """Exponentially weighted mean and standard deviation of a stream of numbers.
 
     Averaging over all history would keep the huge first errors of a signal in its scale for
     hundreds of thousands of steps, and learning would stall.
@@ -23,7 +23,7 @@ class Moments:
         self.square = 0.0
 
     def update(self, numbers: Tensor) -> None:
-        """Add float64 numbers (n,) that count as much as any other n; none at all is no update."""
+        """Add float64 numbers (n,); every non-empty call has the same weight, whatever n."""
         if not len(numbers):
             return
         self.weight = self.decay * self.weight + 1.0
@@ -47,11 +47,11 @@ class Moments:
 
 
 class Interest:
-    """What surprise counts: as it is, or as a factor from 1 (usual) to `limit` (extraordinary).
+    """The weight of surprise: itself, or a factor from 1 (usual) to `limit` (extraordinary).
 
-    The factor is clip(1 + (surprise - mean) / std, 1, limit), by which Never Give Up (Badia et al.
-    2020, eq. 1 and section 2) weighs its episodic novelty with a lifelong one: where nothing
-    surprises any more, a new place is still worth something.
+    The factor is clip(1 + (surprise - mean) / std, 1, limit), with which Never Give Up (Badia et
+    al. 2020, eq. 1 and section 2) weights episodic by lifelong novelty: where nothing surprises any
+    more, a new place is still worth something.
 
     Args:
         limit: the paper's L; None: surprise counts as it is.
@@ -71,7 +71,7 @@ class Interest:
         return torch.tensor((self.moments.mean, self.moments.std))
 
     def __call__(self, surprise: Tensor, usual: Tensor) -> Tensor:
-        """What surprises count, of any shape, on their device, where `usual()` is too."""
+        """Weights of surprises of any shape; `usual()` must be on their device."""
         if self.limit is None:
             return surprise
         mean, std = usual
@@ -79,13 +79,13 @@ class Interest:
 
 
 class RewardScale:
-    """Turns raw intrinsic rewards into ones of steady size.
+    """Scales raw intrinsic rewards to a steady size.
 
     Burda et al. 2018 (section 2.4) divide the intrinsic reward by the running standard deviation of
     its discounted sum so that the scale of features does not matter.
 
     Args:
-        num_envs: environments whose discounted sums run side by side, each over its own time.
+        num_envs: environments, each with a discounted sum over its own time.
         half_life: steps per environment after which a value counts half.
     """
 
@@ -94,7 +94,7 @@ class RewardScale:
         self.moments = Moments(half_life)
 
     def update(self, rewards: Tensor, valid: Tensor, discount: float) -> None:
-        """Add one step of raw rewards (num_envs,); where not `valid` (a reset) the sum stands.
+        """Add one step of raw rewards (num_envs,); where not `valid` (a reset), the sum stays.
 
         Args:
             rewards, valid: see above.
@@ -111,7 +111,7 @@ class RewardScale:
     def std(self) -> float:
         """Standard deviation of the discounted sums; 1 if they vary by less than a hundredth.
 
-        What is left of the variance of sums that are all alike is rounding.
+        If all sums are alike, what remains of their variance is rounding.
         """
         moments = self.moments
         return moments.std if moments.std**2 > 1e-4 * moments.square else 1.0

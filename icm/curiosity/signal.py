@@ -1,4 +1,4 @@
-"""What all curiosity signals have in common."""
+"""Common to all curiosity signals."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from icm.ranks import WORLD_SIZE
 
 @dataclass
 class Errors:
-    """What a signal finds in transitions; every tensor of shape (batch,) but the last two."""
+    """A signal's errors on transitions; all tensors are (batch,), except the last two."""
 
     surprise: Tensor  # the raw intrinsic reward, without gradient
-    forward: Tensor | None = None  # what the signal's predictor is to make small
+    forward: Tensor | None = None  # minimised by the signal's predictor
     inverse: Tensor | None = None  # cross-entropy of the guessed action, nats
     logits: Tensor | None = None  # of the guess, (batch, actions)
-    share_of: Tensor | None = None  # (batch, F), if the share of its variance is to be made small
+    share_of: Tensor | None = None  # (batch, F), if forward / its variance is to be minimised
 
 
 class Signal(nn.Module, ABC):
@@ -35,8 +35,8 @@ class Signal(nn.Module, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Features of normalised states (batch, C, H, W), float32 (batch, kinds, F).
 
-        All that is computed from one state alone, so that it is computed once where a state ends
-        one transition and begins the next.
+        Everything that depends on one state alone, so that a state that ends one transition and
+        begins the next is encoded once.
         """
 
     @abstractmethod
@@ -55,11 +55,11 @@ class Signal(nn.Module, ABC):
             actions: int64, (batch,).
             next_features: of s'.
             behaviour: pi(. | s) the actions were drawn from, (batch, num_actions).
-            previous: the actions before, int64 (batch,); for models that are told them.
+            previous: previous actions, int64 (batch,); for models that are told them.
         """
 
     def loss(self, errors: Errors, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What learning makes small, and its parts for the log.
+        """The loss, and its parts for the log.
 
         Over the transitions where `valid` (batch,) is true.
         """
@@ -69,7 +69,7 @@ class Signal(nn.Module, ABC):
         return forward, {"loss/forward": forward.detach()}
 
     def update_target(self) -> None:
-        """Let averaged weights follow by one step of the optimizer."""
+        """Update averaged weights after an optimizer step."""
 
 
 @torch.no_grad()
@@ -83,9 +83,9 @@ def random_features(phi: Phi, x: Tensor) -> Tensor:
 
 
 class MaskedMean:
-    """Mean over the transitions of a batch where a mask is true; 0 where none is.
+    """Mean over the transitions of a batch where a mask is true; 0 if there is none.
 
-    Each rank has a part of the batch. Of what it returns in them, the mean is that of the batch.
+    Each rank has a part of the batch; averaged over ranks, the results give the batch's mean.
 
     Args:
         mask: bool, of any shape.
@@ -96,6 +96,6 @@ class MaskedMean:
         self.count = summed(mask.sum()).clamp_min(1) / WORLD_SIZE
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Of values of the mask's shape, or (*mask's shape, F): then (F,)."""
+        """Mean of values of the mask's shape; (F,) if (*mask's shape, F)."""
         mask = self.mask.unsqueeze(-1) if values.ndim > self.mask.ndim else self.mask
         return (values * mask).sum(tuple(range(self.mask.ndim))) / self.count

@@ -1,4 +1,4 @@
-"""Environments: from a Gymnasium id to states of the agent, alone or vectorised.
+"""Environments: from a Gymnasium id to the agent's states, single or vectorised.
 
 Nothing here imports torch, so worker processes stay small.
 """
@@ -58,15 +58,14 @@ def make_env(
 ) -> Env:
     """Build one environment whose observations are states, uint8 (frame_stack, size, size).
 
-    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` where there is some, if
-    it is wanted, and `episode` at the last one, see `icm.envs.wrappers.EpisodeStatistics` and
-    `icm.envs.mario`.
+    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` if requested and new,
+    and `episode` at the last step, see `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario`.
 
     Args:
         config: the settings.
         render_mode: passed on to the game.
         on_frame: called after every emulator frame, see `ActionRepeat`.
-        scenery: whether somebody looks at it.
+        scenery: whether `info` may have it.
 
     Raises:
         UserError: the id is unknown, the environment has no image observations or no discrete
@@ -82,7 +81,7 @@ def make_env(
         env = StickyActions(env, config.sticky_probability)
     if config.noop_max:
         env = NoopStart(env, config.noop_max)
-    # someone who watches looks at every frame
+    # when rendering, every frame is drawn
     draw = game.draw if isinstance(game, OnLibretro) and render_mode is None else None
     env = ActionRepeat(env, config.action_repeat, on_frame, draw)
     if is_mario:
@@ -122,8 +121,8 @@ def make_vector_env(
         config: the settings.
         busy_cores: how many cores the caller needs between `step_async` and `step_wait`.
         scenery: see `make_env`.
-        collector: where the workers live: `local`, in processes of this machine, or `ray`.
-        practice: share of all environments that practise, the last ones; the first one never does.
+        collector: where the workers run: `local`, in processes on this machine, or `ray`.
+        practice: share of all environments that practise: the last ones, never the first one.
 
     Raises:
         UserError: see `make_env` and `icm.envs.on_ray.RayWorkers`; or Ray is not installed.
@@ -132,7 +131,7 @@ def make_vector_env(
     make = partial(make_env, config, scenery=scenery)
     if collector == "ray":
         try:
-            from icm.envs.on_ray import RayWorkers  # only if it is wanted: it takes two seconds
+            from icm.envs.on_ray import RayWorkers  # only if needed: it takes two seconds
         except ModuleNotFoundError as error:
             raise UserError(
                 f"collector=ray: there is no {error.name}; "
@@ -151,7 +150,7 @@ def make_vector_env(
 
 
 def describe_emulator(config: EnvConfig) -> str | None:
-    """One line on what runs an NES game, and on what would be faster; None for another environment.
+    """One line: what runs an NES game, and what would be faster; None for other environments.
 
     The environment must be known to exist, see `make_env`.
 
@@ -196,7 +195,7 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
 
 
 def _find_spec(env_id: str) -> EnvSpec:
-    """As `gym.make` finds it: of another package, too, and the latest version if none is named."""
+    """As in `gym.make`: also from another package; the latest version if none is named."""
     module, _, full_name = env_id.rpartition(":")
     if module.startswith("."):
         raise ModuleNotFoundError(f"{module} is no name of a package.")
@@ -221,7 +220,7 @@ def _check_spaces(env_id: str, env: Env) -> None:
             "uint8 images, (H, W, 3) or (H, W)"
         )
     actions = env.action_space
-    # the memory has a byte for each
+    # actions are stored as bytes
     if not isinstance(actions, spaces.Discrete) or actions.start != 0 or actions.n > 256:
         raise UserError(
             f"env.id={env_id}: actions are {actions}; needed is Discrete(n), n at most 256"
@@ -235,16 +234,16 @@ def action_count(space: spaces.Space[Any]) -> int:
 
 
 def action_names(env: Env) -> list[str]:
-    """What the actions of an environment are called: by their buttons, or else by their numbers."""
+    """Names of an environment's actions: their buttons if known, else their numbers."""
     if env.has_wrapper_attr("get_action_meanings"):
         return [str(name) for name in env.get_wrapper_attr("get_action_meanings")()]
     return [str(action) for action in range(action_count(env.action_space))]
 
 
 def episodes_in(infos: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The `episode` statistics of environments whose episode ended in this vector step, by number.
+    """The `episode` statistics of episodes that ended in this vector step, by environment number.
 
-    An episode that was cut because a worker failed has none.
+    An episode truncated by a worker's failure has none.
     """
     return {
         row: {k: v[row] for k, v in infos["episode"].items() if not k.startswith("_")}

@@ -1,19 +1,19 @@
-"""Which worker steps which environments, so that all have done at the same time."""
+"""Which worker steps which environments, so that all finish at the same time."""
 
 import numpy as np
 
-WINDOW = 16  # steps after which environments are divided anew
+WINDOW = 16  # steps between two redistributions
 
 
 class Balance:
-    """Divides environments between workers, of which some start a step late and some are slow.
+    """Divides environments between workers, some of which start a step late or are slow.
 
-    In the median of some steps all should end at the same time; only environments between two
+    By the median over some steps, all should finish together; only environments between two
     episodes move.
 
     Args:
         num_envs: environments, numbered from 0; evenly divided at first, the last ones to the
-            first workers: those that practise are the last, and hardly ever between two episodes.
+            first workers: the practising ones are last, and hardly ever between two episodes.
         num_workers: workers, numbered from 0.
         late: how many of these, the last ones, start late.
     """
@@ -33,13 +33,13 @@ class Balance:
         return next(worker for worker, rows in enumerate(self.rows) if row in rows)
 
     def measured(self, lead: float, seconds: list[float]) -> None:
-        """Take in one step.
+        """Record one step.
 
         Args:
             lead: seconds from the early to the late start.
-            seconds: that each worker needed.
+            seconds: needed by each worker.
         """
-        usual = sum(seconds) / self.num_envs  # of those who had none
+        usual = sum(seconds) / self.num_envs  # for workers with none
         counts = [len(rows) for rows in self.rows]
         self._leads.append(lead)
         self._costs.append([s / n if n else usual for s, n in zip(seconds, counts, strict=True)])
@@ -50,7 +50,7 @@ class Balance:
             self._leads, self._costs = [], []
 
     def move(self, free: np.ndarray) -> None:
-        """Divide anew as far as `free`, bool (num_envs,), says that environments may move."""
+        """Redistribute environments; only those in `free`, bool (num_envs,), may move."""
         while True:
             surplus = np.array([len(rows) for rows in self.rows]) - self.wanted
             able = [worker for worker, rows in enumerate(self.rows) if free[rows].any()]
@@ -58,7 +58,7 @@ class Balance:
                 return
             giver = max(able, key=lambda worker: surplus[worker])
             taker = surplus.argmin()
-            if surplus[giver] - surplus[taker] <= 1:  # the next one would be as far off
+            if surplus[giver] - surplus[taker] <= 1:  # moving one would not help
                 return
             row = next(row for row in self.rows[giver] if free[row])
             self.rows[giver].remove(row)
@@ -78,4 +78,4 @@ def shares(starts: np.ndarray, costs: np.ndarray, total: int) -> np.ndarray:
         end = (total + (starts / costs)[taking].sum()) / (1 / costs[taking]).sum()
         if (starts[taking] < end).all():
             return np.where(taking, (end - starts) / costs, 0.0)
-        taking &= starts < end  # the others would begin when all is done
+        taking &= starts < end  # the others would start after the end

@@ -1,4 +1,4 @@
-"""Which libretro core is taken. None is shipped: cores have licences of their own."""
+"""Which libretro core is used. None is shipped: cores have their own licences."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ def find_core(core: str) -> Path:
         UserError: there is no such file, or no core was found.
     """
     if core != "auto":
-        if not os.path.isfile(core):  # of a path that cannot be looked at, pathlib raises
+        if not os.path.isfile(core):  # pathlib raises for inaccessible paths
             raise UserError(f"env.core={core}: no such file; auto finds installed cores")
         return Path(core)
     for path in installed_cores().values():
@@ -36,7 +36,7 @@ def find_core(core: str) -> Path:
 
 
 def installed_cores() -> dict[str, Path]:
-    """The cores found, by name, the one that `auto` takes first."""
+    """The cores found, by name; the first is what `auto` takes."""
     found = {}
     for name in ("quicknes", "fceumm"):
         paths = [folder / f"{name}_libretro{SUFFIX}" for folder in core_folders()]

@@ -1,7 +1,7 @@
 """NES cores of libretro, in process, under the unchanged environments of nes-py.
 
-A core is a shared library with the C interface of libretro.h: its frontend, here this module, lends
-it functions for its options, picture and buttons, and asks for one frame at a time.
+A core is a shared library with the C interface of libretro.h: its frontend, here this module, gives
+it callbacks for options, picture and buttons, and runs one frame at a time.
 """
 
 import _ctypes
@@ -41,9 +41,9 @@ ENVIRONMENT_GET_INPUT_BITMASKS = 51 | 0x10000
 ENABLE_VIDEO, HARD_DISABLE_AUDIO = 1, 8
 PIXEL_FORMAT_XRGB8888, PIXEL_FORMAT_RGB565 = 1, 2
 DEVICE_ID_JOYPAD_MASK = 256
-# by a controller's byte in nes-py, in bits: B, (Y), select, start, up, down, left, right, A
+# by nes-py's controller byte; bits: B, (Y), select, start, up, down, left, right, A
 JOYPADS = [byte & 0b11111100 | (byte & 0b10) >> 1 | (byte & 0b1) << 8 for byte in range(256)]
-# of those, each of libretro's buttons: a core asks for 17 in every frame
+# the same by libretro button: a core asks for 17 in every frame
 PRESSED = [[bits >> button & 1 for button in range(16)] for bits in JOYPADS]
 
 ENVIRONMENT = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_uint, ctypes.c_void_p)
@@ -107,7 +107,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {  # of a core: result, arguments
 }
 
 OPTIONS = {
-    # of their palettes those whose colours all differ in RGB565, see `nes_py_colours`
+    # palettes whose colours all differ in RGB565, see `nes_py_colours`
     b"fceumm_palette": b"raw",
     b"quicknes_palette": b"nintendo-vc",
     # the whole picture; FCEUmm has renamed these twice
@@ -155,13 +155,13 @@ PALETTE_ROM = b"".join(
 
 
 class Frontend:
-    """What a core is lent: functions for its options, picture and buttons.
+    """A core's callbacks: for its options, picture and buttons.
 
     It must not refer to its core, which is unloaded with the last reference to it.
 
     Args:
-        colours: what to show for each RGB565 value of the core: uint32 (65536,), in memory the
-            bytes red, green, blue and one without a meaning.
+        colours: what to show for each RGB565 value of the core: uint32 (65536,); bytes in memory:
+            red, green, blue, unused.
     """
 
     def __init__(self, colours: np.ndarray) -> None:
@@ -192,7 +192,7 @@ class Frontend:
         return command == ENVIRONMENT_GET_INPUT_BITMASKS
 
     def video_refresh(self, data: int | None, width: int, height: int, pitch: int) -> None:
-        """Take over a picture: `height` lines, `pitch` bytes from one to the next."""
+        """Copy a picture: `height` lines, `pitch` bytes from one to the next."""
         if not self.draw or data is None:
             return
         self.size = height, width
@@ -223,15 +223,15 @@ class Core:
     Args:
         path: of the core.
         rom: path of the game.
-        frontend: what to lend it.
+        frontend: its callbacks.
 
     Raises:
-        UserError: `path` is no libretro core, or it does not take the game.
+        UserError: `path` is no libretro core, or does not accept the game.
     """
 
     def __init__(self, path: Path, rom: Path, frontend: Frontend) -> None:
         with ExitStack() as undo:
-            # a library is loaded once however often one asks, and one has one game: load a copy
+            # a library is loaded once per process and holds one game: load a copy
             folder = tempfile.TemporaryDirectory(prefix="icm-core-", ignore_cleanup_errors=True)
             undo.callback(folder.cleanup)
             try:
@@ -268,7 +268,7 @@ class Core:
                 getattr(library, lend)(function)
             library.retro_init()
             undo.callback(library.retro_deinit)
-            self.content = rom.read_bytes()  # some cores go on reading it
+            self.content = rom.read_bytes()  # some cores keep reading it
             game = GameInfo(os.fsencode(rom), self.content, len(self.content), None)
             if not library.retro_load_game(game):
                 raise UserError(f"env.core={path}: does not take the game {rom}")
@@ -293,10 +293,10 @@ class Core:
             raise RuntimeError(f"{self.path}: could not save its state")
 
     def restore(self, state: bytes) -> None:
-        """Go back to a state of the same game on the same core.
+        """Go back to a state of the same game and core.
 
         Raises:
-            ValueError: it is of another.
+            ValueError: it is from another one.
         """
         size = len(state)
         if size != self.state_size or not self.library.retro_unserialize(state, size):
@@ -304,10 +304,10 @@ class Core:
 
 
 def _check_length(path: Path) -> None:
-    """Loading the beginning of an ELF file ends the process; its section headers come last."""
+    """Refuse a truncated ELF file: loading it ends the process. Section headers come last."""
     with path.open("rb") as file:
         header = file.read(64)
-    if len(header) == 64 and header.startswith(b"\x7fELF\x02"):  # of 64 bits
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02"):  # 64-bit
         (offset,) = struct.unpack_from("<Q", header, 0x28)
         size, count = struct.unpack_from("<HH", header, 0x3A)
         if path.stat().st_size < offset + size * count:
@@ -321,12 +321,12 @@ def _unload(library: ctypes.CDLL) -> None:
         _ctypes.dlclose(library._handle)
 
 
-interrupted: set[int] = set()  # threads in which Ctrl-C has come while a core ran
+interrupted: set[int] = set()  # threads that got Ctrl-C while a core ran
 
 
 @functools.cache
 def _keep_interrupts() -> None:
-    """Note Ctrl-C in a function that a core calls, where ctypes only prints exceptions."""
+    """Record Ctrl-C in a core's callbacks, where ctypes only prints exceptions."""
     report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -340,14 +340,14 @@ def _keep_interrupts() -> None:
 
 @dataclass(frozen=True)
 class CoreState:
-    """The state of a core, and its picture, which is no part of that."""
+    """A core's state, and its picture, which is no part of that."""
 
     state: bytes
-    screen: bytes  # packed to a hundredth, in a tenth of a millisecond
+    screen: bytes  # compressed to a hundredth, in 0.1 ms
 
 
 class LibretroEmulator:
-    """A core with what games use of nes-py's own emulator, which `NESEnv._env` holds.
+    """A core behind the interface of nes-py's emulator (`NESEnv._env`) that games use.
 
     Views of its screen, memory and controllers are live, and stay valid after `close`.
 
@@ -357,7 +357,7 @@ class LibretroEmulator:
         colours: see `Frontend`; by default those of nes-py.
 
     Raises:
-        UserError: `core` is no libretro core, or it does not run the game.
+        UserError: `core` is no libretro core, or does not run the game.
     """
 
     def __init__(self, core: Path, rom: Path, colours: np.ndarray | None = None) -> None:
@@ -373,11 +373,11 @@ class LibretroEmulator:
 
     @property
     def draw(self) -> bool:
-        """Whether frames are drawn; if not, the screen keeps the latest one that was.
+        """Whether frames are drawn; if not, the screen keeps the last drawn one.
 
-        The game does not depend on it, nor do copies of the screen: they draw a frame that was not.
-        A core that asks GET_AUDIO_VIDEO_ENABLE, as QuickNES does, leaves out the drawing; with
-        another one only the conversion of the picture is saved.
+        It changes neither the game nor copies of the screen, which draw a skipped frame first.
+        A core that asks GET_AUDIO_VIDEO_ENABLE, as QuickNES does, skips the drawing; with
+        others, only the conversion of the picture is saved.
         """
         return self._frontend.draw
 
@@ -386,10 +386,10 @@ class LibretroEmulator:
         self._frontend.draw = draw
 
     def frame_advance(self, action: int) -> None:
-        """Run one frame with the buttons `action` of the first controller held."""
+        """Run one frame with the first controller's buttons `action` held."""
         self._frontend.buttons[0] = action
         self._is_current = self._frontend.draw
-        if not self._is_current:  # two microseconds, should the picture be wanted after all
+        if not self._is_current:  # two microseconds; the picture may be needed after all
             self._core.save(self._before)
         self._run()
         if interrupted and threading.get_ident() in interrupted:
@@ -448,10 +448,10 @@ class LibretroEmulator:
         return CoreState(buffer.raw, zstandard.compress(self._frontend.screen.data, level=1))
 
     def load_state(self, snapshot: CoreState) -> None:
-        """Go back to a state of the same game on the same core.
+        """Go back to a state of the same game and core.
 
         Raises:
-            ValueError: it is of another.
+            ValueError: it is from another one.
         """
         self._core.restore(snapshot.state)
         screen = np.frombuffer(zstandard.decompress(snapshot.screen), np.uint8)
@@ -459,12 +459,12 @@ class LibretroEmulator:
         self._is_current = True
 
     def close(self) -> None:
-        """Let go of the core: it is unloaded once no view of its memory is left."""
+        """Release the core: it is unloaded once no view of its memory is left."""
         del self._core, self._run, self._ram
 
 
 class OnLibretro(NESEnv):
-    """Mixin that puts a core in the place of nes-py's emulator, before anything looks at it."""
+    """Mixin that replaces nes-py's emulator with a core, before anything accesses it."""
 
     core: Path
     _env: Any
@@ -476,22 +476,22 @@ class OnLibretro(NESEnv):
         return super()._controller_buffer(port)
 
     def draw(self, wanted: bool) -> None:
-        """Whether the coming frames are drawn, see `LibretroEmulator.draw`."""
+        """Set whether coming frames are drawn, see `LibretroEmulator.draw`."""
         self._env.draw = wanted
 
 
 def nes_game(spec: EnvSpec) -> type[NESEnv] | None:
-    """The class of an environment if it is a game of nes-py."""
+    """The class of an environment if it is an nes-py game."""
     maker = spec.entry_point
     game = load_env_creator(maker) if isinstance(maker, str) else maker
     return game if isinstance(game, type) and issubclass(game, NESEnv) else None
 
 
 def on_libretro(spec: EnvSpec, core: Path) -> EnvSpec:
-    """The specification of a game of nes-py on a core.
+    """The specification of an nes-py game, on a core.
 
     Raises:
-        UserError: it is another environment.
+        UserError: it is not such a game.
     """
     game = nes_game(spec)
     if game is None:
@@ -517,14 +517,14 @@ def each_colour(emulator: Any) -> Iterator[int]:
 def nes_py_colours(core: Path) -> np.ndarray:
     """What to show for each RGB565 value of a core, so that it looks like nes-py.
 
-    The core is asked for its 64 colours with PALETTE_ROM. The other values only occur with the
-    emphasis bits of the NES, which nes-py ignores and none of the four games sets: they stay.
+    PALETTE_ROM makes the core show its 64 colours. The other values only occur with the NES's
+    emphasis bits, which nes-py ignores and none of the four games sets: they stay unchanged.
 
     Returns:
         see `Frontend`.
 
     Raises:
-        UserError: `core` is no libretro core, or it does not draw the pictures of an NES.
+        UserError: `core` is no libretro core, or does not draw NES pictures.
     """
     values = np.arange(1 << 16, dtype=np.uint32)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine."""
+"""Workers as processes on this machine."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -21,8 +21,8 @@ type Memory = dict[str, tuple[Any, tuple[int, ...], Any]]
 class LocalWorkers(Assistants):
     """Worker processes; see `icm.envs.vector.Workers`.
 
-    The arrays lie in memory shared with them, which has no name under which it could be left
-    behind; what else goes to and fro in a step is one short message per worker.
+    The arrays are in shared memory, which has no name and so cannot be left behind; besides, a
+    step exchanges one short message with each worker.
 
     Args:
         make: builds one environment; must be picklable.
@@ -51,7 +51,7 @@ class LocalWorkers(Assistants):
         found: Any = self.listen(worker, patience)
         if isinstance(found, Trail):
             return found
-        # or it might answer this where something else is asked
+        # or a late answer could be taken for the next one
         self.processes[worker].kill()
         self.processes[worker].join()
         with suppress(EOFError, OSError):
@@ -62,7 +62,7 @@ class LocalWorkers(Assistants):
         """See `Workers`."""
         pipe, process = self.pipes[worker], self.processes[worker]
         try:
-            # twice, because of processes that were paused together the time is over when they go on
+            # twice: if both processes were paused, the first timeout is over when they resume
             if pipe.poll(patience / 2) or pipe.poll(patience / 2):
                 return self.receive(worker)
         except (EOFError, OSError):

@@ -17,9 +17,9 @@ from icm.envs.wrappers import Env
 
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
-MOST_BLOCKS = 12_000  # more than any place has; while one is loaded, its camera may be anywhere
-MOST_SKIPPED = 3600  # frames at once: a minute of the game
-GAME_OVER = 255  # what counts lives has then, in Super Mario Bros. and Lost Levels
+MOST_BLOCKS = 12_000  # more than any place has; the camera may be anywhere while one loads
+MOST_SKIPPED = 3600  # frames in a row: a minute of play
+GAME_OVER = 255  # the lives counter then, in Super Mario Bros. and Lost Levels
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -36,7 +36,7 @@ class Camera(NamedTuple):
 
 
 class View(NamedTuple):
-    """The part of the screen that shows the level, and neither status nor what scrolls in."""
+    """The part of the screen that shows the level, not the status or what scrolls in."""
 
     top: int
     bottom: int
@@ -50,14 +50,14 @@ class Progress:
     cameras: tuple[Camera | None, Camera | None] = (None, None)  # of the last two frames
 
     def __init__(self) -> None:
-        self.best_x: dict[tuple[int, int], int] = {}  # per level (world, stage), as first seen
+        self.best_x: dict[tuple[int, int], int] = {}  # by (world, stage), in the order seen
         self.cleared: set[tuple[int, int]] = set()
         self.lives = -1
         self.deaths = 0
         self.ground: dict[tuple[int, int], int] = {}  # best x per level in the running life
 
     def note(self, level: tuple[int, int], x: int, y: int, clear: bool, lives: int) -> None:
-        """Take in one frame."""
+        """Record one frame."""
         self.level, self.x, self.y = level, x, y
         if lives < self.lives:
             self.deaths += 1
@@ -72,21 +72,21 @@ class Progress:
 
 
 class FrozenError(Exception):
-    """The game does not come back from what is skipped."""
+    """The game skips frames without end."""
 
 
 class LeanGame(NESEnv):
     """Mixin for a game of gym-super-mario-bros: frames without what nobody reads.
 
-    Rewards and how time is skipped are the game's own, frame by frame. Its info of 40 keys, half of
-    the time, is replaced by `{"progress": Progress}`, one object per episode that every frame was
-    noted in. Bytes of a memoryview are read in half the time of a numpy array's.
+    Rewards and skipping are the game's own, frame by frame. Its info of 40 keys, which takes half
+    of the time, is replaced by `{"progress": Progress}`, one object per episode in which every
+    frame is recorded. Reading bytes of a memoryview takes half the time of a numpy array's.
 
-    After what is skipped, such as a death, the game tells of the frame before it, and the picture
-    is of what follows. Here both are of what follows; and if that is the end, it is told at once.
+    After a skipped part, such as a death, the game reports the frame before it, with the picture
+    after it. Here both are from after it; and if that is the end, it is reported at once.
 
-    The game skips until Mario may move again, and there are places where he never may: an episode
-    that has come to one is truncated.
+    The game skips until Mario can move again, and there are places where he never can: an episode
+    that gets to one is truncated.
     """
 
     skipped = 0  # frames since the last step or reset
@@ -95,7 +95,7 @@ class LeanGame(NESEnv):
     # properties of the game, see `lean`
     is_clear: bool
     camera: Camera
-    height: int  # of Mario, pixels, up to SMB's scale
+    height: int  # Mario's, pixels up, on SMB's scale
     view: View
 
     def _ram_buffer(self) -> memoryview:
@@ -119,14 +119,14 @@ class LeanGame(NESEnv):
             self.is_frozen = self.done = True
         if self.skipped and not self.is_frozen:
             self._note()
-            # the picture is of neither: nothing is cut out of it
+            # neither camera fits the picture: nothing is cut out
             self.progress.cameras = None, self.camera
 
     def step(self, action: int) -> Any:
         """One frame, see `NESEnv.step`."""
         observation, reward, terminated, truncated, info = super().step(action)
         if self.skipped and not self.is_frozen and self._get_terminated():
-            # the frame in which the game tells of the end, and rewards it
+            # the frame in which the game reports the end, and rewards it
             observation, more, terminated, truncated, info = super().step(action)
             reward += more
         return observation, reward, terminated, truncated or self.is_frozen, info
@@ -144,7 +144,7 @@ class LeanGame(NESEnv):
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
-    """The specification of a Mario game with cheap frames, see `LeanGame`; of another, as it is."""
+    """The specification of a Mario game, with cheap frames (`LeanGame`); others as they are."""
     kinds = (
         (SuperMarioBrosEnv, _smb_camera, _smb_height, View(32, 240, 0, 256)),
         (SuperMarioBros2Env, _smb2_camera, _level_height, View(0, 240, 32, 256)),
@@ -156,7 +156,7 @@ def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
             own = {"camera": property(camera), "height": property(height), "view": view}
     if not own:
         return spec
-    # what is info["clear"] in its info
+    # the game's own info["clear"]
     own["is_clear"] = getattr(game, "_flag_get", None) or game._is_level_complete
     if issubclass(game, SuperMarioBros3Env):
         own |= SMB3_PLACES
@@ -190,17 +190,17 @@ def _smb3_is_in_level(game: Any) -> bool:
     return game.ram[SMB3_TILESET] > 0 and game._time > 0 and game._x_page < SMB3_PAGES
 
 
-SMB3_TILESET = 0x70A  # of the level that is loaded; 0: the map
-SMB3_PAGES = 16  # of 256 pixels: no level has more. At its start there is still a row of the map
+SMB3_TILESET = 0x70A  # of the loaded level; 0: the map
+SMB3_PAGES = 16  # of 256 pixels: no level has more. On entry, the page is still a row of the map
 SMB3_PLACES = {
     "_is_on_map": property(_smb3_is_on_map),
     "_is_in_level": property(_smb3_is_in_level),
 }
 """Where Mario is in Super Mario Bros. 3.
 
-The game's own properties go by the time that is left: when it is up or Mario has died, they take
-the end of a level for the map, and so for a level that is done; and when he enters one, they see
-him at 8192 pixels. Rewards and ends depend on them.
+The game's own properties go by the time left: when it is up or Mario has died, they take the end
+of a level for the map, and so the level for completed; and when he enters one, they place him at
+8192 pixels. Rewards and ends depend on them.
 """
 
 
@@ -210,14 +210,14 @@ def _smb_height(game: Any) -> int:
 
 
 def _level_height(game: Any) -> int:
-    """Of a position that is counted from above, of two blocks of which the lower one is meant."""
+    """From a position counted from above that spans two blocks; the lower one is meant."""
     return CELL * GROUND + CELL - 1 - (int(game._y_position) + CELL)
 
 
 class Screen(gym.ObservationWrapper[Any, Any, Any]):
-    """Observes the game's screen in rows: copying nes-py's own view of it takes five times as long.
+    """Observes the screen as a contiguous array: copying nes-py's view takes five times as long.
 
-    uint8 (240, 256, 3), written over by every later observation.
+    uint8 (240, 256, 3), overwritten by every later observation.
     """
 
     def __init__(self, env: Env) -> None:
@@ -238,8 +238,8 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         flag: whether a flag (or another end of a level) was reached;
         levels_passed: how many were;
         levels: names of the levels seen, in order, joined by a space.
-    cell: int (5,): world, stage, area (0 where it is not known), x // 16, y // 16.
-    life_lost: whether one was, in this step; also with the end of an episode, if that is no flag.
+    cell: int (5,): world, stage, area (0 if unknown), x // 16, y // 16.
+    life_lost: whether one was lost in this step, or the episode terminated without a flag.
     """
 
     changing = ("deaths",)
@@ -277,10 +277,10 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class Scenery(gym.Wrapper[Any, Any, Any, Any]):
-    """Cuts out of the screen what of a level it shows for the first time in this environment.
+    """Cuts out what the screen shows of a level for the first time in this environment.
 
-    `info["scenery"]`, where there is something: the place (world, stage, area), row and column of
-    its first block of 16 pixels, and the picture, uint8 (H, W, 3), a copy.
+    `info["scenery"]`, if there is any: the place (world, stage, area), row and column of its
+    first block of 16 pixels, and the picture, uint8 (H, W, 3), a copy.
     """
 
     def __init__(self, env: Env) -> None:
@@ -292,7 +292,7 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
         """Step and cut out."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         progress: Progress = info["progress"]
-        # the picture is of the frame before: the game draws what it has computed one frame later
+        # the picture shows the previous frame: the game draws one frame later than it computes
         camera, now = progress.cameras
         if camera and now and camera.area == now.area:
             moved = abs(now.left - camera.left), abs(now.top - camera.top)
@@ -326,7 +326,7 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
 class StuckLimit(gym.Wrapper[Any, Any, Any, Any]):
     """Truncates an episode after `steps` agent steps without `distance` pixels of new ground.
 
-    Ground is new that this life has not been on: after a death the way begins anew.
+    Ground is new if this life has not been on it: a death makes all ground new.
     """
 
     changing = ("best", "stuck")

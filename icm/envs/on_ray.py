@@ -21,43 +21,43 @@ from icm.errors import UserError
 from icm.processes import signals_blocked
 from icm.ranks import CORES, WORLD_SIZE
 
-# or else, below `uv run`, it would send the working directory to all nodes, and install all there
+# else, under `uv run`, it sends the working directory to all nodes and installs everything there
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-# of a cluster that is started here; or else actors would give way to whatever else runs
+# for a cluster started here; else its actors would yield to everything else that runs
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-STARTING = 120.0  # seconds in which all actors must have started
-LAST = 1.0  # seconds that are waited for an answer at least
-SUSPECT = 60.0  # seconds for which no new actor is put where one has failed
+STARTING = 120.0  # seconds within which all actors must start
+LAST = 1.0  # seconds to wait for an answer, at least
+SUSPECT = 60.0  # seconds during which a node where one failed gets no actor
 
 type Place = tuple[str, str]
-"""Where an actor lives: the name of the machine, and Ray's id of the node."""
+"""Where an actor runs: the machine's name, and Ray's id of the node."""
 
 type Rows = dict[str, bytes]
 """Rows of arrays by name."""
 
 type Heard = tuple[Answer, list[int], Rows]
-"""An answer; rows whose observation is the one before, moved on by a plane, as with stacked frames;
-and rows of the results, the `newest` planes of those, and the `whole` observations of the others.
+"""An answer; rows whose observation is the previous one shifted by a plane (stacked frames); and
+all results, with the `newest` planes of those rows and the `whole` observations of the others.
 """
 
 
 class RayWorkers:
     """Actors of a Ray cluster; see `icm.envs.vector.Workers`.
 
-    The cluster is that which `RAY_ADDRESS` names or that runs on this machine, or else one of this
-    machine alone that ends with this process. At most one step is under way per actor.
+    The cluster is the one that `RAY_ADDRESS` names or that runs on this machine, else a new one on
+    this machine alone that ends with this process. At most one step is under way per actor.
 
-    In the place of an actor that failed there comes a new one, on another node if there is one.
+    A failed actor is replaced by a new one, on another node if there is one.
 
     Args:
-        make: builds one environment; must be picklable, and this package be on every node.
-        number: how many, a core for each; None: as many as cores are free.
-        most: how many can be of use.
+        make: builds one environment; must be picklable, and every node must have this package.
+        number: how many, with a core each; None: one per free core.
+        most: upper limit of that number.
         busy_cores: how many cores of this machine the caller needs while they step.
         fields: the arrays.
 
@@ -84,7 +84,7 @@ class RayWorkers:
         except BaseException:
             self.end()
             raise
-        # only those that share this machine with the caller compete with it: they are the last
+        # only actors on the caller's machine compete with it: they come last
         here = socket.gethostname()
         order = sorted(range(self.number), key=lambda worker: places[worker][0] == here)
         self._actors = [self._actors[worker] for worker in order]
@@ -92,8 +92,8 @@ class RayWorkers:
         near = sum(machine == here for machine, _ in places)
         crowded = near + busy_cores - CORES
         self.late = min(max(crowded, 0), near, self.number - 1)
-        self._failed: dict[str, float] = {}  # when an actor of a node has failed
-        self._rows: list[list[int]] = [[] for _ in order]  # that each of them steps
+        self._failed: dict[str, float] = {}  # when an actor last failed, by node
+        self._rows: list[list[int]] = [[] for _ in order]  # stepped by each of them
         self._answers = [actor.begin.remote() for actor in self._actors]
         self._sent = [time.monotonic()] * self.number
 
@@ -124,14 +124,14 @@ class RayWorkers:
         """See `Workers`."""
         try:
             return ray.get(self._actors[worker].trail.remote(row, done), timeout=patience)
-        except RayError:  # that it takes too long, too
+        except RayError:  # includes timeouts
             return None
 
     def restart(self, worker: int) -> None:
         """See `Workers`."""
         ray.kill(self._actors[worker])
         self._nodes[worker] = self._home()
-        # without a core of its own: there may be none. What asks for nothing at all is sent to a
+        # no core reserved: there may be none. An actor that requests nothing at all is sent to a
         # random node first, which may be dead
         strategy = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=True)
         self._actors[worker] = self._start(num_cpus=0, memory=1, scheduling_strategy=strategy)
@@ -149,11 +149,11 @@ class RayWorkers:
         self._actors = []
 
     def _start_all(self, number: int | None, most: int) -> list[Place]:
-        """Start the actors, and say where each lives."""
+        """Start the actors; returns where each runs."""
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cores = sum(int(node["Resources"].get("CPU", 0)) for node in nodes)
         free = int(ray.available_resources().get("CPU", 0))
-        # of all of them, if other ranks want as many
+        # the other ranks may want as many
         share = min(free, cores // WORLD_SIZE)
         self.number = min(number or max(share, 1), most)
         if self.number > free:
@@ -176,10 +176,10 @@ class RayWorkers:
             raise RuntimeError(f"an actor of the environments failed:\n{error}") from None
 
     def _hear(self, worker: int, patience: float) -> Heard | str:
-        # counted from when it was sent: the actors of a node that is silent are, all of them
+        # counted from the sending: if a node is silent, so are all its actors
         left = max(self._sent[worker] + patience - time.monotonic(), LAST)
         try:
-            try:  # twice, because of processes that were paused together, as in `LocalWorkers`
+            try:  # twice, because both may have been paused, as in `LocalWorkers`
                 return ray.get(self._answers[worker], timeout=left / 2)
             except GetTimeoutError:
                 return ray.get(self._answers[worker], timeout=left / 2)
@@ -190,14 +190,14 @@ class RayWorkers:
             return f"{text}\n{type(error).__name__}: {text.splitlines()[0]}"
 
     def _start(self, **how: Any) -> Any:
-        # Ray must not restart it: a new one has to play the running episodes again
+        # Ray must not restart it: a new one has to replay the running episodes
         return ray.remote(_Actor).options(max_restarts=0, **how).remote(*self._given)
 
     def _home(self) -> str:
         """The node for a new actor: the one with the fewest actors per core.
 
-        But none where one has failed a moment ago, as long as there are others: for ten seconds
-        and longer, Ray takes a node that was killed for alive.
+        Nodes where one has just failed come last: for ten seconds and longer, Ray takes a killed
+        node for alive.
         """
         actors, now = Counter(self._nodes), time.monotonic()
 
@@ -210,7 +210,7 @@ class RayWorkers:
 
 
 class _Actor:
-    """A worker on a node: has arrays of its own, and sends what has changed in them."""
+    """A worker on a node: has its own arrays, and sends what has changed in them."""
 
     def __init__(self, make: Callable[[], Env], fields: Fields) -> None:
         self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
@@ -218,11 +218,11 @@ class _Actor:
         self._known: set[int] = set()  # rows whose observation the other side has
 
     def place(self) -> Place:
-        """Where it lives."""
+        """Where it runs."""
         return socket.gethostname(), ray.get_runtime_context().get_node_id()
 
     def begin(self) -> Heard | str:
-        """As `step`, of no row."""
+        """`step` without rows."""
         return self.step((set(), {}, {}), _pack(self._arrays, [], GIVEN))
 
     def trail(self, row: int, done: int) -> Trail:
@@ -230,7 +230,7 @@ class _Actor:
         return self._stepper.trail(row, done)
 
     def step(self, order: Order, given: Rows) -> Heard | str:
-        """Step rows, which are given sorted; what it gives is a traceback if it fails."""
+        """Step rows, `given` in sorted order; returns a traceback if it fails."""
         try:
             rows = sorted(order[0])
             _unpack(self._arrays, rows, GIVEN, given)
@@ -249,7 +249,7 @@ class _Actor:
 
 
 def _connect() -> None:
-    """Find a cluster, or start one of this machine's cores, deaf to signals that are for us."""
+    """Find a cluster, or start one on this machine's cores, deaf to this process's signals."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
@@ -266,7 +266,7 @@ def _connect() -> None:
     except (ConnectionError, RuntimeError, RayError) as error:
         raise UserError(f"collector=ray: {error}") from None
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray has one of its own
+        signal.signal(signal.SIGTERM, handler)  # Ray installs its own
 
 
 def _pack(arrays: dict[str, np.ndarray], rows: list[int], names: Fields) -> Rows:

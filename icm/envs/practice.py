@@ -1,4 +1,4 @@
-"""Where episodes begin of environments that practise what is hard."""
+"""Where environments that practise hard parts begin episodes."""
 
 from typing import NamedTuple
 
@@ -6,42 +6,42 @@ import numpy as np
 
 from icm.envs.snapshots import EVERY, SELDOM
 
-PERSISTENCE = 0.95  # how often an environment tries again where it died, or where it is farthest
-REPEATING = 0.5  # share of the environments that practise that repeat the way of the others
-BACK = 4, 41  # agent steps that it goes back, at random: from, below; and on to a snapshot
+PERSISTENCE = 0.95  # probability of trying again where an environment died, or is farthest
+REPEATING = 0.5  # share of the practising environments that repeat the way of the others
+BACK = 4, 41  # agent steps to go back, at random: from, below; then on to a snapshot
 
 
 class Middle(NamedTuple):
     """A place in the middle of a running episode, where there is a snapshot.
 
-    Without one, all environments would wait for steps that are played again.
+    Without one, all environments would wait while steps are replayed.
     """
 
     other: int  # number of the environment whose episode it is
     done: int  # how many of its actions lead there
-    knows: bool  # whether who begins there knows what the episode has seen up to there
+    knows: bool  # whether the new episode knows what that one has seen up to there
 
 
 class Practice:
-    """Where an environment's next episode begins, by restoring an emulator (as in Go-Explore).
+    """Where an environment's next episode begins: at a restored state, as in Go-Explore.
 
-    Ecoffet et al. 2021. One half of those that practise try again:
+    Ecoffet et al. 2021. Half of the practising environments try again:
 
-    - nineteen times in twenty, after a death: some steps before it, but hardly before where this
-      try began. What is hard is met more often;
-    - else, and where it was stuck: in the episode of another that practises and has played for
-      longer, not before where the try of that one began. Many are soon where one has come;
-    - stuck where nobody has played for longer, nineteen times in twenty: here once more, or nobody
-      would stay where it is hardest.
+    - after a death, nineteen times in twenty: some steps before it, but at most one snapshot
+      before this try's start. Hard parts are met more often;
+    - otherwise, and after being stuck: in the episode of another practising one that has played
+      for longer, not before that try's start. Many are soon where one has got to;
+    - stuck when none has played for longer, nineteen times in twenty: here once more, or none
+      would stay at the hardest part.
 
-    What was seen on the way there stays known; what was tried in vain is as new as to any life that
-    comes there. The other half repeat the way, or it would be forgotten: their episodes begin
-    anywhere in that of one of the first half, as if nothing of it had been seen.
+    What was seen on the way there stays known; what was tried in vain after it is new again. The
+    other half repeat the way, or it would be forgotten: their episodes begin anywhere in one of the
+    first half, as if nothing of it had been seen.
 
     Args:
         num_envs: environments, numbered from 0.
         practising: how many of these practise, the last ones.
-        idle: actions without new ground after which an episode is cut. They are on no way.
+        idle: actions without new ground after which an episode is truncated; not part of a way.
     """
 
     def __init__(self, num_envs: int, practising: int, idle: int) -> None:
@@ -54,14 +54,14 @@ class Practice:
     def begin(
         self, row: int, died: bool, cut: bool, played: list[list[int]], rng: np.random.Generator
     ) -> Middle | None:
-        """Where the next episode of an environment begins; None: at a start of its own.
+        """Where the next episode of an environment begins; None: with a reset.
 
         Args:
             row: number of the environment.
             died: whether its episode ended with a death.
-            cut: whether it was truncated. What ended in neither way is not practised.
+            cut: whether it was truncated; if it ended in neither way, a reset follows.
             played: actions of the running episodes, for each environment.
-            rng: what is left to chance.
+            rng: source of randomness.
         """
         practised = self.practises[row] and (died or cut)
         middle = self._middle(row, died, played, rng) if practised else None
@@ -89,6 +89,6 @@ class Practice:
         end = len(played[other]) - (0 if died and other == row else self._idle)
         done = max(0, end - int(rng.integers(*BACK)))
         done -= done % EVERY
-        # or where lives are short it would be ever further back
+        # else, with short lives, it would go ever further back
         first = int(self.began_at[other]) - (EVERY * int(rng.integers(2)) if other == row else 0)
         return Middle(other, max(done, first), knows=True)

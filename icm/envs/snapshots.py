@@ -1,4 +1,4 @@
-"""Going back in a running episode without playing it again from its beginning."""
+"""Going back in a running episode without replaying it from its beginning."""
 
 import copy
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from icm.envs import libretro
 from icm.envs.mario import Progress
 from icm.envs.wrappers import Env
 
-EVERY = 8  # agent steps of an episode from one snapshot to the next
-RECENT = 256  # agent steps before that
-SELDOM = 64  # and so many from one to the next; of FCEUmm a snapshot has 30 kB
+EVERY = 8  # agent steps between the latest snapshots
+RECENT = 256  # agent steps that they cover
+SELDOM = 64  # agent steps between older ones; one of FCEUmm has 30 kB
 
 PLAIN = (int, float, str, tuple, dict, np.generic, np.random.Generator, Progress)
-"""What a game of nes-py changes in itself when it steps; its emulator has a state of its own."""
+"""Types of what an nes-py game changes when it steps; its emulator has its own state."""
 
 
 @dataclass
@@ -33,25 +33,25 @@ class Snapshot:
 
 @dataclass
 class Trail:
-    """Snapshots on the way of an episode."""
+    """Snapshots along an episode."""
 
     seed: int = -1  # of the episode; -1: there is none
     actions: list[int] = field(default_factory=list)  # so far
     kept: list[Snapshot] = field(default_factory=list)
 
     def reach(self, seed: int, actions: list[int]) -> int:
-        """How many of an episode's first actions led to the latest snapshot on its way; 0: none."""
+        """How many of an episode's first actions led to the latest snapshot of it here; 0: none."""
         if seed != self.seed:
             return 0
         done = (kept.done for kept in reversed(self.kept))
         return next((n for n in done if actions[:n] == self.actions[:n]), 0)
 
     def sendable(self, done: int) -> "Trail":
-        """What leads another process to where so many actions were done, or to one snapshot before.
+        """Snapshots for another process: after `done` actions, and the one before.
 
-        And the seldom ones, for what begins further back.
+        Also every `SELDOM`-th step, for episodes that begin further back.
 
-        Nothing of nes-py's own emulator, whose states cannot leave their process.
+        No states of nes-py's own emulator: they cannot leave their process.
         """
         kept = [
             each
@@ -65,8 +65,8 @@ class Trail:
 class Snapshots:
     """Those of the running episode of one environment.
 
-    Whoever goes back finds everything as if the episode had been played again up to there, its
-    random numbers too. Environments that are no game of nes-py have none.
+    After going back, everything is as if the episode had been replayed up to there, its random
+    numbers too. Only nes-py games have snapshots.
     """
 
     def __init__(self, env: Env) -> None:
@@ -80,11 +80,11 @@ class Snapshots:
         self.trail = Trail()
 
     def begin(self, seed: int) -> None:
-        """An episode begins."""
+        """Begin an episode."""
         self.trail = Trail(seed)
 
     def add(self, action: int, state: np.ndarray, info: dict[str, Any]) -> None:
-        """A step of it was made."""
+        """Record a step of it."""
         trail = self.trail
         trail.actions.append(action)
         done = len(trail.actions)
@@ -94,18 +94,18 @@ class Snapshots:
             trail.kept = [each for each in trail.kept if each.done > old or not each.done % SELDOM]
 
     def take_over(self, trail: Trail) -> None:
-        """Have the snapshots of another environment like this; this one has been reset before."""
+        """Adopt those of another environment like this one; this one must have been reset."""
         self.trail = Trail(trail.seed, trail.actions.copy(), trail.kept.copy())
 
     def go_back(self, seed: int, actions: list[int]) -> Snapshot | None:
-        """Let the environment be where the episode was after the first of its actions.
+        """Put the environment back to the latest snapshot along an episode's first actions.
 
         Args:
             seed: of the episode.
             actions: its first ones.
 
         Returns:
-            the latest snapshot on that way; None if there is none.
+            that snapshot; None if there is none.
         """
         trail = self.trail
         reach = trail.reach(seed, actions)

@@ -1,4 +1,4 @@
-"""What a worker does, wherever it lives: it steps environments, which are rows of arrays."""
+"""What a worker does, wherever it runs: it steps environments, which are rows of arrays."""
 
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ type Fields = dict[str, tuple[tuple[int, ...], Any]]
 """Shape and type of arrays by name; a row is an environment."""
 
 type Order = tuple[set[int], dict[int, list[int]], dict[int, Trail]]
-"""Rows to step, actions to play at once in episodes that open, and what snapshots other workers
-have of some of these."""
+"""Rows to step, actions to replay at once in opening episodes, and snapshots other workers have
+for some of these."""
 
 type Answer = tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, Any]], float]
 """Ended episodes (row, statistics), scenery (row, picture), and the seconds that the step took."""
@@ -25,9 +25,9 @@ GIVEN: Fields = {
     "actions": ((), np.int64),
     "seeds": ((), np.int64),  # of the running episodes
     "opening": ((), np.bool),  # whether the next step begins an episode
-    "practises": ((), np.bool),  # whether episodes may begin with actions of one before
+    "practises": ((), np.bool),  # whether episodes may begin inside an earlier one
 }
-"""What a worker is given, of one row."""
+"""What a worker is given, per row."""
 
 RESULTS: Fields = {
     "rewards": ((), np.float64),
@@ -37,7 +37,7 @@ RESULTS: Fields = {
     "life_lost": ((), np.bool),
     "has_cell": ((), np.bool),
 }
-"""What it gives besides `observations`, of one row."""
+"""What it returns besides `observations`, per row."""
 
 
 def fields_of(env: Env, num_envs: int) -> Fields:
@@ -48,11 +48,11 @@ def fields_of(env: Env, num_envs: int) -> Fields:
 
 
 class Stepper:
-    """Makes environments as they are wanted, and steps them.
+    """Makes environments as they are needed, and steps them.
 
     Args:
         make: builds one environment.
-        arrays: of `fields_of`; what is given is read there, and the results are written.
+        arrays: of `fields_of`; the inputs are read there, and the results written.
     """
 
     def __init__(self, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
@@ -61,7 +61,7 @@ class Stepper:
         self._snapshots: dict[int, Snapshots] = {}  # of those that practise
 
     def step(self, order: Order) -> Answer:
-        """Step the rows that it is told to, of which some may be new, and others gone."""
+        """Step the given rows; some may be new, and earlier ones gone."""
         rows, played, lent = order
         envs, arrays = self._envs, self._arrays
         start = time.perf_counter()
@@ -108,7 +108,7 @@ class Stepper:
         return episodes, scenery, time.perf_counter() - start
 
     def _find(self, played: dict[int, list[int]], lent: dict[int, Trail]) -> None:
-        """Let rows that begin in the middle of an episode have what leads furthest on its way.
+        """Give rows that begin in the middle of an episode the trail leading furthest there.
 
         Before any of them goes back, and so loses what others begin with.
         """
@@ -117,14 +117,14 @@ class Stepper:
             if not self._arrays["opening"][row]:
                 continue
             seed, actions = int(self._arrays["seeds"][row]), played.get(row, [])
-            # its own one before those that lead as far
+            # its own first: `max` takes that in a tie
             among = [snapshots.trail, *known, *([lent[row]] if row in lent else [])]
             best = max(among, key=lambda trail: trail.reach(seed, actions))
             if best is not snapshots.trail:
-                self._envs[row].reset(seed=seed)  # as it may be a new one
+                self._envs[row].reset(seed=seed)  # it may be a new one
                 snapshots.take_over(best)
 
     def trail(self, row: int, done: int) -> Trail:
-        """What of the snapshots of an environment leads to where so many actions were done."""
+        """Those of an environment's snapshots that lead to where `done` actions were done."""
         snapshots = self._snapshots.get(row)
         return snapshots.trail.sendable(done) if snapshots else Trail()

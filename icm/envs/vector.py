@@ -22,17 +22,17 @@ NOWHERE: dict[str, np.generic] = {
     "origin": np.int64(-1),
     "undone": np.int64(0),
 }
-"""What infos say of an environment whose episode has not begun in the middle of another."""
+"""The infos of an environment whose episode has not begun in the middle of another."""
 
-REPLAY_SPEED = 50.0  # agent steps per second that an emulator plays again at least
-CALM = 1000  # vector steps at least from one in which episodes are cut to the next
+REPLAY_SPEED = 50.0  # agent steps per second of a replay, at least
+CALM = 1000  # vector steps between two that truncate episodes, at least
 
 
 class Workers(Protocol):
-    """Where environments live, and how they are spoken to.
+    """Where environments run, and how to talk to them.
 
-    arrays: of all environments, see `icm.envs.stepper.fields_of`. A worker reads what it is given
-        there and writes its results, until its answer is heard at the latest.
+    arrays: of all environments, see `icm.envs.stepper.fields_of`. A worker reads its inputs and
+        writes its results there, by the time its answer is heard at the latest.
     number: how many there are, numbered from 0.
     late: how many of them, the last ones, compete with the caller for a core.
     """
@@ -42,18 +42,18 @@ class Workers(Protocol):
     late: int
 
     def send(self, worker: int, order: Order, /) -> None:
-        """Let a worker step, which is not stepping; no error if it is gone."""
+        """Let an idle worker step; no error if it is gone."""
 
     def listen(self, worker: int, patience: float) -> Answer | str:
-        """The answer to what was sent last, or to having been started; a str if it failed.
+        """The answer to the last order, or to the start; a str if the worker failed.
 
         That is its traceback or a line that says why, also if `patience` seconds were not enough.
         """
 
     def trail(self, worker: int, row: int, done: int, patience: float) -> Trail | None:
-        """What of an environment's snapshots leads to where `done` actions were done.
+        """Those of an environment's snapshots that lead to where `done` actions were done.
 
-        Of a worker that is not stepping. None: it is not to be had, and the way is played again.
+        The worker must be idle. None: they are not available, and the way is replayed.
         """
 
     def restart(self, worker: int, /) -> None:
@@ -61,53 +61,53 @@ class Workers(Protocol):
 
     @property
     def end(self) -> Callable[[], None]:
-        """Ends all workers, whatever they do; again: nothing."""
+        """Ends all workers, even busy ones; idempotent."""
 
 
 class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Environments in workers, some of them in each.
+    """Environments in workers, several in each.
 
-    It does not know where the workers live (`Workers`): in processes of this machine
+    It does not know where the workers run (`Workers`): in processes on this machine
     (`icm.envs.local`) or on a Ray cluster (`icm.envs.on_ray`).
 
-    A caller that computes between `step_async` and `step_wait` needs a core for that. Workers for
-    which none is left are `late`: they step in `step_wait`, where the caller's core is free, and
-    have as few environments as lets all workers end at the same time (`icm.envs.balance`). An
-    episode depends on its environment's number, on how many it had before, on the seed and the
-    actions, not on the worker that it runs in.
+    A caller that computes between `step_async` and `step_wait` needs a core for that. Workers left
+    without a core are `late`: they step in `step_wait`, when the caller's core is free, and have
+    fewer environments, so that all workers finish together (`icm.envs.balance`). An episode depends
+    on its environment's number, on how many episodes that had before, on the seed and the actions,
+    not on the worker that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
     environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
-    `scenery` as a list of all there is. `episode` has `seed` and `actions`, a list, as well, which
-    play it again. `returned`, `origin` and `undone`, if one has begun in the middle of another: see
+    `scenery` as a list over all. `episode` also has `seed` and `actions`, a list, which replay it.
+    `returned`, `origin` and `undone` exist if an episode has begun in the middle of another: see
     below.
 
     In environments that practise (`icm.envs.practice`), a life is an episode, which ends truncated,
-    and the next one may begin in the middle of it or of another, with the same seed: it is that
-    episode again, up to there.
+    and the next one may begin in the middle of it or of another, with the same seed: up to there,
+    it is that episode again.
 
-    `returned`, bool (num_envs,), tells who has begun in the middle; `origin`, int64 (num_envs,),
-    the number of the environment whose episode has been gone on with, knowing what it had seen up
-    to there, -1 if none has; `undone`, int64 (num_envs,), how many of its actions came after that.
-    `episode` is of those alone that do not practise: the others tell nothing of how far an agent
-    comes from the start.
+    `returned`, bool (num_envs,): whether an episode has begun in the middle; `origin`, int64
+    (num_envs,): the environment whose episode it continues, knowing what that had seen up to there,
+    -1 if none; `undone`, int64 (num_envs,): how many of that one's actions came after that.
+    Only environments that do not practise have `episode`: the others do not show how far an agent
+    gets from the start.
 
-    In place of a worker that fails, or does not answer for long, a new one plays the running
-    episodes again, up to where they were: nothing is lost but time. If it fails, too, they are what
-    makes it fail: they end truncated, without an `episode` info. `failures` counts both.
+    A worker that fails, or does not answer for long, is replaced by a new one, which replays the
+    running episodes: nothing is lost but time. If it fails, too, the episodes are taken for the
+    cause: they end truncated, without an `episode` info. `failures` counts both.
 
     Args:
         make: builds one environment, which says what all are like.
         num_envs: how many, at least 1.
-        start: starts workers, given the arrays that they need; from 1 to `num_envs` of them.
-        patience: seconds for a step; starting and a reset, which may build environments, may take
-            twenty times as long, and playing again what it needs at `REPLAY_SPEED`.
+        start: starts 1 to `num_envs` workers, given the arrays that they need.
+        patience: seconds for a step; a start and a reset, which may build environments, may take
+            twenty times as long, and a replay what it needs at `REPLAY_SPEED`.
         first: number of the first environment, if these are a part of more.
-        practice: where episodes begin; None: at a start of their own.
+        practice: where episodes begin; None: with a reset.
 
     Raises:
         RuntimeError: a worker failed at its start, or episodes would have to be cut again soon
-            after others were, with its traceback. All methods raise it, and close first.
+            after others were; with its traceback. All methods raise it, and close first.
     """
 
     def __init__(
@@ -133,16 +133,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._played: list[list[int]] = [[] for _ in range(num_envs)]  # actions of running episodes
         self._resting: set[int] = set()
         self._returning: dict[int, list[int]] = {}  # actions that opening episodes begin with
-        # numbers of those whose actions these are
+        # the environments that these come from
         self._origin = np.full(num_envs, NOWHERE["origin"])
-        self._undone = np.zeros(num_envs, np.int64)  # how many of their latest ones are not
-        self._lent: dict[int, Trail] = {}  # snapshots of these, where others' workers have them
+        self._undone = np.zeros(num_envs, np.int64)  # how many of their latest are left out
+        self._lent: dict[int, Trail] = {}  # snapshots for these from other workers
 
         self._patience, self._first = patience, first
         self.failures = 0
         self._steps, self._cut_at = 0, -CALM  # vector steps so far; the last one that cut episodes
         self._workers = start(fields_of(env, num_envs))
-        self._again = [0] * self._workers.number  # actions that each was sent to play again
+        self._again = [0] * self._workers.number  # actions that each was sent to replay
         self._arrays = self._workers.arrays
         self._practice = practice or Practice(num_envs, practising=0, idle=0)
         self._arrays["practises"][:] = self._practice.practises
@@ -156,7 +156,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin new episodes.
 
         Episode k of environment i gets a seed made of `seed`, i and k, where k counts from the
-        reset that names a seed.
+        last reset with a seed.
 
         Raises:
             ValueError: options are given, which no environment here has.
@@ -175,13 +175,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return observations, infos
 
     def rest(self, rows: Collection[int]) -> None:
-        """Step these environments no more until the next `reset`: their episodes have ended."""
+        """Do not step these environments until the next `reset`: their episodes have ended."""
         self._resting |= set(rows)
         for name in ("terminated", "truncated"):  # or they would be reset
             self._arrays[name][list(rows)] = False
 
     def way(self, row: int) -> tuple[int, list[int]]:
-        """Of an environment's running episode: the seed, and the actions from its start to here."""
+        """The seed of an environment's running episode, and its actions from the start to here."""
         return int(self._arrays["seeds"][row]), self._played[row].copy()
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,13 +195,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         }
 
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Play running episodes again, up to where `state_dict` was taken.
+        """Replay running episodes, up to where `state_dict` was taken.
 
-        No emulator saves its state in a way that all of them could; but all do the same again.
+        No way of saving a state works for all emulators, but all of them are deterministic.
 
         Returns:
-            observations and infos as of the last step then, with the scenery of all of them, and
-            whether an episode ended with it, bool (num_envs,).
+            observations of the last step then, whether an episode ended with it, bool (num_envs,),
+            and its infos, with the scenery of all steps.
         """
         self._entropy = state["entropy"]
         self._begun[:] = state["begun"]
@@ -223,11 +223,11 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self.step_wait()
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Let the workers step, but the late ones, while this process does something else."""
+        """Let all workers but the late ones step, while this process does something else."""
         self._steps += 1
         arrays = self._arrays
         arrays["actions"][:] = actions
-        # without cells nobody knows what an end is
+        # without cells, deaths are unknown
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
         self._open(ended, died, arrays["truncated"])
@@ -254,7 +254,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._send(self._balance.late, self._returning)
         episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
-        self._arrays["rewards"][list(self._returning)] = 0.0  # of what was played again
+        self._arrays["rewards"][list(self._returning)] = 0.0  # of what was replayed
         infos = infos_of(self._arrays)
         for row, episode in episodes:
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
@@ -270,18 +270,18 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return observations, rewards, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End the workers, after the step that is under way."""
+        """End the workers, after the step under way."""
         self._workers.end()
 
     def _open(self, opening: np.ndarray, died: np.ndarray, cut: np.ndarray) -> None:
         """Let the next step begin an episode where `opening`, bool (num_envs,), says so.
 
-        `died` and `cut`, bool (num_envs,): how the one before ended.
+        `died` and `cut`, bool (num_envs,): how the last one ended.
         """
         self._returning, self._lent = {}, {}
         self._origin[:] = NOWHERE["origin"]
         self._undone[:] = 0
-        sources: dict[int, int] = {}  # of those that have begun here: whose way it is
+        sources: dict[int, int] = {}  # of those opened here: whose way they have
         for row in np.flatnonzero(opening).tolist():
             key = self._first + row, self._begun[row]
             seeds = np.random.SeedSequence(self._entropy, spawn_key=key)
@@ -306,7 +306,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._begun += opening
         self._arrays["opening"][:] = opening
         free = opening.copy()
-        free[list(self._returning)] = False  # a new worker would have to play all again
+        free[list(self._returning)] = False  # a new worker would have to replay all
         self._balance.move(free)
 
     def _start(self) -> None:
@@ -315,7 +315,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._send(self._balance.early, self._returning)
 
     def _send(self, workers: Iterable[int], played: dict[int, list[int]]) -> None:
-        """Let workers step; actions to play at once in episodes that open."""
+        """Let workers step; `played` is replayed in opening episodes."""
         for worker in workers:
             rows = set(self._balance.rows[worker]) - self._resting
             actions = {row: played[row] for row in rows & played.keys()}
@@ -324,13 +324,13 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._workers.send(worker, (rows, actions, lent))
 
     def _listen(self, worker: int, patience: float) -> Answer | str:
-        """The answer to what was sent last; who plays again what it was sent has more time."""
+        """The answer to the last order; a worker that has to replay actions gets more time."""
         return self._workers.listen(worker, patience + self._again[worker] / REPLAY_SPEED)
 
     def _receive(
         self, patience: float
     ) -> tuple[list[tuple[int, dict[str, Any]]], list[Any], list[float]]:
-        """Ended episodes (number of the environment, statistics), scenery; seconds by worker."""
+        """Ended episodes (number of the environment, statistics), scenery, seconds by worker."""
         answers: dict[int, Answer] = {}
         failed: list[int] = []
         for worker in range(self._workers.number):
@@ -350,18 +350,18 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         arrays = self._arrays
         lost = arrays["life_lost"] & ~arrays["terminated"]
         arrays["truncated"] |= lost & arrays["practises"]
-        # the first picture of a place stays, whoever's worker was told first
+        # the first picture of a place stays: keep it independent of workers
         return episodes, [picture for _, picture in sorted(scenery, key=itemgetter(0))], seconds
 
     def _say(self, what: str, reason: str) -> None:
-        """Count a failure, and tell it."""
+        """Count and report a failure."""
         self.failures += 1
         say(f"{what}: {reason.strip().splitlines()[-1]}", sys.stderr)
 
     def _begin_anew(self, failed: list[int]) -> dict[int, Answer]:
-        """The answers to the running step of new workers in the places of those that failed.
+        """Replace failed workers; returns the new ones' answers to the running step.
 
-        They start together: those of a machine that is lost fail together.
+        They start together: workers on a lost machine fail together.
         """
         for worker in failed:
             self._workers.restart(worker)
@@ -377,7 +377,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return answers
 
     def _cut(self, worker: int, reason: str) -> Answer:
-        """Truncate the episodes of a worker that failed again, and give them to a new one."""
+        """Truncate the episodes of a worker that failed again, and replace the worker."""
         if 0 < self._steps - self._cut_at < CALM:
             self._sure(worker, reason)
         self._cut_at = self._steps
@@ -391,7 +391,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return NOTHING
 
     def _sure(self, worker: int, answer: Answer | str) -> Answer:
-        """An answer that is none of failure."""
+        """The answer; raises for a failure."""
         if isinstance(answer, str):
             self.close()
             raise RuntimeError(f"worker {worker} of the environments failed:\n{answer}")
@@ -399,7 +399,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 def infos_of(arrays: Mapping[str, np.ndarray] | np.ndarray) -> dict[str, Any]:
-    """What is known of all environments in every step, of arrays or fields by the names of them."""
+    """The infos that every step has, from arrays, or fields of an array, by name."""
     if not arrays["has_cell"].any():
         return {}
     present = arrays["has_cell"].copy()

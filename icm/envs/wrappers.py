@@ -1,7 +1,7 @@
 """Wrappers that turn any image environment with discrete actions into states for the networks.
 
-None of them knows a game; Super Mario's are in `icm.envs.mario`. What a wrapper changes in itself
-when it steps it names in `changing`, for `icm.envs.snapshots`.
+None of them knows a game; Super Mario's are in `icm.envs.mario`. `changing` names the attributes
+that a wrapper changes when it steps, for `icm.envs.snapshots`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ type Env = gym.Env[Any, Any]
 class StickyActions(gym.wrappers.StickyAction[Any, Any]):
     """With a fixed probability a frame executes the previous action (Machado et al. 2018, 5.2)."""
 
-    changing = ("last_action",)  # all else in it is after a step as it was before
+    changing = ("last_action",)  # a step leaves all else in it unchanged
 
 
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any]):
@@ -82,8 +82,8 @@ class NoopStart(gym.Wrapper[Any, Any, Any, Any]):
 class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
     """Crops an image, shrinks it by area averaging and turns it grey: uint8 (size, size).
 
-    Grey is the greatest of a pixel's channels, as in the tutorial, not its luminance: in that,
-    Mario differs from the sky of level 1-1 by at most 20 of 255 in 42 x 42, in this by up to 88.
+    Grey is the maximum of a pixel's channels, as in the tutorial, not its luminance: at 42 x 42,
+    Mario differs from the sky of level 1-1 by up to 88 of 255, in luminance by at most 20.
 
     Args:
         env: with uint8 observations (H, W, 3) or (H, W).
@@ -117,13 +117,13 @@ class GreyImage(gym.ObservationWrapper[Any, Any, Any]):
 
 
 class NoisyTV(gym.Wrapper[Any, Any, Any, Any]):
-    """Shows noise that nothing predicts in a corner of the image (Burda et al. 2018, section 5).
+    """Shows unpredictable noise in a corner of the image (Burda et al. 2018, section 5).
 
     A control for curiosity: an agent paid for what it cannot predict may look at it for ever.
 
     Args:
         env: with observations uint8 (H, W).
-        switched: the noise changes by action 0 alone, and stands still otherwise; else always.
+        switched: whether the noise changes only with action 0, instead of at every step.
     """
 
     changing = ("noise",)
@@ -179,7 +179,7 @@ class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
         return self.images.copy(), info
 
     def step(self, action: Any) -> Any:
-        """Step and move up."""
+        """Step and shift."""
         image, reward, terminated, truncated, info = self.env.step(action)
         self.images[:-1] = self.images[1:]
         self.images[-1] = image
@@ -211,7 +211,7 @@ class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class AgentView(gym.Wrapper[Any, Any, Any, Any]):
-    """The outermost wrapper: keeps the named info keys only, and knows how to make itself again.
+    """The outermost wrapper: keeps only the named info keys, and has a spec to make it again.
 
     A game's info has dozens of keys, and each would cross a process boundary at every step.
     """
@@ -219,7 +219,7 @@ class AgentView(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: Env, keys: tuple[str, ...], spec: EnvSpec) -> None:
         super().__init__(env)
         self.keys = keys
-        self._cached_spec = spec  # what Wrapper.spec answers
+        self._cached_spec = spec  # what Wrapper.spec returns
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Reset with a short info."""

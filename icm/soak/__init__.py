@@ -1,1 +1,1 @@
-"""Whether what docs/reliability.md promises holds: the real program, broken on purpose, often."""
+"""Tests the promises of docs/reliability.md: the real program, broken on purpose, often."""

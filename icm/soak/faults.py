@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: it ends in a clear line, and nothing that was saved is lost."""
+"""Faults of real machines: each must end in a clear line, and nothing saved may be lost."""
 
 import os
 import select
@@ -19,7 +19,7 @@ from icm.soak.program import LEARNERS, LOG_EVERY, QUICK, Findings, Training, end
 SETTINGS = (*LEARNERS["ppo"], *QUICK)
 
 TRIES = 6
-PROMPTLY = 10.0  # seconds, after which many a scheduler kills
+PROMPTLY = 10.0  # seconds; many schedulers kill after that
 COMPILERS = ("cc1plus", "g++", "clang++", "clang")
 
 DAY_BACK = """
@@ -39,7 +39,7 @@ def faults(folder: Path) -> Findings:
         before = len(found.failures)
         try:
             found.figures[name] = fault(here, found)
-        except Exception as error:  # the other faults are tried all the same
+        except Exception as error:  # the other faults are still tried
             found.failures.append(f"{type(error).__name__}: {error}")
         finally:
             end_all()
@@ -49,7 +49,7 @@ def faults(folder: Path) -> Findings:
 
 
 def _refused(training: Training, found: Findings, words: str) -> str:
-    """It has to end with exit status 2 and a line that has these words; the line."""
+    """Expect exit status 2 and a last line with these words; return the line."""
     status = training.ended(found)
     line = training.last_words()
     found.expect(status == 2 and "error: " in line and words in line, f"exit {status}: {line}")
@@ -78,7 +78,7 @@ def _disk(folder: Path, megabytes: int) -> Generator[Path]:
 
 
 def _mount(*arguments: str | Path) -> None:
-    """Mount something, which needs the rights to.
+    """Mount something; this needs privileges.
 
     Raises:
         UserError: it cannot be done here.
@@ -218,7 +218,7 @@ def _resumed_while_it_lives(folder: Path, found: Findings) -> int:
 
 
 def _interrupted_while_compiling(folder: Path, found: Findings) -> list[float]:
-    """Seconds from Ctrl-C to the end, a little later every time."""
+    """Seconds from Ctrl-C, sent ever later, to the end."""
     seconds = []
     for delay in range(TRIES):
         settings = (*SETTINGS, "compile=on")

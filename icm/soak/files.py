@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged or forged: each is refused in one line, or does what it says."""
+"""Damaged or forged checkpoints: each is refused in one line, or does what it says."""
 
 import io
 import os
@@ -17,14 +17,14 @@ from icm.soak.forked import Ended, run_forked
 from icm.soak.program import LEARNERS, QUICK, Findings, Training
 
 TIMEOUT = 180.0  # seconds for a script, on a busy machine
-FACTOR = 10  # times the size of a file that reading it may take beside ...
-SPARE = 512 << 20  # ... this: settings in it may ask for more than the good ones do
+FACTOR = 10  # memory that reading a file may add, times its size, plus ...
+SPARE = 512 << 20  # ... this: its settings may ask for more than good ones do
 
 type Members = dict[str, bytes]
 
 
 def files(folder: Path, number: int, seed: int) -> Findings:
-    """So many files: each is looked into, and played, exported or resumed, by the real scripts."""
+    """Inspect `number` files, and play, export or resume each, with the real scripts."""
     found = Findings()
     training = Training(folder / "run", (*LEARNERS["ppo"], *QUICK))
     if not training.wait_for(training.latest):
@@ -42,7 +42,7 @@ def files(folder: Path, number: int, seed: int) -> Findings:
         found.expect(ended.returncode == 0, f"{script} refuses a good file: {ended.stderr}")
 
     def attempt(number: int) -> tuple[str, str, list[str]]:
-        """The kind of a file, what became of it, and what was wrong with that."""
+        """A file's kind, what became of it, and what was wrong with that."""
         chance = random.Random(f"{seed} {number}")
         kind = list(KINDS)[number % len(KINDS)]
         path = folder / "files" / str(number) / "latest.pt"
@@ -147,7 +147,7 @@ def _compressed(whole: bytes, chance: random.Random, canary: Path) -> bytes:
 
 
 def _edited(whole: bytes, chance: random.Random, canary: Path) -> bytes:
-    """Bytes of the pickle are others, and its checksum is right."""
+    """Changes bytes of the pickle, with a correct checksum."""
     members = _members(whole)
     name = _pickle(members)
     content = bytearray(members[name])
@@ -158,7 +158,7 @@ def _edited(whole: bytes, chance: random.Random, canary: Path) -> bytes:
 
 
 def _respelled(whole: bytes, chance: random.Random, canary: Path) -> bytes:
-    """A word or a number of the pickle is another one, so that it stays a valid pickle."""
+    """Replaces a word or a number of the pickle, so that it stays a valid pickle."""
     members = _members(whole)
     name = _pickle(members)
     content = members[name]
@@ -197,7 +197,7 @@ def _forged(whole: bytes, chance: random.Random, canary: Path) -> bytes:
 
 
 def forgeries(canary: Path) -> list[bytes]:
-    """Of pickles that run a command, which creates `canary`, fill the memory, or never end."""
+    """Pickles that run a command that creates `canary`, fill the memory, or never end."""
     command = _text(f"touch {canary}")
     return [
         b"cposix\nsystem\n" + command + b"\x85R",
@@ -219,19 +219,19 @@ def forgeries(canary: Path) -> list[bytes]:
 
 
 def forged(whole: bytes, forgery: bytes, *, alone: bool) -> bytes:
-    """A checkpoint with this in its pickle, or with nothing else in it."""
+    """A checkpoint with `forgery` in its pickle; `alone`: nothing else."""
     members = _members(whole)
     name = _pickle(members)
     if alone:
         members[name] = b"\x80\x02" + forgery + b"."
-    else:  # as one more entry of what a good file holds
+    else:  # as one more entry of a good file
         end = members[name].rindex(b"u.")
         members[name] = members[name][:end] + _text("more") + forgery + b"u."
     return _archive(members)
 
 
 def _of_other_shape(whole: bytes, chance: random.Random, canary: Path) -> bytes:
-    """Sizes, strides and offsets of tensors are others."""
+    """Changes sizes, strides or offsets of tensors."""
     members = _members(whole)
     name = _pickle(members)
     content = members[name]

@@ -22,7 +22,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["icm.soak.preloaded"])
 
 OUTPUTS = ("stdout", "stderr", "status", "peak")
-"""Files of what a script printed, its exit status, and the most memory that it had."""
+"""Files of what a script printed, its exit status, and its peak memory."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Ended:
     """How a script ended.
 
     returncode: as a shell sees it; None if it took too long, or crashed.
-    peak: most bytes of memory that it had.
+    peak: its peak memory, bytes.
     """
 
     returncode: int | None
@@ -47,7 +47,7 @@ def run_forked(
         outputs = [Path(folder, file) for file in OUTPUTS]
         process = start_forked(name, arguments, environment, Path(folder))
         process.join(timeout)
-        process.kill()  # nothing happens to one that has ended
+        process.kill()  # no effect on one that has ended
         process.join()
         stdout, stderr, status, peak = (
             file.read_text() if file.exists() else "" for file in outputs
@@ -64,7 +64,7 @@ def start_forked(
 ) -> BaseProcess:
     """Start what `run_forked` runs; writes `OUTPUTS` into a folder.
 
-    In a `session` of its own, as of a terminal, if that is wanted.
+    If `session`, in a session of its own, as from a terminal.
     """
     outputs = [folder / file for file in OUTPUTS]
     command = [str(ROOT / "scripts" / name), *arguments]
@@ -97,6 +97,6 @@ def _as_script(
         raise
     finally:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # files, because of several processes of several threads an exit status may get lost
+        # files, because with several processes and threads an exit status may get lost
         outputs[3].write_text(str(peak if sys.platform == "darwin" else peak * 1024))
         outputs[2].write_text(str(status))

@@ -1,4 +1,4 @@
-"""Memory of a training of the default settings, over an hour."""
+"""Memory of a training with default settings, over an hour."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ MOST_SAVING = 0.02  # share of the time
 
 
 def hour(folder: Path, settings: list[str], minutes: float) -> Findings:
-    """Let a training run, and look at the memory of all its processes that stay.
+    """Let a training run, and watch the memory of all its lasting processes.
 
-    What it has after a third of the time, it may have in the end.
+    After a third of the time, it may not grow any more.
     """
     found = Findings(tried=1)
     training = Training(folder / "run", (*settings, "total_steps=100000000"))
@@ -26,7 +26,7 @@ def hour(folder: Path, settings: list[str], minutes: float) -> Findings:
         found.failures.append(f"did not begin: {training.last_words()}")
         training.end(signal.SIGTERM, found)
         return found
-    cores = os.process_cpu_count() or 1  # as many have environments; one more draws
+    cores = os.process_cpu_count() or 1  # as many run environments; one more draws
     looks: list[tuple[float, int, int]] = []
     start = time.monotonic()
     while training.process.poll() is None and time.monotonic() - start < 60 * minutes:

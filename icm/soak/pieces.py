@@ -1,4 +1,4 @@
-"""A training in pieces: ended at random moments, resumed, and compared with one that never was."""
+"""A training in pieces: ended at random moments, resumed, and compared with an undisturbed one."""
 
 import random
 import signal
@@ -25,13 +25,13 @@ EARLY = 0.2  # share of the pieces that end within a second
 
 
 def kills(folder: Path, number: int, seed: int) -> Findings:
-    """So many kill -9 at random moments, of all learners together."""
+    """`number` kill -9 at random moments, shared by all learners."""
     each = [number // len(LEARNERS) + (i < number % len(LEARNERS)) for i in range(len(LEARNERS))]
     return _all_learners(folder, signal.SIGKILL, each, seed)
 
 
 def stops(folder: Path, number: int, seed: int) -> Findings:
-    """So many SIGTERM at random moments, of each learner."""
+    """`number` SIGTERM at random moments, per learner."""
     return _all_learners(folder, signal.SIGTERM, [number] * len(LEARNERS), seed)
 
 
@@ -71,7 +71,7 @@ def _chain(folder: Path, learner: str, how: signal.Signals, number: int, seed: i
             continue
         if chance.random() < EARLY:
             time.sleep(chance.uniform(0, 1))
-        else:  # so far that it has saved, or is about to
+        else:  # until it has saved, or is about to
             training.wait_for(step + chance.randrange(LONGEST))
             time.sleep(chance.uniform(0, 0.5))
         status = training.end(how, found)
@@ -104,7 +104,7 @@ def compare(
     found: Findings,
     folder: Path,
 ) -> None:
-    """What was logged before must be logged again, and nothing in between be missing."""
+    """What was logged before must be logged alike again, and no line be missing."""
     expected = (resumed_at // LOG_EVERY + 1) * LOG_EVERY
     for line in lines:
         step, said = int(line["step"]), facts(line)

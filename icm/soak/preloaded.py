@@ -1,4 +1,4 @@
-"""What scripts need, imported: the state of the process that `icm.soak.forked` forks them from."""
+"""Imports what scripts need: the state of the process from which `icm.soak.forked` forks them."""
 
 import gc
 

@@ -51,7 +51,7 @@ class Findings:
     """What a part of the soak test has found.
 
     tried: how often something was broken.
-    failures: where the program did not do what is promised, a line each.
+    failures: where the program broke a promise, a line each.
     figures: numbers by name.
     """
 
@@ -66,7 +66,7 @@ class Findings:
 
 
 def _begin(terminal: int | None) -> None:
-    """Begin as a terminal would begin it, whatever `nohup` this process was started with."""
+    """Begin as in a terminal, even if this process was started with `nohup`."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if terminal is not None:
         os.login_tty(terminal)
@@ -76,7 +76,7 @@ _STARTED: list[subprocess.Popen[bytes]] = []
 
 
 def end_all() -> None:
-    """Kill the trainings that still run: of a part that failed, or was interrupted."""
+    """Kill trainings left running by a part that failed or was interrupted."""
     while _STARTED:
         process = _STARTED.pop()
         if process.poll() is None:
@@ -92,7 +92,7 @@ class Training:
         settings: of scripts/train.py.
         environment: variables that it gets besides ours.
         output: descriptor of a file that it prints to; None: one beside its run folder.
-        terminal: descriptor of a terminal that it runs in, in place of that.
+        terminal: descriptor of a terminal that it runs in instead.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Training:
         """Wait until a file is there, or an agent step is logged.
 
         Returns:
-            False if it ended before, or logs nothing any more.
+            False if it ended before, or stopped logging.
         """
         step, limit = 0, time.monotonic() + PATIENCE
         while not (what.exists() if isinstance(what, Path) else self.step() >= what):
@@ -165,14 +165,14 @@ class Training:
         return self.wait_for(self.folder / "metrics.jsonl")
 
     def children(self) -> list[psutil.Process]:
-        """Its processes but the first."""
+        """Its descendant processes."""
         try:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
     def workers(self) -> list[psutil.Process]:
-        """Those with environments in them."""
+        """Those that run environments."""
         found = []
         for child in self.children():
             try:
@@ -183,13 +183,13 @@ class Training:
         return found
 
     def end(self, number: signal.Signals, findings: Findings) -> int:
-        """Send a signal and wait; its exit status. No process of it may be left."""
+        """Send a signal and wait; return exit status. No process may be left."""
         children = self.children()
         self.process.send_signal(number)
         return self.ended(findings, children)
 
     def ended(self, findings: Findings, children: list[psutil.Process] | None = None) -> int:
-        """Wait for it to end; its exit status. Of given processes none may be left."""
+        """Wait for its end; return exit status. None of `children` may be left."""
         try:
             status = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -217,7 +217,7 @@ class Training:
 def compare_with_undisturbed(
     folder: Path, settings: tuple[str, ...], logged: dict[int, dict[str, Any]], findings: Findings
 ) -> None:
-    """A training in `folder` to which nothing happens must log the same: `facts` by agent step."""
+    """An undisturbed training in `folder` must log the same: `facts` by agent step."""
     reference = Training(folder, settings)
     if not reference.wait_for(max(logged, default=0)):
         findings.failures.append(f"{folder}: did not get there: {reference.last_words()}")

@@ -1,4 +1,4 @@
-"""The parts of scripts/soak.py, and what it says of them."""
+"""The parts of scripts/soak.py, and its report on them."""
 
 import json
 import time
@@ -37,7 +37,7 @@ class SoakConfig:
 
 
 def soak(config: SoakConfig) -> bool:
-    """Run the parts; whether everything held.
+    """Run the parts; True if everything held.
 
     Raises:
         UserError: a part is unknown, or the folder is not new.

@@ -1,4 +1,4 @@
-"""Worker processes that are killed and that hang, again and again, in one run."""
+"""Worker processes that are killed or hang, again and again, in one run."""
 
 import random
 import signal
@@ -20,11 +20,11 @@ from icm.soak.program import (
 
 BACK = 10.0  # seconds after which a training must be as fast as before
 ON = 3 * LOG_EVERY  # agent steps, after which a training goes on
-HANGING = 60.0  # seconds after which it must have noticed that a worker hangs
+HANGING = 60.0  # seconds within which it must notice that a worker hangs
 
 
 def workers(folder: Path, kills: int, hangs: int, seed: int) -> Findings:
-    """Kill and stop workers of one training, which must be as if nothing had happened."""
+    """Kill and stop workers of one training, which must go on as if undisturbed."""
     found, chance = Findings(), random.Random(seed)
     settings = (*LEARNERS["ppo"], *QUICK, f"seed={seed}")
     training = Training(folder / "run", settings)

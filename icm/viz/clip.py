@@ -12,16 +12,16 @@ from icm.envs.wrappers import Env
 from icm.exploration import Recording
 from icm.viz.video import FPS, record
 
-LONGEST = 30  # seconds; of a longer best episode, the last ones
+LONGEST = 30  # seconds; a longer best episode shows its end
 MP4_FPS, GIF_FPS = 30, 10
 LAPSE = 4  # how much faster than the game a way is shown
 
 
 def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
-    """Play an episode again and write an mp4 of it, and an animation beside that.
+    """Replay an episode and write an mp4 of it, and an animation beside that.
 
     Returns:
-        the animation, a GIF file, by what TensorBoard calls it, "clip/best".
+        the animation, a GIF file, by its name in TensorBoard, "clip/best".
 
     Raises:
         UserError: the file cannot be written.
@@ -41,7 +41,7 @@ def film(config: EnvConfig, best: Recording, path: Path) -> dict[str, bytes]:
 
 
 def film_way(config: EnvConfig, way: Recording, path: Path) -> dict[str, bytes]:
-    """Play a way again and write an mp4 of all of it, in a time lapse.
+    """Replay a way and write an mp4 of all of it, as a time lapse.
 
     Returns:
         nothing for TensorBoard: it may be minutes long.

@@ -13,13 +13,13 @@ from icm.ranks import RANK
 from icm.viz.clip import film, film_way
 from icm.viz.studio import Drawing, Drawn, Studio, maps, report
 
-LOOK = 0.1  # seconds to wait for a drawing before the next look at how patient one is
+LOOK = 0.1  # seconds to wait for a drawing before asking `patience` again
 
 
 class Gallery:
     """Maps, films and the report of a run, drawn beside it at their intervals.
 
-    Of several learners the first alone draws.
+    Of several learners, only the first draws.
 
     Args:
         folder: the run folder.
@@ -30,17 +30,17 @@ class Gallery:
         self.folder, self.config = folder, config
         self.studio = Studio()
         every = {"map": config.map.every, "video": config.video.every}
-        every["report"] = config.report.every  # at last, because it shows the others
+        every["report"] = config.report.every  # last, because it shows the others
         self.every = {name: steps for name, steps in every.items() if steps and RANK == 0}
         self.due: set[str] = set()
         self.filmed: dict[str, Recording] = {}
 
     def update(self, step: int, num_envs: int, exploration: Exploration) -> Drawn | None:
-        """Begin to draw what is due; waits for no drawing, but once for the process to start.
+        """Begin to draw what is due; does not wait, except once for the process to start.
 
         Args:
             step: agent steps by now.
-            num_envs: how many there are more than at the call before.
+            num_envs: agent steps since the call before.
             exploration: what the run has found.
 
         Returns:
@@ -60,8 +60,8 @@ class Gallery:
         Args:
             step: agent steps by now.
             exploration: what the run has found.
-            patience: seconds to wait for what is being drawn and for this together; asked again
-                and again, because somebody may be in a hurry by then.
+            patience: seconds to wait for the drawing under way and this one together; asked
+                repeatedly, because somebody may be in a hurry by then.
         """
         start = time.monotonic()
 
@@ -80,12 +80,12 @@ class Gallery:
         return [each for each in drawn if each is not None]
 
     def close(self) -> None:
-        """End the process that draws, and remove what it leaves half drawn."""
+        """End the drawing process, and remove what it leaves half drawn."""
         self.studio.close()
         remove_leftovers(self.folder)
 
     def _finished(self, exploration: Exploration, seconds: float = 0.0) -> Drawn | None:
-        """What has been drawn, see `Studio`; if some of it has failed, all will be drawn again."""
+        """What has been drawn, see `Studio`; if any of it failed, all will be drawn again."""
         drawn = self.studio.finished(seconds)
         if drawn is not None and drawn.complaints:
             self.filmed.clear()

@@ -17,16 +17,16 @@ from icm.files import write_bytes
 
 DPI = 100
 LEFT, RIGHT, ABOVE, BELOW = 16, 96, 30, 30  # pixels around a panel
-SMALLEST = 13, 40  # rows of a screen of Super Mario Bros.; columns, in which a title has room
+SMALLEST = 13, 40  # rows of a Super Mario Bros. screen; columns, enough for a title
 LARGEST = 300, 1000  # rows and columns: more than any level has, and as much as can be drawn
-DIMMED = 0.45  # what is left of a picture's brightness under colours
+DIMMED = 0.45  # relative brightness of a picture under colours
 
 
 def draw_maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
     """Write the maps of regions, by their names, into a folder.
 
     Returns:
-        the PNG files by what TensorBoard calls them, "map/1-1" and so on.
+        the PNG files by their names in TensorBoard, "map/1-1" and so on.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -40,7 +40,7 @@ def draw_maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
 
 
 def draw_map(name: str, region: Region) -> np.ndarray:
-    """The map of one region, RGB uint8 (H, W, 3), a pixel of the game as a pixel."""
+    """The map of one region, RGB uint8 (H, W, 3), with one pixel per game pixel."""
     picture = region.picture
     cells = {cell: visits for cell, visits in region.cells.items() if 0 <= cell[0] < LARGEST[1]}
     farthest = max((cell[0] for cell in cells), default=0)
@@ -52,11 +52,11 @@ def draw_map(name: str, region: Region) -> np.ndarray:
 
     squares: dict[tuple[int, int], Visits] = {}
     for (x, y), visits in cells.items():
-        row = min(max(GROUND - y, 0), rows - 1)  # what is above or below the picture is at its edge
+        row = min(max(GROUND - y, 0), rows - 1)  # visits above or below the picture go to its edge
         squares[row, x] = squares[row, x] + visits if (row, x) in squares else visits
 
     def grid(value: Callable[[Visits], float]) -> np.ndarray:
-        """A value of every square, nan where nobody has been: (rows, columns)."""
+        """A value per square, nan where never visited: (rows, columns)."""
         values = np.full((rows, columns), np.nan)
         for square, visits in squares.items():
             values[square] = value(visits)

@@ -70,7 +70,7 @@ class MindPanel:
             top = y + action * row
             pen.text((MARGIN, top), name, CHOSEN if is_chosen else TEXT, self.text)
             end = left + float(moment.probabilities[action]) * (right - left)
-            low = max(top + row - 8, top + 3)  # of very many actions, thin bars
+            low = max(top + row - 8, top + 3)  # thin bars for very many actions
             pen.rectangle((left, top + 3, end, low), CHOSEN if is_chosen else USUAL)
             if moment.guess is not None:
                 end = left + float(moment.guess[action]) * (right - left)

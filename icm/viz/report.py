@@ -43,17 +43,17 @@ class Run:
 
     folder: Path
     settings: DictConfig
-    given: list[str]  # settings that the command named
+    given: list[str]  # settings of the command line
     rows: list[dict[str, float]]
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """Its folder's name."""
         return self.folder.resolve().name
 
     @cached_property
     def kind(self) -> str:
-        """Its settings without what runs of one kind may differ in, and where it began."""
+        """Its settings, except those that may differ within a kind, and where it began."""
         settings = OmegaConf.to_container(self.settings)
         assert isinstance(settings, dict)
         compared = {k: v for k, v in settings.items() if k not in ("seed", "resume")}
@@ -73,7 +73,7 @@ class Run:
         return np.cumsum(steps / speed) / 60
 
     def figures(self) -> dict[str, float]:
-        """What it came to; of episodes, the mean over the last tenth of the run."""
+        """Its results; for episodes, the mean over the last tenth of the run."""
         last, latest = self.rows[-1], slice(-max(1, len(self.rows) // 10), None)
         found = {"agent steps": last["step"], "minutes": self.minutes[-1]}
         for name, metric in (
@@ -123,7 +123,7 @@ class Run:
 
 
 def thousands(number: int) -> str:
-    """A number whose digits stand in groups of three."""
+    """A number with its digits in groups of three."""
     return f"{number:,}".replace(",", " ")
 
 
@@ -131,7 +131,7 @@ def read_runs(folder: Path) -> list[Run]:
     """The run of a run folder, or the runs of a sweep's folder that have begun to log.
 
     Raises:
-        UserError: it is none, or nothing has been logged there.
+        UserError: it is neither, or nothing was logged there.
     """
     if os.path.exists(folder / "metrics.jsonl"):  # pathlib raises if that cannot be looked at
         return [read_run(folder)]
@@ -151,7 +151,7 @@ def read_run(folder: Path) -> Run:
     except OSError as error:
         reason = error.strerror or "its settings are damaged"
         raise UserError(f"{folder}: no run folder of scripts/train.py ({reason})") from None
-    except Exception:  # YAML's, of a file that was cut off, for instance
+    except Exception:  # from YAML, for a truncated file, for instance
         raise UserError(f"{overrides}: damaged; a full disk may be why") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
@@ -162,7 +162,7 @@ def read_run(folder: Path) -> Run:
 
 
 def names_of(kinds: list[list[Run]]) -> list[str]:
-    """What tells runs of several kinds apart: the settings given, if they do, else folders."""
+    """Names to tell kinds of runs apart: the settings given, if they differ, else folders."""
     given = [
         [each for each in runs[0].given if not each.startswith(("seed=", "resume="))]
         for runs in kinds
@@ -179,12 +179,12 @@ def names_of(kinds: list[list[Run]]) -> list[str]:
 
 
 def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """A table of runs by kind: means, and standard errors where there are some.
+    """A table of runs by kind: means, and standard errors of several runs.
 
-    That of the greatest distance comes first.
+    The kind with the greatest distance is first.
 
     Returns:
-        the names of the columns, and the colour of its curves and the cells of each kind.
+        the names of the columns; and of each kind, the colour of its curves and its cells.
     """
     figures = {name: [run.figures() for run in runs] for name, runs in kinds.items()}
     columns = list(dict.fromkeys(key for found in figures.values() for one in found for key in one))
@@ -207,7 +207,7 @@ def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, li
 def write_report(runs: list[Run], out: Path) -> None:
     """Write the report of one run, or one that compares several.
 
-    Runs that differ in their seed alone are drawn as one curve with a band of ± one standard error.
+    Runs that differ only in their seed are drawn as one curve with a band of ± one standard error.
 
     Raises:
         UserError: `out` cannot be written.
@@ -234,7 +234,7 @@ def write_report(runs: list[Run], out: Path) -> None:
 
 
 def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
-    """A question and the SVG of its charts, for each question."""
+    """Each question, and the SVG of its charts."""
     coloured = list(zip(kinds.values(), cycle(COLOURS), strict=False))
     for question, charts in CHARTS.items():
         known = {
@@ -287,7 +287,7 @@ def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, sty
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean of each value and its neighbours, as far as there are any; nan where there is none."""
+    """Mean of each value and its neighbours, without missing ones; nan if all are missing."""
     padded = np.pad(values, SMOOTH, constant_values=np.nan)
     windows = np.ma.masked_invalid(sliding_window_view(padded, 2 * SMOOTH + 1))
     return np.ma.filled(windows.mean(1), np.nan)
@@ -300,7 +300,7 @@ def _film(folder: Path, name: str) -> str | None:
 
 
 def _places(folder: Path) -> list[dict[str, str]]:
-    """A table of the places that a run has discovered, in that order."""
+    """A table of the places a run discovered, in order of discovery."""
     path = folder / PLACES
     if not path.exists():
         return []

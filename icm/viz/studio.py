@@ -1,4 +1,4 @@
-"""Draws beside a training what shows what it found."""
+"""Draws what a training found, in another process."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from icm.processes import Assistants
 type Drawing = Callable[[], dict[str, bytes]]
 """Writes files, and returns those that TensorBoard shows, PNG or GIF, by their names there."""
 
-STARTING = 600.0  # seconds that a process may need to start, for which a first order waits
+STARTING = 600.0  # seconds a process may take to start, for which a first order waits
 NICENESS = 19  # a seventieth of a core that a training wants, too
 
 
-# These import what they need when they are drawn: a training needs none of it.
+# These import what they need when called: a training needs none of it.
 
 
 def maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
@@ -42,7 +42,7 @@ def report(folder: Path, places: list[dict[str, Any]]) -> dict[str, bytes]:
 
 
 class Drawn(NamedTuple):
-    """What came of an order.
+    """Results of an order.
 
     step: the agent step it was given for.
     images: see `Drawing`.
@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
 
 
 class Studio:
-    """Takes one order after the other, and carries it out in a process that gives way to others."""
+    """Carries out one order after the other, in a process of low priority."""
 
     def __init__(self) -> None:
         self.assistants: Assistants | None = None
@@ -69,7 +69,7 @@ class Studio:
         self.is_busy = True
 
     def finished(self, seconds: float = 0.0) -> Drawn | None:
-        """What has been drawn; None if nothing has within so many seconds."""
+        """What has been drawn; None if nothing is ready within `seconds`."""
         if self.assistants is None or not self.is_busy:
             return None
         pipe = self.assistants.pipes[0]
@@ -86,7 +86,7 @@ class Studio:
         return Drawn(*answer)
 
     def close(self) -> None:
-        """End the process, and ffmpeg, which it may be writing to, in the middle of a drawing."""
+        """End the process and any ffmpeg it writes to, even in the middle of a drawing."""
         if self.assistants is not None:
             if self.is_busy:
                 with suppress(psutil.NoSuchProcess):

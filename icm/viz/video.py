@@ -21,11 +21,11 @@ class Format(NamedTuple):
 
     codec: str
     pixels: str
-    fps: int  # at most so many pictures per second
+    fps: int  # pictures per second, at most
     options: list[str]
 
 
-# as every browser plays it, which asks for an even width and height; quicker than ffmpeg's default
+# plays in every browser, which needs an even width and height; quicker than ffmpeg's default
 MP4 = ["-preset", "veryfast", "-crf", "25", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
 # a palette for each picture: one for all would keep all of them in memory
 PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1:dither=none"
@@ -35,24 +35,24 @@ FORMATS = {
     ".gif": Format("gif", "pal8", 20, ["-vf", PALETTE, "-f", "gif"]),
     "": Format("png", "rgb24", FPS, ["-f", "image2"]),
 }
-"""By the ending of a name; without one it is a folder for single pictures."""
+"""By file name ending; without one, it is a folder for single pictures."""
 
 
 class Video:
     """Takes pictures of one size, see `record`.
 
-    imageio-ffmpeg brings ffmpeg along; its own way of calling it does not say that it has failed.
+    imageio-ffmpeg brings ffmpeg along; its own way of calling it does not report failures.
 
     Args:
         file: what ffmpeg writes.
         form: how.
-        fps: pictures that come per second; more than the format has are left out evenly.
+        fps: incoming pictures per second; those beyond the format's rate are dropped evenly.
     """
 
     def __init__(self, file: Path, form: Format, fps: float) -> None:
         self.file, self.form = file, form
         self.fps = min(fps, form.fps)
-        self.share = self.fps / fps  # of the pictures that come
+        self.share = self.fps / fps  # of incoming pictures
         self.due = 1.0
         self.ffmpeg: subprocess.Popen[bytes] | None = None
 
@@ -92,11 +92,11 @@ class Video:
 
 @contextmanager
 def record(path: Path, fps: float = FPS) -> Generator[Video]:
-    """A video that stands at `path` when it is whole.
+    """A video that is at `path` once it is complete.
 
     Args:
         path: ends in `.mp4` (H.264), in `.gif`, or is a folder that gets single pictures.
-        fps: pictures that come per second of the video.
+        fps: incoming pictures per second of video.
 
     Raises:
         UserError: the name ends in something else, the folder exists, or the file cannot be

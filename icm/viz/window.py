@@ -1,4 +1,4 @@
-"""A window in which an agent plays, and a person, too."""
+"""A window in which an agent or a person plays."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"  # it would stand among the results
+os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"  # it would be among the results
 import pygame
 
 from icm.agents.base import Agent
@@ -39,20 +39,20 @@ BUTTONS = {
     pygame.K_x: "A",
     pygame.K_z: "B",
 }
-"""What a person who plays holds, by keys."""
+"""Buttons of a person who plays, by key."""
 
 HELP = "Space pause · N one step · + - speed · R restart · PgUp PgDn checkpoint · T you · Esc close"
 HELP_OF_PERSON = "arrows, X is A, Z is B · T hands back · Space pause · R restart · Esc close"
 
 
 class Window:
-    """Shows a player, and does what keys say.
+    """Shows a player, and obeys keys.
 
     Args:
         player: plays; it must be watched.
-        path: its checkpoint; those of the same folder can be chosen.
-        load: an agent, and its agent step, from a checkpoint; raises UserError.
-        mind: whether what goes on in the agent is shown.
+        path: its checkpoint; others of the same folder can be chosen.
+        load: loads agent and agent step from a checkpoint; raises UserError.
+        mind: whether to show what goes on in the agent.
         speed: of the game.
 
     Raises:
@@ -70,7 +70,7 @@ class Window:
         self.player, self.path, self.load, self.speed = player, path, load, speed
         self.panel = MindPanel(player.actions) if mind else None
         self.is_open, self.is_paused, self.person_plays = True, False, False
-        self.steps = 0  # to go, though it is paused
+        self.steps = 0  # to play even if paused
         self.number = 0  # of the episode
         self.held: set[str] = set()  # buttons
         self.message = ""
@@ -100,7 +100,7 @@ class Window:
         self.clock = pygame.time.Clock()
 
     def play(self, episodes: int) -> Iterator[Moment]:
-        """Play until the window is closed; after so many episodes it pauses."""
+        """Play until the window is closed; pause after `episodes` episodes."""
         self.player.begin(self.number)
         while self._still_open():
             if self.is_paused and not self.steps:
@@ -125,7 +125,7 @@ class Window:
     # --- keys -----------------------------------------------------------------------------------
 
     def _still_open(self) -> bool:
-        """Do what keys say; False if the window was closed."""
+        """Handle keys; False if the window was closed."""
         for event in pygame.event.get():
             if event.type == pygame.QUIT:
                 self._close()
@@ -159,7 +159,7 @@ class Window:
         self.message = "restarted"
 
     def _choose(self, direction: int) -> None:
-        """Let the next or previous checkpoint of the same folder play on."""
+        """Switch to the next or previous checkpoint of the same folder."""
         found = numbered(self.path.parent, "step")
         steps = [path.name for path in found]
         if self.path.name in steps:
@@ -188,7 +188,7 @@ class Window:
     # --- drawing --------------------------------------------------------------------------------
 
     def _show(self, moment: Moment) -> None:
-        """Show the frames of a moment at the speed of the game; of a fast one not all."""
+        """Show the frames of a moment at the speed of the game; not all if it is fast."""
         mind = self.panel.draw(moment) if self.panel else None
         shown = moment.frames[:: max(1, round(self.speed))]
         for frame in shown:
