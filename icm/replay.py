@@ -204,14 +204,14 @@ class Replay:
         shapes = {
             name: (size, *frame) if name == "frames" else state[name].shape for name in tensors
         }
-        fits = size <= self.num_slots and state["head"] in range(self.num_slots)
         for name, value in tensors.items():
             found = (state["num_slots"], *shapes[name][1:])
-            if found != tuple(value.shape) or shapes[name][0] != size or not fits:
+            if found != tuple(value.shape) or shapes[name][0] != size:
                 raise ValueError(
                     f"replay memory ({name} {found}) does not fit this one {tuple(value.shape)}"
                 )
-        if zstandard.frame_content_size(packed) != size * prod(frame):
+        fits = size <= self.num_slots and state["head"] in range(self.num_slots)
+        if not fits or zstandard.frame_content_size(packed) != size * prod(frame):
             raise ValueError("replay memory does not fit its own size")
         self.head, self.size = state["head"], size
         # in place on a CPU: a copy would take as much memory again

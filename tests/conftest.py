@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -155,8 +156,20 @@ def forked_training(place: Path, *arguments: object) -> BaseProcess:
     return start_forked("train.py", tuple(map(str, arguments)), unseen(), place, session=True)
 
 
-KILLED = f"""
-import os, runpy, signal
+def train_after(first: str, place: Path) -> str:
+    """A script, written into a folder, that runs Python code and then, as it is, scripts/train.py.
+
+    Not in workers, which import it, too.
+    """
+    script = place / "train_after.py"
+    train = f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')"
+    guarded = textwrap.indent(f"{first.strip()}\n{train}\n", "    ")
+    script.write_text(f"import runpy\n\nif __name__ == '__main__':\n{guarded}")
+    return str(script)
+
+
+DYING = """
+import os, signal
 from icm import checkpoint
 
 save = checkpoint.save
@@ -166,19 +179,15 @@ def save_and_die(path, content):
     if path.name == "latest.pt":
         os.killpg(0, signal.SIGKILL)
 
-if __name__ == "__main__":
-    checkpoint.save = save_and_die
-    runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
+checkpoint.save = save_and_die
 """
 
 
 def killed_training(folder: Path, *arguments: object) -> None:
     """A training that is killed, with all that belongs to it, as soon as it has a checkpoint."""
     with tempfile.TemporaryDirectory() as place:
-        script = Path(place, "killed.py")
-        script.write_text(KILLED)
-        given = tuple(map(str, arguments))
-        process = start_forked(str(script), given, unseen(), Path(place), session=True)
+        script, given = train_after(DYING, Path(place)), tuple(map(str, arguments))
+        process = start_forked(script, given, unseen(), Path(place), session=True)
         process.join(120)
         process.kill()  # nothing happens to one that has ended
         process.join()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, settings, unseen
+from conftest import SMALL, settings, train_after, unseen
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -173,20 +173,17 @@ def test_without_a_compiler_auto_goes_on_and_training_with_on_is_refused_in_one_
     tmp_path: Path,
 ) -> None:
     """In one process: to import what would compile takes most of the time."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import runpy\n"
+    compiling = (
         "import torch\n"
         "from icm.compilation import Compiler\n"
-        "if __name__ == '__main__':\n"  # workers import this file, too
-        "    compiler = Compiler('auto', torch.device('cpu'))\n"
-        "    double, negative = compiler(lambda x: 2 * x), compiler(lambda x: -x)\n"
-        "    print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist(), end=' ')\n"
-        "    print(negative(torch.ones(1)).tolist(), flush=True)\n"
-        f"    runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+        "compiler = Compiler('auto', torch.device('cpu'))\n"
+        "double, negative = compiler(lambda x: 2 * x), compiler(lambda x: -x)\n"
+        "print(double(torch.ones(3)).tolist(), double(torch.ones(2)).tolist(), end=' ')\n"
+        "print(negative(torch.ones(1)).tolist(), flush=True)\n"
     )
+    program = train_after(compiling, tmp_path)
     given = (*SMALL, "compile=on", "total_steps=3000", f"hydra.run.dir={tmp_path}/run")
-    result = run_forked(str(program), given, without_compiler(tmp_path), timeout=120)
+    result = run_forked(program, given, without_compiler(tmp_path), timeout=120)
     said, answer, *_ = result.stdout.splitlines()
     assert said.startswith("compile=auto: not compiled, learning is slower (")
     assert answer == "[2.0, 2.0, 2.0] [2.0, 2.0] [-1.0]"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.dqn import DQN
+from icm.config import Config
 from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.vector import WorkerVectorEnv
 from icm.errors import WriteError
@@ -25,8 +26,19 @@ from icm.trainer import Trainer
 CONFIG = settings(*SMALL, *FULL, "total_steps=80", "env.stuck_steps=6")
 
 
-def make_agent() -> DQN:
-    return build_agent(CONFIG, (4, 42, 42), 12, torch.device("cpu"))
+def make_agent(config: Config = CONFIG) -> DQN:
+    return build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+
+
+def run(agent: DQN, config: Config, folder: Path) -> Trainer:
+    """A training of the agent in environments of its own, to its end."""
+    envs = make_vector_env(config.env)
+    try:
+        trainer = Trainer(agent, envs, folder, config)
+        trainer.run()
+    finally:
+        envs.close()
+    return trainer
 
 
 def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +50,7 @@ def test_trainer_tells_the_action_before(tmp_path: Path, monkeypatch: pytest.Mon
         return observe(**step)
 
     monkeypatch.setattr(agent, "observe", watch)
-    envs = make_vector_env(CONFIG.env)
-    try:
-        Trainer(agent, envs, tmp_path, CONFIG).run()
-    finally:
-        envs.close()
+    run(agent, CONFIG, tmp_path)
     assert len(seen) == 80
     assert sum(reset for *_, reset in seen) > 2
     assert len({action for _, action, _ in seen}) > 6
@@ -71,13 +79,7 @@ def test_trainer_keeps_the_way_to_a_new_level(
 
     monkeypatch.setattr(agent, "observe", watch)
     monkeypatch.setattr(WorkerVectorEnv, "step_wait", elsewhere)
-    envs = make_vector_env(CONFIG.env)
-    try:
-        trainer = Trainer(agent, envs, tmp_path, CONFIG)
-        trainer.run()
-    finally:
-        envs.close()
-    way = trainer.exploration.way
+    way = run(agent, CONFIG, tmp_path).exploration.way
     assert way is not None
     assert (way.step, way.score) == (10, 2.0)
     env = make_env(CONFIG.env)
@@ -167,7 +169,7 @@ def test_trainer_tells_what_became_of_lives(
 ) -> None:
     seen: list[tuple[Any, ...]] = []
     config, steps = settings(*SMALL, *FULL, "total_steps=6"), 0
-    agent: DQN = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
+    agent = make_agent(config)
     observe, step_wait = agent.observe, WorkerVectorEnv.step_wait
 
     def watch(**step: Tensor) -> Any:
@@ -188,11 +190,7 @@ def test_trainer_tells_what_became_of_lives(
 
     monkeypatch.setattr(agent, "observe", watch)
     monkeypatch.setattr(WorkerVectorEnv, "step_wait", told)
-    envs = make_vector_env(config.env)
-    try:
-        Trainer(agent, envs, tmp_path, config).run()
-    finally:
-        envs.close()
+    run(agent, config, tmp_path)
     nothing = (False, False, False, -1, 0)
     assert seen == [
         nothing,
@@ -217,12 +215,8 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(
         write(tracker, step, metrics)
 
     monkeypatch.setattr(Tracker, "write", full)
-    envs = make_vector_env(CONFIG.env)
-    try:
-        with pytest.raises(WriteError, match=r"cannot write to .*: No space left on device"):
-            Trainer(make_agent(), envs, tmp_path, CONFIG).run()
-    finally:
-        envs.close()
+    with pytest.raises(WriteError, match=r"cannot write to .*: No space left on device"):
+        run(make_agent(), CONFIG, tmp_path)
     assert checkpoint.load(latest(tmp_path))["step"] == 64
     assert [line["step"] for line in metrics_of(tmp_path)] == [32]
 
@@ -242,12 +236,8 @@ def test_the_log_has_the_means_of_its_intervals(
         return *found, infos
 
     monkeypatch.setattr(WorkerVectorEnv, "step_wait", watch)
-    agent: DQN = build_agent(config, (4, 42, 42), 12, torch.device("cpu"))
-    envs = make_vector_env(config.env)
-    try:
-        Trainer(agent, envs, tmp_path, config).run()
-    finally:
-        envs.close()
+    agent = make_agent(config)
+    run(agent, config, tmp_path)
     lines = metrics_of(tmp_path)
     assert [line["step"] for line in lines] == [32, 64]
     for line in lines:

@@ -24,6 +24,7 @@ from conftest import (
     metrics_of,
     run_script,
     settings,
+    train_after,
     unseen,
     wait_for_lines,
     whole_training,
@@ -281,14 +282,10 @@ def test_a_signal_saves_and_ends_with_its_status(
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing_but_ctrl_c_does(tmp_path: Path) -> None:
-    folder, script = tmp_path / "run", tmp_path / "nohup.py"
-    script.write_text(
-        "import runpy, signal\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
-    )
-    given = (*SMALL, f"hydra.run.dir={folder}")
-    process = start_forked(str(script), given, unseen(), tmp_path, session=True)
+    folder = tmp_path / "run"
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    script, given = train_after(ignoring, tmp_path), (*SMALL, f"hydra.run.dir={folder}")
+    process = start_forked(script, given, unseen(), tmp_path, session=True)
     wait_for_lines(folder, 1, process.is_alive)
     assert process.pid is not None
     before = len(metrics_of(folder))
@@ -704,17 +701,15 @@ def test_default_settings_are_valid() -> None:
 
 
 def test_a_job_that_does_not_come_again_says_how_it_goes_on(tmp_path: Path) -> None:
-    folder, script = tmp_path / "run", tmp_path / "job.py"
-    script.write_text(
-        "import runpy, signal\n"
+    folder = tmp_path / "run"
+    requeuing = (
+        "import signal\n"
         "def requeue(number, frame):\n"
         "    raise RuntimeError('Timed out too often.')\n"  # as submitit does
-        "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGUSR2, requeue)\n"
-        f"    runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+        "signal.signal(signal.SIGUSR2, requeue)\n"
     )
-    given = (*SMALL, f"hydra.run.dir={folder}")
-    process = start_forked(str(script), given, unseen(), tmp_path, session=True)
+    script, given = train_after(requeuing, tmp_path), (*SMALL, f"hydra.run.dir={folder}")
+    process = start_forked(script, given, unseen(), tmp_path, session=True)
     wait_for_lines(folder, 1, process.is_alive)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGUSR2)
