@@ -191,16 +191,16 @@ if RANK == 0:
 
 
 WAYS = f"""{AS_A_RANK}
-import numpy as np
-import torch
-from omegaconf import OmegaConf
-from icm.collectives import together
-from icm.config import parse_config
-from icm.envs import make_vector_env
-from icm.ranks import RANK, WORLD_SIZE
-from icm.shared_envs import SharedVectorEnv
-
 if __name__ == "__main__":  # workers import this file, too
+    import numpy as np
+    import torch
+    from omegaconf import OmegaConf
+    from icm.collectives import together
+    from icm.config import parse_config
+    from icm.envs import make_vector_env
+    from icm.ranks import RANK, WORLD_SIZE
+    from icm.shared_envs import SharedVectorEnv
+
     config = parse_config(OmegaConf.load(sys.argv[2]))
     with together(torch.device("cpu")):
         envs = make_vector_env(config.env)
