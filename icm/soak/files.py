@@ -4,7 +4,6 @@ import io
 import os
 import random
 import shutil
-import signal
 import struct
 import zipfile
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from icm import checkpoint
 from icm.soak.forked import Ended, run_forked
-from icm.soak.program import LEARNERS, QUICK, Findings, Training
+from icm.soak.program import LEARNERS, QUICK, Findings
 
 TIMEOUT = 180.0  # seconds for a script, on a busy machine
 FACTOR = 10  # memory that reading a file may add, times its size, plus ...
@@ -25,21 +24,19 @@ type Members = dict[str, bytes]
 
 def files(folder: Path, number: int, seed: int) -> Findings:
     """Inspect `number` files, and play, export or resume each, with the real scripts."""
-    found = Findings()
-    training = Training(folder / "run", (*LEARNERS["ppo"], *QUICK))
-    if not training.wait_for(training.latest):
-        found.failures.append(f"no checkpoint to damage: {training.last_words()}")
-        training.end(signal.SIGTERM, found)
+    found, good = Findings(), folder / "good" / "latest.pt"
+    given = (*LEARNERS["ppo"], *QUICK, "total_steps=128", f"hydra.run.dir={folder}/run")
+    trained = _run("train.py", given)
+    if trained.returncode != 0:
+        found.failures.append(f"no checkpoint to damage: {trained.stderr}")
         return found
-    training.end(signal.SIGTERM, found)
-    shutil.copytree(training.latest.parent, folder / "good")
-    good = folder / "good" / "latest.pt"
+    shutil.copytree(folder / "run" / "checkpoints", good.parent)
     canary = folder / "CANARY"
     whole = good.read_bytes()
     total = checkpoint.load(good)["step"] + 64
     looking, *using = SCRIPTS
     tried = (looking, *using[: -(-number // len(KINDS))])  # what `attempt` comes to
-    usual = {script: _run(script, good, good.parent, total) for script in tried}
+    usual = {script: _run_on(good, script, total) for script in tried}
     for script, ended in usual.items():
         found.expect(ended.returncode == 0, f"{script} refuses a good file: {ended.stderr}")
 
@@ -52,7 +49,7 @@ def files(folder: Path, number: int, seed: int) -> Findings:
         path.write_bytes(KINDS[kind](whole, chance, canary))
         wrong, ends = [], set()
         for script in (looking, using[number // len(KINDS) % len(using)]):
-            ended = _run(script, path, path.parent, total)
+            ended = _run_on(path, script, total)
             ends.add("accepted" if ended.returncode == 0 else "refused")
             if complaint := _wrong(ended, usual[script], path.stat().st_size):
                 wrong.append(f"{script} {path} ({kind}): {complaint}")
@@ -71,10 +68,15 @@ def files(folder: Path, number: int, seed: int) -> Findings:
     return found
 
 
-def _run(script: str, path: Path, folder: Path, total: int) -> Ended:
+def _run_on(path: Path, script: str, total: int) -> Ended:
+    """Run one of `SCRIPTS` on a checkpoint; it may write into its folder."""
+    filled = (text.format(path=path, folder=path.parent, total=total) for text in SCRIPTS[script])
+    return _run(script, tuple(filled))
+
+
+def _run(script: str, arguments: tuple[str, ...]) -> Ended:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    arguments = [text.format(path=path, folder=folder, total=total) for text in SCRIPTS[script]]
-    return run_forked(script, tuple(arguments), environment, TIMEOUT)
+    return run_forked(script, arguments, environment, TIMEOUT)
 
 
 SCRIPTS = {
