@@ -65,15 +65,16 @@ def rollouts(
 def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:
     """Statistics of a list of episodes, in plain JSON types.
 
-    Keys: `policy`, `episodes`, mean and standard error of `length` and game `reward`; for games
-    with progress also of `distance`, `past_<pixels>` (share of episodes beyond it), `flag_rate`
-    and `levels` (all seen).
+    Keys: `policy`, `episodes`, mean and (of several episodes) standard error of `length` and game
+    `reward`; for games with progress also of `distance`, `past_<pixels>` (share of episodes beyond
+    it), `flag_rate` and `levels` (all seen).
     """
     result: dict[str, Any] = {"policy": policy, "episodes": len(episodes)}
     for name in ("distance", "length", "reward"):
         values = np.array([float(e[name]) for e in episodes if name in e])
         if len(values):
             result[f"{name}_mean"] = float(values.mean())
+        if len(values) > 1:
             result[f"{name}_stderr"] = float(standard_error(values))
     if "distance" in episodes[0]:
         distances = np.array([float(e["distance"]) for e in episodes])
@@ -90,9 +91,9 @@ def table(summaries: list[dict[str, Any]]) -> str:
     for name in names:
         cells = []
         for s in summaries:
-            value = s[name]
-            if f"{name[:-5]}_stderr" in s:
-                cells.append(f"{value:.1f} ± {s[f'{name[:-5]}_stderr']:.1f}")
+            value, error = s[name], s.get(name.removesuffix("_mean") + "_stderr")
+            if name.endswith("_mean"):
+                cells.append(f"{value:.1f}" + ("" if error is None else f" ± {error:.1f}"))
             elif isinstance(value, list):
                 cells.append(" ".join(value))
             else:

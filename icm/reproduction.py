@@ -138,7 +138,7 @@ def script(name: str, arguments: list[str], capture: bool = False) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Distance and share of episodes past a level: per seed, then means with a standard error."""
+    """Distance and share of episodes past a level: per seed, then means of several."""
     lines = []
     for kind, of_seeds in results.items():
         for policy in ("sampled", "greedy", "random"):
@@ -147,7 +147,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                 continue
             distances, flags = ([f[key] for f in found] for key in ("distance_mean", "flag_rate"))
             cells = [f"{x:6.0f} ({share:.2f})" for x, share in zip(distances, flags, strict=True)]
-            mean, error = np.mean(distances), standard_error(np.array(distances))
-            cells.append(f"mean {mean:.0f} ± {error:.0f} ({np.mean(flags):.2f})")
+            if len(distances) > 1:
+                mean, error = np.mean(distances), standard_error(np.array(distances))
+                cells.append(f"mean {mean:.0f} ± {error:.0f} ({np.mean(flags):.2f})")
             lines.append(f"{kind:10}{policy:10}" + "  ".join(cells))
     return "\n".join(lines)

@@ -60,7 +60,8 @@ def main(settings: DictConfig) -> None:
         from icm.viz.mind import MindPanel, beside
         from icm.viz.video import FPS, record
 
-        videos = path.resolve().parent.parent / "videos"  # of its run folder
+        folder = path.resolve().parent  # of a run, or wherever a single file lies
+        videos = (folder.parent if folder.name == "checkpoints" else folder) / "videos"
         out = Path(options.out) if options.out else videos / f"play_{path.stem}.mp4"
         panel = MindPanel(player.actions) if options.mind else None
         with record(out, FPS * options.speed) as video:

@@ -18,9 +18,13 @@ def main(settings: DictConfig) -> None:
 
     if not hasattr(signal, "SIGSTOP"):
         raise UserError("soak.py sends signals, which Linux and macOS have")
-    from icm.soak.suite import SoakConfig, soak  # which only these can import
+    from icm.soak.program import ended_by_signals  # which only these can import
+    from icm.soak.suite import SoakConfig, soak
 
-    sys.exit(0 if soak(typed(settings, SoakConfig)) else 1)
+    options = typed(settings, SoakConfig)
+    with ended_by_signals():
+        held = soak(options)
+    sys.exit(0 if held else 1)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_what_happened_above_and_below_the_picture_is_added_up_at_its_edges(
         (5, y): Visits(first=10 - y, count=3, ends=y, judged=2, surprise=1.0) for y in (0, 1, 2)
     }
     draw_map("1-1", Region(cells=cells))
-    assert any("where 3 lives ended" in title for title in shown)
+    assert any("where 3 lives or tries ended" in title for title in shown)
     assert sum(cells.values(), Visits(first=99)) == Visits(8, 9, 3, 6, 3.0)
 
 

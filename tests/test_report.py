@@ -12,7 +12,15 @@ from conftest import run_script
 from omegaconf import OmegaConf
 
 from icm.errors import UserError
-from icm.viz.report import names_of, read_run, read_runs, smoothed, thousands, write_report
+from icm.viz.report import (
+    colours_of,
+    names_of,
+    read_run,
+    read_runs,
+    smoothed,
+    thousands,
+    write_report,
+)
 
 
 def page_of(path: Path) -> str:
@@ -102,6 +110,7 @@ def test_facts_are_those_of_the_log(tmp_path: Path) -> None:
     }
     later = read_run(make_run(tmp_path / "later", 7, resume="latest.pt"))
     assert later.minutes.tolist() == pytest.approx([x / 600 for x in (0, 1000, 2000, 3000)])
+    assert later.facts()["time since it was resumed"] == "5 minutes"
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> None:
@@ -148,6 +157,22 @@ def test_a_run_and_what_goes_on_with_it_are_two_kinds(tmp_path: Path) -> None:
     assert read_run(on).kind != run.kind
     again = read_run(make_run(tmp_path / "again", 2, resume="latest.pt"))
     assert again.kind == run.kind  # which began where it did
+
+
+def test_a_run_that_has_just_begun_is_not_averaged_with_complete_ones(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"seed{seed}", seed) for seed in (1, 2, 3)]
+    log = folders[2] / "metrics.jsonl"
+    log.write_text(log.read_text().partition("\n")[0] + "\n")
+    out = tmp_path / "report.html"
+    write_report([read_run(folder) for folder in folders], out)
+    cell = r"\s*<td>(.*?)</td>"
+    rows = re.findall(rf"</span> (.*?)</th>{cell}{cell}", page_of(out))
+    assert sorted(rows) == [("as it is", "2", "4000 ± 0"), ("as it is (not complete)", "1", "1000")]
+
+
+@pytest.mark.parametrize("number", [1, 6, 7, 40])
+def test_every_kind_has_its_own_colour(number: int) -> None:
+    assert len(set(colours_of({str(kind): [] for kind in range(number)}))) == number
 
 
 def test_a_kind_of_runs_without_a_metric_is_no_reason_to_warn(tmp_path: Path) -> None:

@@ -721,12 +721,16 @@ def test_a_job_that_does_not_come_again_says_how_it_goes_on(tmp_path: Path) -> N
     assert (folder / "checkpoints" / "latest.pt").is_file()
 
 
-def test_a_video_without_a_name_is_in_the_run_folder(trained: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained / "checkpoints", run / "checkpoints")
-    given = (f"ckpt={run / 'checkpoints' / 'latest.pt'}", "env.stuck_steps=1", "mind=false")
+@pytest.mark.parametrize("place", ["run/checkpoints", "given"])
+def test_a_video_without_a_name_is_in_the_run_folder_or_beside_a_single_file(
+    place: str, trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / place / "latest.pt"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints" / "latest.pt", checkpoint)
+    given = (f"ckpt={checkpoint}", "env.stuck_steps=1", "mind=false")
     done = run_script("play.py", *given, "env.emulator=libretro")
     assert done.returncode == 0, done.stderr
-    out = run.resolve() / "videos" / "play_latest.mp4"
+    out = tmp_path.resolve() / place.partition("/")[0] / "videos" / "play_latest.mp4"
     assert f"video: {out}" in done.stderr.splitlines()
     assert out.is_file()

@@ -1,21 +1,25 @@
 """The soak test: that it runs what it says, and that it sees what is wrong."""
 
 import json
+import os
 import random
 import runpy
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import ROOT, composed, run_script
+from conftest import ROOT, composed, run_script, unseen
 
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
 from icm.errors import UserError
 from icm.soak.files import KINDS, forged, forgeries
+from icm.soak.forked import start_forked
 from icm.soak.pieces import compare
 from icm.soak.program import QUICK, Findings, Training, end_all
 
@@ -86,6 +90,25 @@ def test_a_training_that_was_left_running_is_ended(tmp_path: Path) -> None:
     training = Training(tmp_path / "run", QUICK)
     end_all()
     assert training.process.returncode == -signal.SIGKILL
+
+
+def test_a_signal_ends_it_and_its_trainings(tmp_path: Path) -> None:
+    folder = tmp_path / "soak"
+    place = tmp_path / "place"
+    place.mkdir()
+    given = ("parts=[kills]", "kills=60", f"folder={folder}")
+    running = start_forked("soak.py", given, unseen(), place, session=True)
+    begun = folder / "kills" / "dqn" / "000" / "metrics.jsonl"
+    while not begun.exists():
+        assert running.is_alive()
+        time.sleep(0.05)
+    assert running.pid is not None
+    below = psutil.Process(running.pid).children(recursive=True)
+    os.kill(running.pid, signal.SIGTERM)
+    running.join(60)
+    assert (place / "status").read_text() == str(128 + signal.SIGTERM)
+    assert not psutil.wait_procs(below, timeout=10)[1]
+    assert len(list((folder / "kills").glob("*/*.txt"))) == 2  # no more were started
 
 
 def test_a_part_that_is_none_and_a_folder_that_exists_are_refused(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_a_window_shows_the_game_and_the_mind(window: Window) -> None:
     assert shown[720:].std() > 10
 
 
+def test_a_pause_before_the_first_step_shows_that_it_is_one(window: Window) -> None:
+    press(pygame.K_SPACE)
+    assert window._still_open()
+    window._draw()
+    assert window.screen.get_size() == (1280, 720 + BAR)
+    assert pygame.surfarray.array3d(window.screen)[:, 720:].std() > 10
+
+
 def test_a_moment_takes_the_time_it_should(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     monkeypatch.setattr(window, "clock", SimpleNamespace(tick=rates.append))

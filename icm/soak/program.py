@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ import psutil
 
 from icm import checkpoint
 from icm.files import ROOT, json_lines, latest
+from icm.processes import SIGNALS
 
 SCRIPT = ROOT / "scripts" / "train.py"
 PATIENCE = 120.0  # seconds for a training to begin or to end by itself
@@ -73,6 +77,27 @@ def _begin(terminal: int | None) -> None:
 
 
 _STARTED: list[subprocess.Popen[bytes]] = []
+_OVER = threading.Event()  # no more trainings are started
+
+
+@contextmanager
+def ended_by_signals() -> Generator[None]:
+    """Inside, a signal ends all trainings, and this process, whose threads would start more."""
+
+    def end(number: int, frame: object) -> None:
+        _OVER.set()
+        end_all()
+        sys.exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as `nohup` wants it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_all() -> None:
@@ -103,6 +128,8 @@ class Training:
         output: int | None = None,
         terminal: int | None = None,
     ) -> None:
+        if _OVER.is_set():
+            raise InterruptedError("the soak test is being ended")
         self.folder = folder
         self.printed = folder.with_name(f"{folder.name}.txt")
         self.printed.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,8 @@ def draw_map(name: str, region: Region) -> np.ndarray:
     ]
     extent = (0, columns * CELL, rows * CELL, 0)
     total = int(np.nansum(ends))
-    _show(all_axes[0], pixels, f"{name}: what the agent saw; ✕ where {total} lives ended", extent)
+    title = f"{name}: what the agent saw; ✕ where {total} lives or tries ended"
+    _show(all_axes[0], pixels, title, extent)
     ended = np.nonzero(np.nan_to_num(ends))
     all_axes[0].scatter(
         (ended[1] + 0.5) * CELL,

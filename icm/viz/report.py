@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 from omegaconf import DictConfig, OmegaConf
@@ -51,13 +52,21 @@ class Run:
         """Its folder's name."""
         return self.folder.resolve().name
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has reached its end."""
+        return self.rows[-1]["step"] >= self.settings.total_steps
+
     @cached_property
     def kind(self) -> str:
-        """Its settings, except those that may differ within a kind, and where it began."""
+        """Settings that do not differ within a kind, where it began, and whether it is complete.
+
+        Runs of one kind are averaged.
+        """
         settings = OmegaConf.to_container(self.settings)
         assert isinstance(settings, dict)
         compared = {k: v for k, v in settings.items() if k not in ("seed", "resume")}
-        return json.dumps([compared, self.rows[0]["step"]])
+        return json.dumps([compared, self.rows[0]["step"], self.is_complete])
 
     def values(self, metric: str) -> np.ndarray:
         """A metric at every log interval, nan where there is none."""
@@ -95,13 +104,14 @@ class Run:
     def facts(self) -> dict[str, str]:
         """What happened, in a few words each."""
         figures = self.figures()
+        resumed = " since it was resumed" if self.settings.resume else ""
         facts = {
             "agent": f"{self.settings.agent.name} with {self.settings.curiosity.name}, "
             f"seed {self.settings.seed}",
             "game": str(self.settings.env.id),
             "agent steps": f"{thousands(int(figures['agent steps']))} of "
             f"{thousands(self.settings.total_steps)}",
-            "time": f"{figures['minutes']:.0f} minutes",
+            f"time{resumed}": f"{figures['minutes']:.0f} minutes",
         }
         if "distance" in figures:
             facts["distance of an episode, last tenth"] = f"{figures['distance']:.0f} pixels"
@@ -113,7 +123,6 @@ class Run:
         at_flag = np.flatnonzero(np.nan_to_num(self.values("episode/flag")))
         if len(at_flag):
             first = int(self.rows[at_flag[0]]["step"])
-            resumed = " since it was resumed" if self.settings.resume else ""
             facts[f"first flag{resumed}"] = (
                 f"after {thousands(first)} agent steps, {self.minutes[at_flag[0]]:.1f} minutes"
             )
@@ -162,20 +171,32 @@ def read_run(folder: Path) -> Run:
 
 
 def names_of(kinds: list[list[Run]]) -> list[str]:
-    """Names to tell kinds of runs apart: the settings given, if they differ, else folders."""
+    """Names to tell kinds of runs apart: the settings given, if they differ, else folders.
+
+    Of runs that are not complete, it says so.
+    """
+    unfinished = ["" if runs[0].is_complete else " (not complete)" for runs in kinds]
     given = [
         [each for each in runs[0].given if not each.startswith(("seed=", "resume="))]
         for runs in kinds
     ]
     of_all = set(given[0]).intersection(*given)
-    names = [" ".join(each for each in one if each not in of_all) for one in given]
+    names = [" ".join(each for each in one if each not in of_all) or "as it is" for one in given]
+    names = [name + more for name, more in zip(names, unfinished, strict=True)]
     if len(set(names)) == len(kinds):
-        return [name or "as it is" for name in names]
+        return names
     folders = [runs[0].name for runs in kinds]
     if len(set(folders)) < len(kinds):
         folders = [str(runs[0].folder) for runs in kinds]
     more = [f" and {len(runs) - 1} more" if len(runs) > 1 else "" for runs in kinds]
-    return [folder + others for folder, others in zip(folders, more, strict=True)]
+    return ["".join(parts) for parts in zip(folders, more, unfinished, strict=True)]
+
+
+def colours_of(kinds: dict[str, list[Run]]) -> list[str]:
+    """A colour for each kind."""
+    if len(kinds) <= len(COLOURS):
+        return list(COLOURS[: len(kinds)])
+    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0, 1, len(kinds)))]
 
 
 def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -189,7 +210,7 @@ def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, li
     figures = {name: [run.figures() for run in runs] for name, runs in kinds.items()}
     columns = list(dict.fromkeys(key for found in figures.values() for one in found for key in one))
     rows = []
-    for (name, found), colour in zip(figures.items(), cycle(COLOURS), strict=False):
+    for (name, found), colour in zip(figures.items(), colours_of(kinds), strict=True):
         cells = []
         for column in columns:
             values = np.array([one[column] for one in found if column in one])
@@ -235,7 +256,7 @@ def write_report(runs: list[Run], out: Path) -> None:
 
 def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
     """Each question, and the SVG of its charts."""
-    coloured = list(zip(kinds.values(), cycle(COLOURS), strict=False))
+    coloured = list(zip(kinds.values(), colours_of(kinds), strict=True))
     for question, charts in CHARTS.items():
         known = {
             title: names
@@ -310,7 +331,7 @@ def _places(folder: Path) -> list[dict[str, str]]:
                 "place": place["place"].replace("_", " "),
                 "first visit": f"after {thousands(place['first'])} agent steps",
                 "lives that came there": thousands(place["lives"]),
-                "that ended there": thousands(place["ends"]),
+                "lives and tries that ended there": thousands(place["ends"]),
                 "cells": thousands(place["cells"]),
             }
             for place in json.loads(path.read_text())

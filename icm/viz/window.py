@@ -74,7 +74,7 @@ class Window:
         self.number = 0  # of the episode
         self.held: set[str] = set()  # buttons
         self.message = ""
-        self.picture = np.zeros((1, 1, 3), np.uint8)
+        self.picture = np.zeros((HEIGHT, USUAL_WIDTH + (WIDTH if mind else 0), 3), np.uint8)
         self.commands: dict[int, Callable[[], None]] = {
             pygame.K_SPACE: self._pause,
             pygame.K_n: self._one_step,
@@ -93,7 +93,7 @@ class Window:
             pygame.display.init()
             pygame.font.init()
             self.font = pygame.font.Font(FONT, 15)
-            self._resize(USUAL_WIDTH + (WIDTH if mind else 0), HEIGHT)
+            self._resize(self.picture.shape[1], HEIGHT)
         except pygame.error as error:
             raise UserError(f"render=human: no window can be opened here ({error})") from None
         pygame.display.set_caption("icm")
