@@ -195,5 +195,9 @@ def _has_its_data(tensor: Tensor) -> bool:
 def _is_whole(path: Path) -> bool:
     """Whether a file of `torch.save` is intact: torch itself checks no checksum."""
     with zipfile.ZipFile(path) as archive:
-        is_plain = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+        # what is marked as a folder has no data for PyTorch, and no checksum covers that mark
+        is_plain = all(
+            member.compress_type == zipfile.ZIP_STORED and not member.external_attr
+            for member in archive.infolist()
+        )
         return is_plain and archive.testzip() is None

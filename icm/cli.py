@@ -49,6 +49,8 @@ def fail(error: Exception) -> None:
         discard(sys.stdout.fileno())
         sys.exit(1)
     is_mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException)
+    # of `agent=null`, for instance, for which Hydra has no class of its own
+    is_mistake |= str(error).startswith("Config group override must be")
     if not is_mistake and getattr(error, "errno", None) not in OF_FILES:
         return
     text = " ".join(str(error).split())

@@ -239,7 +239,7 @@ class Config:
 
 @dataclass
 class GameConfig:
-    """Settings of `EnvConfig` that may be replaced after training; None: as in training."""
+    """Settings of `EnvConfig` that may be replaced after training; see `conf/game.yaml`."""
 
     id: str | None
     stuck_steps: int | None

@@ -310,7 +310,7 @@ class Exploration:
         self.distance_max = state["distance_max"]
         kept = (state.get(name) for name in ("best", "way"))
         self.best, self.way = (None if each is None else Recording(**each) for each in kept)
-        self.latest.extend(state["latest"])
+        self.latest.extend(map(float, state["latest"]))
         table = zip(
             state["cells"].tolist(),
             state["visits"].tolist(),

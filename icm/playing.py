@@ -53,7 +53,8 @@ def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agen
     Args:
         path: the checkpoint.
         device: where to compute.
-        game: replacements for settings of its environment.
+        game: replacements for settings of its environment. Its libretro core is never the one that
+            the checkpoint names: that is a program, and of the machine it was trained on.
 
     Raises:
         UserError: the file is no checkpoint, or its networks do not fit its settings or the game.
@@ -61,7 +62,7 @@ def load_agent(path: Path, device: torch.device, game: GameConfig) -> tuple[Agen
     content = checkpoint.load(path)
     with checkpoint.restoring(path):
         changes = {name: value for name, value in vars(game).items() if value is not None}
-        content["config"]["env"] |= changes
+        content["config"]["env"] |= {"core": "auto"} | changes
         config = parse_config(OmegaConf.create(content["config"]))
         env = make_env(config.env)
         shape: Any = env.observation_space.shape

@@ -165,7 +165,5 @@ def _assist(serve: Callable[..., None], pipe: Connection, *arguments: Any) -> No
     with suppress(ConnectionError):
         try:
             serve(pipe, *arguments)
-        except (EOFError, ConnectionError):
-            pass  # the other end is closed
         except Exception:
             pipe.send(traceback.format_exc())

@@ -30,9 +30,10 @@ class RunFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the class. Hydra only warns of exceptions here, so a mistake exits at once."""
         try:
-            content = None if config.resume is None else adopt_settings(config)
+            own = is_given_again(config)
+            content = None if config.resume is None else adopt_settings(config, own)
             settings = parse_config(config)
-            if content is not None:
+            if content is not None and own is None:
                 must_go_on(content, settings)
             if RANK > 0:
                 self.folder = tempfile.TemporaryDirectory(prefix="icm-rank-")
@@ -86,12 +87,18 @@ def record(settings: DictConfig, folder: Path) -> None:
             OmegaConf.save(content, (folder / SETTINGS).with_name(f"{name}.yaml"))
 
 
-def adopt_settings(config: DictConfig) -> dict[str, Any]:
+def adopt_settings(config: DictConfig, own: Path | None) -> dict[str, Any]:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
-    Except for where environments run: that differs between machines.
+    Except for where environments run, and on which libretro core: that differs between machines,
+    and a core is a program.
 
     If `latest.pt` is damaged, the newest whole checkpoint beside it becomes `resume`.
+
+    Args:
+        config: Hydra's.
+        own: the checkpoint that goes on in its own folder: whatever has become of `resume` since
+            the run began there does not matter.
 
     Returns:
         the content of the checkpoint.
@@ -102,8 +109,9 @@ def adopt_settings(config: DictConfig) -> dict[str, Any]:
     from icm import checkpoint  # here, because importing torch takes time
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    path, content = checkpoint.newest_whole(Path(config.resume))
+    path, content = checkpoint.newest_whole(own or Path(config.resume))
     merged = OmegaConf.create({**content["config"], "collector": config.collector})
+    OmegaConf.update(merged, "env.core", config.env.core)
     for override in overrides:
         key = override.key_or_group
         if key not in config.hydra.runtime.choices:
@@ -116,9 +124,22 @@ def adopt_settings(config: DictConfig) -> dict[str, Any]:
             )
     with read_write(config), open_dict(config):
         for key, value in merged.items():
-            config[key] = value
-        config.resume = str(path)
+            config[key] = config.resume if key == "resume" else value
+        if own is None:
+            config.resume = str(path)
     return content
+
+
+def is_given_again(config: DictConfig) -> Path | None:
+    """The checkpoint in the run folder, if a run of the same `resume` was begun there."""
+    folder = Path(config.hydra.run.dir)
+    if not is_given(config, "hydra.run.dir") or not has_checkpoint(folder):
+        return None
+    try:
+        begun = settings_of(folder)
+    except (OSError, UserError):
+        return None
+    return latest(folder) if begun.get("resume") == config.resume else None
 
 
 def must_go_on(content: dict[str, Any], config: Config) -> None:
@@ -182,18 +203,23 @@ def new_folder(wanted: Path) -> Path:
     return next(filter(_made, itertools.chain([wanted], folders)))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run folder has one, be it damaged."""
+    newest = latest(folder)
+    return newest.exists() or bool(numbered(newest.parent, "step"))
+
+
 def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint from which a folder's run continues, and its content, if there is one.
 
     Raises:
         UserError: the settings are not those of that run.
     """
-    newest = latest(folder)
-    if not newest.exists() and not numbered(newest.parent, "step"):
+    if not has_checkpoint(folder):
         return None
     from icm import checkpoint  # here, because importing torch takes time
 
-    path, content = checkpoint.newest_whole(newest)
+    path, content = checkpoint.newest_whole(latest(folder))
     with checkpoint.restoring(path):
         before = parse_config(OmegaConf.create(content["config"]))
     must_be_same(folder, before, config)

@@ -118,6 +118,8 @@ class Tracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue that interval."""
+        for value in state["sums"].values():
+            float(value)  # or this is no such state
         self.sums.update(state["sums"])
         self.counts.update({name: int(count) for name, count in state["counts"].items()})
         for name, values in state["values"].items():

@@ -19,7 +19,7 @@ from icm.agents.base import Agent, BrokenDownError
 from icm.collectives import all_objects, greatest, seconds
 from icm.config import Config, flat
 from icm.display import Display
-from icm.envs import core_name, episodes_in
+from icm.envs import action_count, core_name, episodes_in
 from icm.envs.vector import NOWHERE, WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
@@ -86,7 +86,8 @@ class Trainer:
         save_every = self.config.checkpoint.every
         self.tracker = Tracker(self.folder, self.step, asdict(self.config))
         if self.going_on is not None:
-            self.tracker.load_state_dict(self.going_on["interval"])
+            with checkpoint.restoring(self.going_on["path"]):
+                self.tracker.load_state_dict(self.going_on["interval"])
             self.tracker.last = self.going_on["metrics"]
         self.display = Display(self.step, total)
         try:
@@ -284,6 +285,11 @@ class Trainer:
             before.get(name) != now[name] for name in ("env.num_envs", "agent.replay_capacity")
         )
         if memory is None or resized:
+            if self.step < self.config.agent.warmup_steps:
+                raise UserError(
+                    f"{path}: at step {self.step} of its warm-up, it needs its memory beside it, "
+                    "and the same env.num_envs and agent.replay_capacity; or begin anew"
+                )
             self.agent.forget(self.step)
             print(
                 f"no memory of step {self.step} and of this size beside {path}: filling a new one"
@@ -296,13 +302,12 @@ class Trainer:
         if same_env and same_seed and no_less:
             with checkpoint.restoring(path):
                 names = ("episodes", "interval", "metrics")
-                self.going_on = {name: content[name] for name in names}
+                self.going_on = {name: content[name] for name in names} | {"path": path}
                 self.previous, self.age = content["previous"], content["age"]
-                episodes = content["episodes"]
-                of_rows = [episodes[name] for name in ("begun", "seeds", "actions", "resumed")]
-                if any(len(rows) != len(self.age) for rows in (*of_rows, self.previous)):
+                num_envs, space = self.envs.num_envs, self.envs.single_action_space
+                if not self.previous.shape == self.age.shape == (num_envs,):
                     raise ValueError("its episodes are of different numbers of environments")
-                played = sum(map(len, episodes["actions"]))
+                played = WorkerVectorEnv.check(content["episodes"], num_envs, action_count(space))
             print(f"playing the {played} agent steps of running episodes again")
         else:
             self.agent.begin_lives()

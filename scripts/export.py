@@ -24,7 +24,9 @@ def main(settings: DictConfig) -> None:
     # what does not play is not exported
     _, config, _ = load_agent(path, torch.device("cpu"), options.env)
     content = checkpoint.load(path) | {"config": asdict(config)}
-    checkpoint.save(out, checkpoint.for_playing(content))
+    with checkpoint.restoring(path):
+        content = checkpoint.for_playing(content)
+    checkpoint.save(out, content)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, for playing alone")
 
 

@@ -43,6 +43,7 @@ def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
     Raises:
         UserError: `resume` names another one of that run.
     """
+    from icm import checkpoint
     from icm.errors import UserError
     from icm.exploration import restored
     from icm.run_folder import own_checkpoint
@@ -57,8 +58,10 @@ def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:
             f"resume={resumed}: in its own folder a run goes on from {path.name}; give another "
             "hydra.run.dir"
         )
-    is_complete = content["step"] >= config.total_steps
-    return str(path), restored(content["exploration"]).objective() if is_complete else None
+    if content["step"] < config.total_steps:
+        return str(path), None
+    with checkpoint.restoring(path):
+        return str(path), restored(content["exploration"]).objective()
 
 
 def train(config: Config, folder: Path, device: "torch.device") -> float:

@@ -27,6 +27,17 @@ def speak(pipe: Connection) -> None:
         pipe.send(LONG)
 
 
+def break_down(pipe: Connection) -> None:
+    """Fail as a game does that talks to a server."""
+    raise ConnectionRefusedError("no server")
+
+
+def test_an_error_of_the_connection_is_told_like_any_other() -> None:
+    assistants = Assistants(1, break_down)
+    assert "ConnectionRefusedError: no server" in assistants.receive(0)
+    assistants.end()
+
+
 def stopped(assistants: Assistants) -> psutil.Process:
     process = psutil.Process(assistants.processes[0].pid)
     os.kill(process.pid, signal.SIGSTOP)

@@ -21,6 +21,7 @@ from conftest import (
     metrics_of,
     run_script,
     settings,
+    unseen,
     wait_for_lines,
     whole_training,
 )
@@ -34,6 +35,7 @@ from icm.config import parse_config
 from icm.envs import make_vector_env
 from icm.envs.snapshots import EVERY, SELDOM
 from icm.errors import UserError
+from icm.soak.forked import run_forked
 from icm.soak.program import facts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes as on Linux")
@@ -246,3 +248,10 @@ def test_a_cluster_with_too_few_cores_is_one_line() -> None:
     words = r"env\.num_workers=3 needs as many cores, and of the \d+ cores"
     with pytest.raises(UserError, match=words):
         make_vector_env(replace(ENV, num_envs=3, num_workers=3), collector="ray")
+
+
+def test_an_address_that_is_none_is_one_line(tmp_path: Path) -> None:
+    given = (*SMALL, "collector=ray", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_forked("train.py", given, unseen() | {"RAY_ADDRESS": "myhead"}, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: error: collector=ray: Invalid address format: myhead\n"

@@ -406,7 +406,10 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("learner", "change", "total"),
-    [("ppo", "env.num_envs=4", 160), ("dqn", "agent.replay_capacity=400", 128)],
+    [
+        ("ppo", "env.num_envs=4", 160),
+        ("dqn", "agent.replay_capacity=400", 128),
+    ],
 )
 def test_a_memory_of_another_size_is_filled_anew(
     learner: str,
@@ -426,6 +429,27 @@ def test_a_memory_of_another_size_is_filled_anew(
     assert content["exploration"]["latest"][: len(before)] == before != []
     assert content["agent"]["learn_from"] == 64 + 32
     assert content["agent"]["updates"] > checkpoint.load(latest(first))["agent"]["updates"]
+
+
+def test_a_warm_up_does_not_go_on_without_its_memory(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
+    """Or the input statistics would be those of the few frames since then."""
+    first, other = trained_until(64, "ppo"), ("env.num_envs=4", "agent.warmup_steps=80")
+    with pytest.raises(UserError, match="at step 64 of its warm-up, it needs its memory"):
+        train(config_of("ppo", *other), tmp_path / "on", resume=latest(first), used=True)
+
+
+def test_a_memory_too_small_for_the_rollout_is_filled_anew(
+    tmp_path: Path, trained_until: Callable[..., Path]
+) -> None:
+    first = shutil.copytree(trained_until(64, "ppo"), tmp_path / "first")
+    content = checkpoint.load(latest(first))
+    content["agent"]["first"] = 40  # as in a longer training
+    checkpoint.save(latest(first), content)
+    other = config_of("ppo", "agent.replay_capacity=74", "total_steps=128")  # 37 slots
+    second = train(other, tmp_path / "second", resume=latest(first), used=True)
+    assert checkpoint.load(latest(second))["agent"]["learn_from"] == 64 + 32
 
 
 def test_in_another_environment_new_episodes_begin(
@@ -488,6 +512,22 @@ def with_sequences_of_no_rollout(content: dict[str, Any]) -> None:
     content["agent"]["order"] += 1000
 
 
+def with_words_for_seeds(content: dict[str, Any]) -> None:
+    content["episodes"]["seeds"] = ["a", "b"]
+
+
+def with_actions_of_another_game(content: dict[str, Any]) -> None:
+    content["episodes"]["actions"][1].append(99)
+
+
+def with_a_word_for_a_sum(content: dict[str, Any]) -> None:
+    content["interval"]["sums"]["reward/intrinsic"] = "much"
+
+
+def with_a_word_for_a_distance(content: dict[str, Any]) -> None:
+    content["exploration"]["latest"] = ["far"]
+
+
 def without_a_seed(content: dict[str, Any]) -> None:
     del content["config"]["seed"]
 
@@ -503,6 +543,10 @@ def with_frames_of_noise(memory: dict[str, Any]) -> None:
         ("latest.pt", with_small_moments),
         ("latest.pt", with_a_rollout_beyond_its_end),
         ("latest.pt", with_sequences_of_no_rollout),
+        ("latest.pt", with_words_for_seeds),
+        ("latest.pt", with_actions_of_another_game),
+        ("latest.pt", with_a_word_for_a_sum),
+        ("latest.pt", with_a_word_for_a_distance),
         ("latest.pt", without_a_seed),
         ("latest.pt", with_an_empty_picture),
         ("replay_", with_frames_of_noise),

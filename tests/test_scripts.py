@@ -187,6 +187,23 @@ def test_learners_from_rollouts_train_and_play(agent: str, network: str, tmp_pat
     assert json.loads(done.stdout)["length"] > 0
 
 
+def test_a_core_that_a_checkpoint_names_is_not_loaded(trained: Path, tmp_path: Path) -> None:
+    """It would be a program of whoever wrote the checkpoint."""
+    path = tmp_path / "checkpoints" / "latest.pt"
+    shutil.copytree(trained / "checkpoints", path.parent)
+    content = checkpoint.load(path)
+    content["config"]["env"] |= {"emulator": "libretro", "core": str(tmp_path / "evil.so")}
+    checkpoint.save(path, content)
+    done = run_script("play.py", f"ckpt={path}", "env.stuck_steps=5", "render=none")
+    assert done.returncode == 0, done.stderr
+    given = (f"resume={path}", "total_steps=128", *UNSEEN)
+    done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert f"changed: env.core=auto, was {tmp_path / 'evil.so'}" in done.stdout
+    done = run_script("play.py", f"ckpt={path}", f"env.core={tmp_path / 'evil.so'}")
+    assert_refused(done, "evil.so: no such file")
+
+
 def test_of_a_damaged_latest_checkpoint_the_one_before_is_resumed_even_without_its_memory(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -494,6 +511,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("env.crop=[300,0,0,0]", ["env.crop"]),
         ("env.id=SuperMarioBros-9-9-v0", ["SuperMarioBros-9-9-v0"]),
         ("env.id=CartPole-v1", ["CartPole-v1", "uint8 images"]),
+        ("env.id=GymV26Environment-v0", ["GymV26Environment-v0", "shimmy"]),
+        ("curiosity=null", ["Config group override must be a string"]),
         ("device=gpu", ["device=gpu", "cuda"]),
         ("device=cuda", ["device=cuda", "0 CUDA devices"]),
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),

@@ -163,6 +163,19 @@ def test_a_bit_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     assert refused > len(places) / 4
 
 
+def test_what_is_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """PyTorch would read nothing of it, and take whatever is in memory for the weights."""
+    path, weights = tmp_path / "small.pt", torch.arange(64.0)
+    checkpoint.save(path, {"format": checkpoint.FORMAT, "step": 5, "config": {}, "models": weights})
+    whole = path.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))  # of the tensor
+    changed = bytearray(whole)
+    changed[entry + 38] |= 0x10
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(path)
+
+
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     now, path = checkpoint.FORMAT, tmp_path / "old.pt"
     checkpoint.save(path, {"format": now - 1, "step": 5, "config": {}, "models": {}})

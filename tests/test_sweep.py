@@ -1,5 +1,6 @@
 """Runs that go on in their own folders, and many of them at once."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from conftest import (
     FULL,
     SMALL,
+    UNSEEN,
     forked_training,
     killed_training,
     metrics_of,
     run_script,
     wait_for_lines,
+    whole_training,
 )
 from omegaconf import OmegaConf
 
@@ -50,6 +53,20 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None
 def written(run: Path) -> tuple[bytes, int]:
     """The settings of a run, and when it has saved."""
     return (run / ".hydra" / "config.yaml").read_bytes(), latest(run).stat().st_mtime_ns
+
+
+def test_a_resumed_run_that_was_killed_goes_on_though_the_other_is_gone(
+    trained: Path, tmp_path: Path
+) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", other)
+    command = (f"resume={other}/latest.pt", "total_steps=192", "checkpoint.every=32", *UNSEEN)
+    killed_training(run, *command, f"hydra.run.dir={run}")
+    shutil.rmtree(other)
+    whole_training(run, *command)
+    assert [line["step"] for line in metrics_of(run)] == [128, 160, 192]
+    # to begin there anew, it would have to be there
+    assert run_script("train.py", *command, f"hydra.run.dir={tmp_path / 'new'}").returncode == 2
 
 
 @pytest.mark.usefixtures("shared_memory")  # joblib's

@@ -227,7 +227,8 @@ class OnPolicy(Agent[Batch]):
         """See `Agent.load_state_dict`; a new rollout if settings differ."""
         super().load_state_dict(state)
         agent = state["agent"]
-        if agent["shape"] != self.shape:
+        # a smaller memory may have no room for it, and is filled anew anyway
+        if agent["shape"] != self.shape or agent["first"] >= self.memory.num_slots:
             self.restart()
             return
         targets, order = agent["targets"], agent["order"]
@@ -235,7 +236,7 @@ class OnPolicy(Agent[Batch]):
             agent["values"].shape == self.values.shape
             and agent["raw"].shape == self.raw.shape
             and agent["collected"] in range(len(self.raw))
-            and agent["first"] in range(self.memory.num_slots)
+            and agent["first"] >= 0
             and order.shape[1:] == self.order.shape[1:]
             and ((order >= 0) & (order < self._sequences)).all()
             and all(target.shape[:2] == self.raw[:-1].shape for target in targets.values())

@@ -184,7 +184,7 @@ def _make_game(config: EnvConfig, render_mode: str | None) -> Env:
         if (game := nes_game(spec)) is not None:
             spec = lean(spec, game)
         return gym.make(spec, render_mode=render_mode)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         said = str(error).splitlines()[0]
         raise UserError(
             f"env.id={config.id}: {said}{'' if said.endswith(('.', '?')) else '.'} "

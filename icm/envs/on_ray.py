@@ -254,16 +254,16 @@ def _connect() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     try:
+        if address != "local":
+            try:
+                ray.init("auto", **quiet)
+                return
+            except ConnectionError:
+                if address is not None:
+                    raise
         with signals_blocked():
-            if address != "local":
-                try:
-                    ray.init("auto", **quiet)
-                    return
-                except ConnectionError:
-                    if address is not None:
-                        raise
             ray.init("local", num_cpus=os.process_cpu_count(), include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         raise UserError(f"collector=ray: {error}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray installs its own

@@ -194,6 +194,24 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "resumed": self._practice.began_at.tolist(),
         }
 
+    @staticmethod
+    def check(state: dict[str, Any], num_envs: int, num_actions: int) -> int:
+        """Check what `state_dict` gave; returns how many actions `restore` will play.
+
+        Raises:
+            Exception: of any kind, if this is no such state of so many environments and actions.
+        """
+        np.random.SeedSequence(state["entropy"])
+        for name in ("begun", "seeds", "resumed"):
+            numbers = np.array(state[name], np.int64)
+            if numbers.shape != (num_envs,) or numbers.min() < 0:
+                raise ValueError(f"{name} of its episodes is no number per environment")
+        actions = state["actions"]
+        played = np.array([action for way in actions for action in way], np.int64)
+        if len(actions) != num_envs or not ((played >= 0) & (played < num_actions)).all():
+            raise ValueError("the actions of its episodes are none of this game's")
+        return len(played)
+
     def restore(self, state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """Replay running episodes, up to where `state_dict` was taken.
 

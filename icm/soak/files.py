@@ -46,6 +46,8 @@ def files(folder: Path, number: int, seed: int) -> Findings:
         kind = list(KINDS)[number % len(KINDS)]
         path = folder / "files" / str(number) / "latest.pt"
         path.parent.mkdir(parents=True)
+        for memory in good.parent.glob("replay_*.pt"):
+            shutil.copy(memory, path.parent)
         path.write_bytes(KINDS[kind](whole, chance, canary))
         wrong, ends = [], set()
         for script in (looking, using[number // len(KINDS) % len(using)]):
