@@ -24,7 +24,7 @@ NOWHERE: dict[str, np.generic] = {
 }
 """The infos of an environment whose episode has not begun in the middle of another."""
 
-REPLAY_SPEED = 50.0  # agent steps per second of a replay, at least
+REPLAY_SPEED = 10.0  # agent steps per second of a replay, at least: a quarter of a busy nes-py
 CALM = 1000  # vector steps between two that truncate episodes, at least
 
 
