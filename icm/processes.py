@@ -119,6 +119,21 @@ def signals_blocked() -> Generator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def signals_handled(handle: Callable[[int, Any], None]) -> Generator[None]:
+    """Inside, `handle` is called with each of `SIGNALS` that comes, and the stack frame.
+
+    Not with SIGHUP if that is ignored from the start, as under `nohup`.
+    """
+    heard = [s for s in SIGNALS if s != HANGUP or signal.getsignal(s) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def discard(output: int) -> None:
     """Silently discard what is written to a file descriptor from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)

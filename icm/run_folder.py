@@ -30,10 +30,9 @@ class RunFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the class. Hydra only warns of exceptions here, so a mistake exits at once."""
         try:
-            own = is_given_again(config)
-            content = None if config.resume is None else adopt_settings(config, own)
+            content = None if config.resume is None else adopt_settings(config)
             settings = parse_config(config)
-            if content is not None and own is None:
+            if content is not None:
                 must_go_on(content, settings)
             if RANK > 0:
                 self.folder = tempfile.TemporaryDirectory(prefix="icm-rank-")
@@ -87,7 +86,7 @@ def record(settings: DictConfig, folder: Path) -> None:
             OmegaConf.save(content, (folder / SETTINGS).with_name(f"{name}.yaml"))
 
 
-def adopt_settings(config: DictConfig, own: Path | None) -> dict[str, Any]:
+def adopt_settings(config: DictConfig) -> dict[str, Any] | None:
     """Replace the settings by those of the checkpoint `resume`, then apply the given overrides.
 
     Except for where environments run, and on which libretro core: that differs between machines,
@@ -95,13 +94,11 @@ def adopt_settings(config: DictConfig, own: Path | None) -> dict[str, Any]:
 
     If `latest.pt` is damaged, the newest whole checkpoint beside it becomes `resume`.
 
-    Args:
-        config: Hydra's.
-        own: the checkpoint that goes on in its own folder: whatever has become of `resume` since
-            the run began there does not matter.
+    Where the command is given again, its run goes on from its own checkpoint, with the settings of
+    that: whatever has become of `resume` meanwhile does not matter.
 
     Returns:
-        the content of the checkpoint.
+        the content of the checkpoint `resume`; None where the command is given again.
 
     Raises:
         UserError: another group (`preset=…`) is chosen, or the checkpoint cannot be read.
@@ -109,9 +106,11 @@ def adopt_settings(config: DictConfig, own: Path | None) -> dict[str, Any]:
     from icm import checkpoint  # here, because importing torch takes time
 
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    own = given_again(config)
     path, content = checkpoint.newest_whole(own or Path(config.resume))
-    merged = OmegaConf.create({**content["config"], "collector": config.collector})
-    OmegaConf.update(merged, "env.core", config.env.core)
+    merged = OmegaConf.create(content["config"])
+    for key in ("collector", "env.core"):
+        OmegaConf.update(merged, key, OmegaConf.select(config, key))
     for override in overrides:
         key = override.key_or_group
         if key not in config.hydra.runtime.choices:
@@ -124,13 +123,14 @@ def adopt_settings(config: DictConfig, own: Path | None) -> dict[str, Any]:
             )
     with read_write(config), open_dict(config):
         for key, value in merged.items():
-            config[key] = config.resume if key == "resume" else value
-        if own is None:
-            config.resume = str(path)
+            config[key] = value
+        if own is not None:
+            return None
+        config.resume = str(path)
     return content
 
 
-def is_given_again(config: DictConfig) -> Path | None:
+def given_again(config: DictConfig) -> Path | None:
     """The checkpoint in the run folder, if a run of the same `resume` was begun there."""
     folder = Path(config.hydra.run.dir)
     if not is_given(config, "hydra.run.dir") or not has_checkpoint(folder):

@@ -26,7 +26,7 @@ from icm.exploration import Exploration, restored
 from icm.files import latest, numbered, remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
-from icm.processes import HANGUP, SIGNALS, leave_terminal, say
+from icm.processes import HANGUP, leave_terminal, say, signals_handled
 from icm.ranks import RANK, WORLD_SIZE
 from icm.replay import since_opening
 from icm.shared_envs import SharedVectorEnv
@@ -365,10 +365,7 @@ class Trainer:
 
     @contextmanager
     def _stopping_on_signals(self) -> Generator[None]:
-        """Each of `SIGNALS` ends the loop after the current step, so that it saves.
-
-        Not SIGHUP if that is ignored from the start, as under `nohup`.
-        """
+        """Each of `SIGNALS` ends the loop after the current step, so that it saves."""
         first = math.inf
 
         def stop(number: int, frame: Any) -> None:
@@ -382,10 +379,5 @@ class Trainer:
             self.stopped_by = self.stopped_by or number
             first = min(first, now)
 
-        heard = [s for s in SIGNALS if s != HANGUP or signal.getsignal(s) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, stop) for number in heard}
-        try:
+        with signals_handled(stop):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from icm.errors import UserError
 from icm.viz.report import (
-    colours_of,
+    colours,
     names_of,
     read_run,
     read_runs,
@@ -172,7 +172,7 @@ def test_a_run_that_has_just_begun_is_not_averaged_with_complete_ones(tmp_path: 
 
 @pytest.mark.parametrize("number", [1, 6, 7, 40])
 def test_every_kind_has_its_own_colour(number: int) -> None:
-    assert len(set(colours_of({str(kind): [] for kind in range(number)}))) == number
+    assert len(set(colours(number))) == number
 
 
 def test_a_kind_of_runs_without_a_metric_is_no_reason_to_warn(tmp_path: Path) -> None:

@@ -406,10 +406,7 @@ def test_best_is_the_checkpoint_of_the_best_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("learner", "change", "total"),
-    [
-        ("ppo", "env.num_envs=4", 160),
-        ("dqn", "agent.replay_capacity=400", 128),
-    ],
+    [("ppo", "env.num_envs=4", 160), ("dqn", "agent.replay_capacity=400", 128)],
 )
 def test_a_memory_of_another_size_is_filled_anew(
     learner: str,

@@ -744,10 +744,10 @@ def test_a_job_that_does_not_come_again_says_how_it_goes_on(tmp_path: Path) -> N
 def test_a_video_without_a_name_is_in_the_run_folder_or_beside_a_single_file(
     place: str, trained: Path, tmp_path: Path
 ) -> None:
-    checkpoint = tmp_path / place / "latest.pt"
-    checkpoint.parent.mkdir(parents=True)
-    shutil.copy(trained / "checkpoints" / "latest.pt", checkpoint)
-    given = (f"ckpt={checkpoint}", "env.stuck_steps=1", "mind=false")
+    path = tmp_path / place / "latest.pt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints" / "latest.pt", path)
+    given = (f"ckpt={path}", "env.stuck_steps=1", "mind=false")
     done = run_script("play.py", *given, "env.emulator=libretro")
     assert done.returncode == 0, done.stderr
     out = tmp_path.resolve() / place.partition("/")[0] / "videos" / "play_latest.mp4"

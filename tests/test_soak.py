@@ -6,14 +6,13 @@ import random
 import runpy
 import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import ROOT, composed, run_script, unseen
+from conftest import ROOT, composed, run_script, unseen, wait_for_lines
 
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
@@ -98,10 +97,7 @@ def test_a_signal_ends_it_and_its_trainings(tmp_path: Path) -> None:
     place.mkdir()
     given = ("parts=[kills]", "kills=60", f"folder={folder}")
     running = start_forked("soak.py", given, unseen(), place, session=True)
-    begun = folder / "kills" / "dqn" / "000" / "metrics.jsonl"
-    while not begun.exists():
-        assert running.is_alive()
-        time.sleep(0.05)
+    wait_for_lines(folder / "kills" / "dqn" / "000", 1, running.is_alive)
     assert running.pid is not None
     below = psutil.Process(running.pid).children(recursive=True)
     os.kill(running.pid, signal.SIGTERM)
@@ -166,7 +162,9 @@ def test_a_bit_anywhere_is_refused_or_changes_nothing(tmp_path: Path) -> None:
 def test_what_is_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
     """PyTorch would read nothing of it, and take whatever is in memory for the weights."""
     path, weights = tmp_path / "small.pt", torch.arange(64.0)
-    checkpoint.save(path, {"format": checkpoint.FORMAT, "step": 5, "config": {}, "models": weights})
+    models = {"phi": {"w": weights}}
+    checkpoint.save(path, {"format": checkpoint.FORMAT, "step": 5, "config": {}, "models": models})
+    assert torch.equal(checkpoint.load(path)["models"]["phi"]["w"], weights)
     whole = path.read_bytes()
     entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))  # of the tensor
     changed = bytearray(whole)

@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import episodes_in, make_env, make_vector_env
-from icm.envs.vector import CALM, REPLAY_SPEED, WorkerVectorEnv
+from icm.envs.vector import CALM, WorkerVectorEnv
 from icm.errors import UserError
 from icm.processes import SIGNALS
 from icm.ranks import CORES
@@ -437,5 +437,4 @@ def test_who_plays_again_is_given_the_time_for_it(
     actions = [[3, 3], [3], []]
     envs.restore(envs.state_dict() | {"actions": actions})
     for worker, rows in enumerate(envs._balance.rows):
-        replayed = sum(len(actions[row]) for row in rows)
-        assert given[worker] == pytest.approx(400 + replayed / REPLAY_SPEED)
+        assert given[worker] == pytest.approx(400 + sum(len(actions[row]) for row in rows) / 10)

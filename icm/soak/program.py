@@ -17,7 +17,7 @@ import psutil
 
 from icm import checkpoint
 from icm.files import ROOT, json_lines, latest
-from icm.processes import SIGNALS
+from icm.processes import signals_handled
 
 SCRIPT = ROOT / "scripts" / "train.py"
 PATIENCE = 120.0  # seconds for a training to begin or to end by itself
@@ -89,15 +89,8 @@ def ended_by_signals() -> Generator[None]:
         end_all()
         sys.exit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as `nohup` wants it
-            signal.signal(number, end)
-    try:
+    with signals_handled(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_all() -> None:

@@ -192,11 +192,11 @@ def names_of(kinds: list[list[Run]]) -> list[str]:
     return ["".join(parts) for parts in zip(folders, more, unfinished, strict=True)]
 
 
-def colours_of(kinds: dict[str, list[Run]]) -> list[str]:
-    """A colour for each kind."""
-    if len(kinds) <= len(COLOURS):
-        return list(COLOURS[: len(kinds)])
-    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0, 1, len(kinds)))]
+def colours(number: int) -> list[str]:
+    """So many, all different."""
+    if number <= len(COLOURS):
+        return list(COLOURS[:number])
+    return [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0, 1, number))]
 
 
 def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -210,7 +210,7 @@ def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, li
     figures = {name: [run.figures() for run in runs] for name, runs in kinds.items()}
     columns = list(dict.fromkeys(key for found in figures.values() for one in found for key in one))
     rows = []
-    for (name, found), colour in zip(figures.items(), colours_of(kinds), strict=True):
+    for (name, found), colour in zip(figures.items(), colours(len(kinds)), strict=True):
         cells = []
         for column in columns:
             values = np.array([one[column] for one in found if column in one])
@@ -256,7 +256,7 @@ def write_report(runs: list[Run], out: Path) -> None:
 
 def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
     """Each question, and the SVG of its charts."""
-    coloured = list(zip(kinds.values(), colours_of(kinds), strict=True))
+    coloured = list(zip(kinds.values(), colours(len(kinds)), strict=True))
     for question, charts in CHARTS.items():
         known = {
             title: names
