@@ -22,7 +22,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from icm.config import EnvConfig
 from icm.envs import episodes_in, make_env, make_vector_env
+from icm.envs.stepper import Stepper, fields_of
 from icm.envs.vector import CALM, WorkerVectorEnv
+from icm.envs.wrappers import Env
 from icm.errors import UserError
 from icm.processes import SIGNALS
 from icm.ranks import CORES
@@ -126,6 +128,30 @@ def test_environments_move_to_where_there_is_time_and_give_the_same(
     assert sorted(envs._balance.rows[1]) == [0, 1, 2]
 
 
+def test_an_environment_that_has_moved_away_serves_for_the_next_that_comes() -> None:
+    made = 0
+
+    def make() -> Env:
+        nonlocal made
+        made += 1
+        return make_env(ENV)
+
+    fields = fields_of(make_env(ENV), 3)
+    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
+    stepper = Stepper(make, arrays)
+    screens = []
+    for rows in ({0}, {0, 1}, {1}, {1, 2}):
+        arrays["opening"][:] = arrays["seeds"][:] = 1
+        stepper.step((rows, {}, {}))
+        arrays["opening"][:] = False
+        arrays["actions"][:] = 3
+        for _ in range(3):
+            stepper.step((rows, {}, {}))
+        screens += [arrays["observations"][row].copy() for row in rows]
+    assert made == 2
+    assert all((screen == screens[0]).all() for screen in screens)
+
+
 def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_be(
     envs: WorkerVectorEnv, expected: list[Any]
 ) -> None:
@@ -199,13 +225,13 @@ def test_scenery_is_passed_on_once_if_it_is_wanted(envs: WorkerVectorEnv) -> Non
     envs.reset(seed=5)
     assert envs.step(np.array([3, 3, 3]))[-1]["scenery"] == []
     found = []
-    with vector_env(scenery=True) as watched:
-        for parts in ([[2, 0], [1]], [[1], [0, 2]]):  # those that move are new ones: all of them
+    for parts in ([[2, 0], [1]], [[1], [0, 2]]):
+        with vector_env(scenery=True) as watched:
             watched._balance.rows = parts
             watched._balance.wanted = np.array([len(part) for part in parts], float)
             watched.reset(seed=5)
             found.append([watched.step(np.array([3, 5, 0]))[-1]["scenery"] for _ in range(5)])
-        state = watched.state_dict()
+            state = watched.state_dict()
     steps, others = found
     # in the same order whoever steps them: what is shown first stays
     for one, other in zip(steps, others, strict=True):

@@ -58,6 +58,7 @@ class Stepper:
     def __init__(self, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
         self._make, self._arrays = make, arrays
         self._envs: dict[int, Env] = {}
+        self._spare: list[Env] = []  # making one takes as long as 50 steps
         self._snapshots: dict[int, Snapshots] = {}  # of those that practise
 
     def step(self, order: Order) -> Answer:
@@ -66,10 +67,10 @@ class Stepper:
         envs, arrays = self._envs, self._arrays
         start = time.perf_counter()
         for row in envs.keys() - rows:
-            envs.pop(row).close()
+            self._spare.append(envs.pop(row))
             self._snapshots.pop(row, None)
         for row in rows - envs.keys():
-            envs[row] = self._make()
+            envs[row] = self._spare.pop() if self._spare else self._make()
             if arrays["practises"][row]:
                 self._snapshots[row] = Snapshots(envs[row])
         episodes: list[tuple[int, dict[str, Any]]] = []
