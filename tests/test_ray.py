@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ from test_vector import ENV, assert_equal
 
 from icm import checkpoint
 from icm.config import parse_config
-from icm.envs import make_vector_env
+from icm.envs import make_env, make_vector_env
 from icm.envs.snapshots import EVERY, SELDOM
+from icm.envs.stepper import fields_of
 from icm.errors import UserError
 from icm.soak.forked import run_forked
 from icm.soak.program import facts
@@ -248,6 +250,17 @@ def test_a_cluster_with_too_few_cores_is_one_line() -> None:
     words = r"env\.num_workers=3 needs as many cores, and of the \d+ cores"
     with pytest.raises(UserError, match=words):
         make_vector_env(replace(ENV, num_envs=3, num_workers=3), collector="ray")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_node_without_the_core_is_one_line() -> None:
+    from icm.envs.on_ray import RayWorkers
+
+    fields = fields_of(make_env(ENV), 1)
+    elsewhere = partial(make_env, replace(ENV, core="/of/another/node.so"))
+    words = "^collector=ray: on a node, env.core=/of/another/node.so: no such file"
+    with pytest.raises(UserError, match=words):
+        RayWorkers(elsewhere, 1, 1, 0, fields)
 
 
 def test_an_address_that_is_none_is_one_line(tmp_path: Path) -> None:

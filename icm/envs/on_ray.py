@@ -62,7 +62,8 @@ class RayWorkers:
         fields: the arrays.
 
     Raises:
-        UserError: the cluster cannot be reached, or has too few free cores.
+        UserError: the cluster cannot be reached, or has too few free cores, or a node cannot make
+            environments.
     """
 
     def __init__(
@@ -166,7 +167,10 @@ class RayWorkers:
             self._start(num_cpus=1, scheduling_strategy="SPREAD") for _ in range(self.number)
         ]
         try:
-            return ray.get([actor.place.remote() for actor in self._actors], timeout=STARTING)
+            return ray.get([actor.prepare.remote() for actor in self._actors], timeout=STARTING)
+        except UserError as error:
+            reason = getattr(error, "cause", error)  # without the actor's traceback
+            raise UserError(f"collector=ray: on a node, {reason}") from None
         except GetTimeoutError:
             raise UserError(
                 f"collector=ray: not all actors have started within {STARTING:g} seconds; "
@@ -217,8 +221,9 @@ class _Actor:
         self._stepper = Stepper(make, self._arrays)
         self._known: set[int] = set()  # rows whose observation the other side has
 
-    def place(self) -> Place:
-        """Where it runs."""
+    def prepare(self) -> Place:
+        """Make an environment, which a node may be unable to; returns where it runs."""
+        self._stepper.prepare()
         return socket.gethostname(), ray.get_runtime_context().get_node_id()
 
     def begin(self) -> Heard | str:

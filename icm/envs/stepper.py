@@ -61,6 +61,10 @@ class Stepper:
         self._spare: list[Env] = []  # making one takes as long as 50 steps
         self._snapshots: dict[int, Snapshots] = {}  # of those that practise
 
+    def prepare(self) -> None:
+        """Make an environment ahead; raises what that raises."""
+        self._spare.append(self._make())
+
     def step(self, order: Order) -> Answer:
         """Step the given rows; some may be new, and earlier ones gone."""
         rows, played, lent = order
