@@ -36,7 +36,10 @@ LEVEL_ROWS = {
     "level_random_features": RANDOM_FEATURES,
     "level_none": ("no curiosity", "#808080"),
 }
-GAME_ROWS = {"game": ICM}
+GAME_ROWS = {
+    "game_layer_norm": ("today's preset", "#1f4e8c"),
+    "game": ("without layer normalisation", "#c8641b"),
+}
 SIGNALS = {
     "icm": ICM,
     "random_features": RANDOM_FEATURES,
@@ -93,7 +96,7 @@ def curves(
     name, title = metric
     for row, (label, colour) in rows.items():
         seeds = read(row)
-        if not seeds or name not in seeds[0][-1]:
+        if not any(name in line for lines in seeds for line in lines):
             continue
         x = minutes(seeds) if by_minutes else np.array([line["step"] for line in seeds[0]]) / 1000
         ys = [[line.get(name, np.nan) for line in lines] for lines in seeds]
