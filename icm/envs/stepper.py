@@ -58,7 +58,7 @@ class Stepper:
     def __init__(self, make: Callable[[], Env], arrays: dict[str, np.ndarray]) -> None:
         self._make, self._arrays = make, arrays
         self._envs: dict[int, Env] = {}
-        self._spare: list[Env] = []  # making one takes as long as 50 steps
+        self._spare: list[Env] = []  # making one takes as long as 35 steps
         self._snapshots: dict[int, Snapshots] = {}  # of those that practise
 
     def prepare(self) -> None:
