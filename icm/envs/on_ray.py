@@ -168,9 +168,8 @@ class RayWorkers:
         ]
         try:
             return ray.get([actor.prepare.remote() for actor in self._actors], timeout=STARTING)
-        except UserError as error:
-            reason = getattr(error, "cause", error)  # without the actor's traceback
-            raise UserError(f"collector=ray: on a node, {reason}") from None
+        except UserError as error:  # its text has the actor's traceback, too
+            raise UserError(f"collector=ray: on a node, {error.args[0]}") from None
         except GetTimeoutError:
             raise UserError(
                 f"collector=ray: not all actors have started within {STARTING:g} seconds; "
