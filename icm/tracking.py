@@ -101,12 +101,9 @@ class Tracker:
             self.counts[name] += value.numel() if many else 1
 
     def averages(self) -> dict[str, float]:
-        """Averages since the last call, in plain numbers."""
+        """Averages of the running log interval, in plain numbers."""
         known = [name for name, count in self.counts.items() if count]  # 0: only resets
-        result = {name: float(self.sums[name]) / self.counts[name] for name in known}
-        self.sums.clear()
-        self.counts.clear()
-        return result
+        return {name: float(self.sums[name]) / self.counts[name] for name in known}
 
     def state_dict(self) -> dict[str, Any]:
         """What the running log interval has so far."""
@@ -128,10 +125,10 @@ class Tracker:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write one log interval at an agent step, and histograms of what was collected.
 
-        In metrics.jsonl, non-finite numbers become null.
+        In metrics.jsonl, non-finite numbers become null. Then the next interval begins.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: it cannot be written; the interval goes on.
         """
         self.last = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._writing():
@@ -144,6 +141,8 @@ class Tracker:
                     self.writer.add_histogram(name, finite, step)
             self.writer.flush()  # or kill -9 would lose two minutes of it
             self.file.write(json.dumps({"step": step, **self.last}) + "\n")
+        self.sums.clear()
+        self.counts.clear()
         self.values.clear()
 
     def images(self, step: int, images: dict[str, bytes]) -> None:

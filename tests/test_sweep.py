@@ -41,7 +41,7 @@ def test_a_run_that_was_killed_goes_on_in_its_own_folder(tmp_path: Path) -> None
     done = run_script("train.py", *again)
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if str(latest(run)) in line)
-    assert "; going on with step_" in line
+    assert ": missing; going on with step_" in line
     assert "of running episodes again" in done.stdout
     assert [line["step"] for line in metrics_of(run)] == [32, 64, 96]
     assert all("policy/entropy" in line for line in metrics_of(run))

@@ -29,9 +29,11 @@ def test_of_an_interval_of_resets_alone_there_is_no_average(tmp_path: Path) -> N
     tracker.add({"policy/entropy": torch.tensor([])})
     tracker.add({"episode/length": 7.0})
     assert tracker.averages() == {"episode/length": 7.0}
+    tracker.write(4, tracker.averages())
     tracker.add({"policy/entropy": torch.tensor([])})
     tracker.add({"policy/entropy": torch.tensor([3.0, 0.0, 2.0, 1.0])})
     assert tracker.averages() == {"policy/entropy": 1.5}
+    tracker.write(8, tracker.averages())
     assert tracker.averages() == {}
     tracker.close()
 
