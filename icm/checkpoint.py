@@ -93,14 +93,14 @@ def newest_whole(path: Path) -> tuple[Path, dict[str, Any]]:
     """
     try:
         return path, load(path)
-    except UserError:
+    except UserError as error:
         if path.name != "latest.pt":
             raise
-        state = "damaged" if path.exists() else "missing"
+        reason = error if path.exists() else f"{path}: missing"
         for older in reversed(numbered(path.parent, "step")):
             with suppress(UserError):
                 content = load(older)
-                print(f"{path}: {state}; going on with {older.name}", file=sys.stderr)
+                print(f"{reason}; going on with {older.name}", file=sys.stderr)
                 return older, content
         raise
 

@@ -413,10 +413,11 @@ def test_rewards_that_are_all_alike_are_not_blown_up() -> None:
     assert scale.std == 1
 
 
-def test_surprises_that_differ_little_are_weighed_all_the_same() -> None:
+@pytest.mark.parametrize("eta", [1.0, 1e-12])
+def test_surprises_that_differ_little_are_weighed_all_the_same(eta: float) -> None:
     """Those of a forward model that knows nothing yet differ by less than a hundredth."""
     interest = Interest(limit=2.0, half_life=60)
-    surprise = torch.tensor([1.0, 1.001, 1.002])
+    surprise = eta * torch.tensor([1.0, 1.001, 1.002])
     interest.update(surprise)
     factors = interest(surprise, interest.usual()).tolist()
     assert factors == pytest.approx([1.0, 1.0, 2.0], abs=1e-2)

@@ -33,9 +33,9 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 1 as long as the numbers do not vary."""
+        """Standard deviation; 1 as long as the numbers do not vary by more than rounding."""
         variance = self.square - self.mean**2
-        return variance**0.5 if variance > 1e-16 else 1.0
+        return variance**0.5 if variance > 1e-12 * self.square else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, in plain containers."""
