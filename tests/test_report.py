@@ -9,11 +9,13 @@ import html5lib
 import numpy as np
 import pytest
 from conftest import run_script
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from icm.errors import UserError
 from icm.viz.report import (
     colours,
+    draw_mean,
     names_of,
     read_run,
     read_runs,
@@ -147,6 +149,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     alone = tmp_path / "alone.html"
     write_report([read_run(folders[0])], alone)
     assert "as it is" not in page_of(alone)
+
+
+def test_means_are_of_what_all_runs_have_logged(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"seed{seed}", seed) for seed in (1, 2)]
+    log = folders[1] / "metrics.jsonl"
+    first, *_, last = log.read_text().splitlines(keepends=True)
+    log.write_text(first + last)  # what came between could not be written
+    axes = Figure().subplots()
+    draw_mean(axes, [read_run(folder) for folder in folders], "episode/distance", "", "red", "-")
+    ((x, y),) = (line.get_data() for line in axes.lines)
+    assert list(x) == [1, 4]
+    assert list(y) == [2650, 2650]  # smoothed: of 1150 and 4150
 
 
 def test_a_run_and_what_goes_on_with_it_are_two_kinds(tmp_path: Path) -> None:

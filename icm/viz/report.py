@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
@@ -276,7 +276,7 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
             for number, (runs, colour) in enumerate(coloured):
                 for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
                     label = "_" if number else name.partition("/")[2]  # "_": not in the legend
-                    _curve(axes, runs, name, label, colour, style)
+                    draw_mean(axes, runs, name, label, colour, style)
             axes.set_title(title, loc="left", fontsize=11)
             axes.set_xlabel("agent steps, thousands")
             axes.grid(alpha=0.3)
@@ -291,20 +291,27 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
         yield question, svg[svg.index("<svg") :]
 
 
-def _curve(axes: Any, runs: list[Run], metric: str, label: str, colour: str, style: str) -> None:
-    """Mean over runs and a band of ± one standard error; of a single run also the raw values."""
-    shortest = min(len(run.rows) for run in runs)
-    values = np.array([smoothed(run.values(metric)[:shortest]) for run in runs])
-    if np.isnan(values).all():
+def draw_mean(
+    axes: Axes, runs: list[Run], metric: str, label: str, colour: str, style: str
+) -> None:
+    """Mean over runs and a band of ± one standard error; of a single run also the raw values.
+
+    At the agent steps that all of them have logged.
+    """
+    logged = [dict(zip(run.values("step"), run.values(metric), strict=True)) for run in runs]
+    steps = np.array(sorted(set.intersection(*map(set, logged))))
+    raw = np.array([[one[step] for step in steps] for one in logged])
+    if np.isnan(raw).all():
         return
-    steps = runs[0].values("step")[:shortest] / 1000
+    values = np.array([smoothed(one) for one in raw])
     mean = values.mean(0)
-    axes.plot(steps, mean, style, color=colour, label=label)
+    axes.plot(steps / 1000, mean, style, color=colour, label=label)
     if len(runs) > 1:
         error = standard_error(values)
-        axes.fill_between(steps, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        band = (mean - error, mean + error)
+        axes.fill_between(steps / 1000, *band, color=colour, alpha=0.2, linewidth=0)
     else:
-        axes.plot(steps, runs[0].values(metric)[:shortest], style, color=colour, alpha=0.2, lw=0.8)
+        axes.plot(steps / 1000, raw[0], style, color=colour, alpha=0.2, lw=0.8)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
