@@ -37,8 +37,9 @@ LEVEL_ROWS = {
     "level_none": ("no curiosity", "#808080"),
 }
 GAME_ROWS = {
-    "game_layer_norm": ("today's preset", "#1f4e8c"),
-    "game": ("without layer normalisation", "#c8641b"),
+    "game_half_hour": ("today's preset", "#1f4e8c"),
+    "game_layer_norm": ("750 k agent steps", "#3f8f4f"),
+    "game": ("… without layer normalisation", "#c8641b"),
 }
 SIGNALS = {
     "icm": ICM,
