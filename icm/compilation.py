@@ -3,12 +3,15 @@
 import logging
 import signal
 import sys
+import threading
+import time
 import warnings
+from _thread import interrupt_main
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -44,7 +47,15 @@ def compiling() -> Generator[None]:
 
 
 class GivenUp(BaseException):
-    """A signal came during compilation. Not an `Exception`: PyTorch catches those."""
+    """This signal came during compilation. Not an `Exception`: PyTorch catches those."""
+
+
+def interrupt(number: int) -> None:
+    """Send the main thread a signal, from another; where possible, it then waits for nothing."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(cast(int, threading.main_thread().ident), number)
+    else:
+        interrupt_main(number)
 
 
 @contextmanager
@@ -56,30 +67,56 @@ def given_up_on_signals() -> Generator[None]:
     this = psutil.Process()
     others = set(this.children(recursive=True))
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    is_over = False
+    hook = sys.unraisablehook
+    reminders: list[threading.Thread] = []
+    is_ignored = is_ignoring = is_over = False
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal is_over
+        nonlocal is_ignored, is_over
+        if is_ignoring:
+            return  # a reminder comes
         for compiler in set(this.children(recursive=True)) - others:
             with suppress(psutil.Error, OSError, ValueError):
                 command, folder = compiler.cmdline(), compiler.cwd()
                 compiler.kill()
                 # or every later run would use a half-written library in PyTorch's cache
                 Path(folder, command[command.index("-o") + 1]).unlink()
-        handler = before[number]
-        assert callable(handler)
-        handler(number, frame)
+        if not is_ignored:
+            handler = before[number]
+            assert callable(handler)
+            handler(number, frame)
+        is_ignored = False
         if not is_over:
             is_over = True
-            raise GivenUp
+            raise GivenUp(number)
+
+    def insist(ignored: Any) -> None:
+        """Raise it again where Python ignores it, as in a callback of a weak reference."""
+        nonlocal is_ignored, is_ignoring, is_over
+        if not isinstance(ignored.exc_value, GivenUp):
+            hook(ignored)
+            return
+        is_ignored, is_ignoring, is_over = True, True, False
+        reminders.append(threading.Thread(target=remind, args=ignored.exc_value.args))
+        reminders[-1].start()
+        is_ignoring = False
+
+    def remind(number: int) -> None:
+        while is_ignored and not is_over:
+            interrupt(number)
+            time.sleep(0.05)
 
     try:
         for number, handler in before.items():
             if callable(handler):
                 signal.signal(number, handle)
+        sys.unraisablehook = insist
         yield
     finally:
         is_over = True
+        sys.unraisablehook = hook
+        for reminder in reminders:
+            reminder.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 

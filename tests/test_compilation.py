@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,29 @@ def test_what_a_compiler_was_writing_when_a_signal_came_is_removed(tmp_path: Pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert not path.exists()
+
+
+def test_giving_up_is_not_ignored_where_python_ignores_exceptions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As in the callback of a weak reference, of which PyTorch's compiler has many."""
+    got: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
+    watched = {1}
+
+    def interrupt(_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    reference = weakref.ref(watched, interrupt)
+    try:
+        with pytest.raises(GivenUp), given_up_on_signals():
+            del watched
+            assert reference() is None
+            time.sleep(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert got == [signal.SIGINT]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
