@@ -148,6 +148,8 @@ def load_file(path: Path) -> Any:
     Raises:
         UserError: the file is missing or damaged.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give a checkpoint, runs/…/checkpoints/latest.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a checkpoint, runs/…/checkpoints/latest.pt")
     if path.stat().st_size == 0:

@@ -55,7 +55,7 @@ def interrupt(number: int) -> None:
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(cast(int, threading.main_thread().ident), number)
     else:
-        interrupt_main(number)
+        interrupt_main(signal.Signals(number))
 
 
 @contextmanager

@@ -303,7 +303,11 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
     """
     # here, because environment workers import this module, too, and parse nothing
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import (
+        ConfigKeyError,
+        MissingMandatoryValue,
+        OmegaConfBaseException,
+    )
 
     keys = [str(key) for key in settings if key != "hydra"]
     try:
@@ -313,8 +317,15 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
         result = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}: must be given, as {error.full_key}=VALUE") from None
+    except ConfigKeyError as error:
+        group = str(error.full_key).partition(".")[0]
+        name = OmegaConf.select(settings, f"{group}.name", default=kind.__name__)
+        raise UserError(f"{error.full_key}: there is no such setting of {group}={name}") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "is not a ListConfig" in reason:
+            reason = f"must be a list, as in {error.full_key}=[A,B]"
+        raise UserError(f"{error.full_key}: {reason}") from None
     assert isinstance(result, kind)
     return result
 

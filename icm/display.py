@@ -59,17 +59,21 @@ class Display:
             self.live.start()
 
     def advance(self, step: int) -> None:
-        """Move on to an agent step."""
+        """Move on to an agent step; now and then, a plain line tells what was shown last."""
         self.bar.update(self.task, completed=step)
+        if not self.is_live and time.monotonic() - self.printed >= PLAIN_EVERY:
+            self._print(step)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
         """Show a log interval's metrics."""
         self.found.plain, self.speed.plain = self._found(metrics), self._speed(metrics)
-        now = time.monotonic()
-        if not self.is_live and (now - self.printed >= PLAIN_EVERY or step >= self.total_steps):
-            self.printed = now
-            line = f"step {step:,} of {self.total_steps:,} · {self.found} · {self.speed}"
-            self.say(line)
+        if not self.is_live and step >= self.total_steps:
+            self._print(step)
+
+    def _print(self, step: int) -> None:
+        self.printed = time.monotonic()
+        parts = [f"step {step:,} of {self.total_steps:,}", self.found.plain, self.speed.plain]
+        self.say(" · ".join(filter(None, parts)))
 
     def say(self, line: str) -> None:
         """Print a line above the live picture."""

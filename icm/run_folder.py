@@ -1,9 +1,13 @@
 """The run folder of a training: claimed before Hydra writes, and what a run there continues."""
 
 import itertools
+import os
+import shutil
 import sys
 import tempfile
 import traceback
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,9 @@ from icm.config import SETTINGS, Config, flat, parse_config, settings_of
 from icm.errors import UserError
 from icm.files import LOCK, latest, lock, numbered
 from icm.ranks import RANK, WORLD_SIZE
+
+OF_A_START = {LOCK, Path(SETTINGS).parent.name}
+"""Names in a run folder in which nothing has begun."""
 
 
 class RunFolder(Callback):
@@ -173,9 +180,7 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
             config.hydra.run.dir = str(new_folder(folder))
         return
     _made(folder)
-    # a refused start has left no more than its settings
-    nothing = {LOCK, Path(SETTINGS).parent.name}
-    if not folder.is_dir() or ({file.name for file in folder.iterdir()} - nothing):
+    if not folder.is_dir() or not is_unused(folder):
         if not (folder / SETTINGS).exists():
             raise UserError(
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
@@ -190,6 +195,26 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
                 ) from None
         else:
             must_be_same(folder, before, settings)
+
+
+@contextmanager
+def removed_if_unused(folder: Path) -> Generator[None]:
+    """A mistake inside removes a run folder that got its name here, unless something has begun."""
+    try:
+        yield
+    except UserError:
+        hydra = HydraConfig.get()
+        is_ours = not is_given(OmegaConf.create({"hydra": hydra}), "hydra.run.dir")
+        if is_ours and RANK == 0 and hydra.mode == RunMode.RUN and is_unused(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                os.removedirs(folder.parent)  # of a misspelt game, for instance
+        raise
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether nothing has begun in a run folder."""
+    return {file.name for file in folder.iterdir()} <= OF_A_START
 
 
 def is_given(config: DictConfig, key: str) -> bool:

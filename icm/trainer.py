@@ -109,6 +109,10 @@ class Trainer:
                 if self.step >= total:  # else a resumed run completes the interval
                     self._log(clock)
                 self.save()
+                self.display.close()  # before what is printed on another stream
+                say(f"saved step {self.step}: {latest(self.folder)}", sys.stdout)
+                if self.gallery.every and self.stopped_by is None:
+                    self.display.say("drawing the maps, the films and the report")
                 drawings = self.gallery.finish(
                     self.step,
                     self.exploration,
@@ -131,7 +135,6 @@ class Trainer:
             self.gallery.close()
             self.display.close()
             self.tracker.close()
-        say(f"saved step {self.step}: {latest(self.folder)}", sys.stdout)
         return self.stopped_by if self.step < total else None
 
     def _steps(self, total: int, clock: Clock, states: Tensor, reset: Tensor) -> Iterator[None]:

@@ -23,18 +23,19 @@ def main(settings: "DictConfig") -> float:
     from icm.collectives import all_objects, together
     from icm.device import resolve_device
     from icm.files import lock
-    from icm.run_folder import record
+    from icm.run_folder import record, removed_if_unused
 
     config = parse_config(settings)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    device = resolve_device(config.device)
-    with lock(folder), together(device), cli.one_voice():
-        config.resume, objective = all_objects(going_on(config, folder))[0]
-        if objective is not None:
-            print(f"complete: {folder}")
-            return objective
-        record(settings, folder)
-        return train(config, folder, device)
+    with removed_if_unused(folder):
+        device = resolve_device(config.device)
+        with lock(folder), together(device), cli.one_voice():
+            config.resume, objective = all_objects(going_on(config, folder))[0]
+            if objective is not None:
+                print(f"complete: {folder}")
+                return objective
+            record(settings, folder)
+            return train(config, folder, device)
 
 
 def going_on(config: Config, folder: Path) -> tuple[str | None, float | None]:

@@ -261,17 +261,18 @@ def test_giving_up_is_not_ignored_where_python_ignores_exceptions(
     """As in the callback of a weak reference, of which PyTorch's compiler has many."""
     got: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: got.append(number))
-    watched = {1}
 
-    def interrupt(_: object) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    reference = weakref.ref(watched, interrupt)
-    try:
-        with pytest.raises(GivenUp), given_up_on_signals():
+    def compile_until_a_signal_comes() -> None:
+        watched = {1}
+        reference = weakref.ref(watched, lambda _: signal.raise_signal(signal.SIGINT))
+        with given_up_on_signals():
             del watched
             assert reference() is None
             time.sleep(60)
+
+    try:
+        with pytest.raises(GivenUp):
+            compile_until_a_signal_comes()
     finally:
         signal.signal(signal.SIGINT, before)
     assert got == [signal.SIGINT]

@@ -30,16 +30,22 @@ def test_a_file_gets_a_plain_line_a_minute_and_a_last_one(
     now = 1000.0
     monkeypatch.setattr("icm.display.time.monotonic", lambda: now)
     display = Display(0, 240_000)
+    now += 59
+    display.advance(10)
+    now += 2
+    display.advance(20)  # before anything is logged
     display.show(2000, METRICS)
     now += 61
     display.saved = 3000
     display.show(4000, METRICS)
-    display.show(6000, METRICS)
+    display.advance(4010)
+    display.advance(6000)
     display.show(240_000, METRICS)
     display.close()
     found = "distance 812 · best 3161 · levels 2 · at a flag 7% · 251 steps/s · act 3%, update 60%"
     assert capsys.readouterr().err.splitlines() == [
-        f"step 4,000 of 240,000 · {found} · saved 3,000",
+        "step 20 of 240,000",
+        f"step 4,010 of 240,000 · {found} · saved 3,000",
         f"step 240,000 of 240,000 · {found} · saved 3,000",
     ]
 

@@ -94,7 +94,11 @@ def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert list(tmp_path.rglob("*.tmp"))
     patience = iter((math.inf, 0.0))  # a signal comes while it waits
-    assert gallery.finish(2, explored(), lambda: next(patience)) == []
+    (told,) = gallery.finish(2, explored(), lambda: next(patience))
+    assert told.images == {}
+    assert told.complaints == [
+        f"no time to draw all of it; `python scripts/report.py {tmp_path}` still can"
+    ]
     assert not drawing.is_running()
     assert not psutil.wait_procs(children, timeout=10)[1]
     assert [path.name for path in tmp_path.rglob("*")] == ["maps"]

@@ -106,7 +106,7 @@ def test_facts_are_those_of_the_log(tmp_path: Path) -> None:
         "time": "7 minutes",
         "distance of an episode, last tenth": "4700 pixels",
         "farthest": "3161 pixels",
-        "discovered": "10 cells in 1 level(s)",
+        "discovered": "10 cells in 1 level",
         "first flag": "after 3 000 agent steps, 5.0 minutes",
         "inverse gain, last tenth": "0.25 nats",
     }
@@ -128,7 +128,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     assert rows[0] == [*columns, "cells", "levels"]
     assert rows[1] == [
         *(
-            '<span style="color: #1f4e8c">■</span> as it is',
+            '<span style="color: #1f4e8c">■</span> no other setting',
             "3",
             "4000 ± 0",
             "7 ± 0",
@@ -148,7 +148,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path: Path) -> N
     assert len(rows) == 3
     alone = tmp_path / "alone.html"
     write_report([read_run(folders[0])], alone)
-    assert "as it is" not in page_of(alone)
+    assert "no other setting" not in page_of(alone)
 
 
 def test_means_are_of_what_all_runs_have_logged(tmp_path: Path) -> None:
@@ -181,7 +181,10 @@ def test_a_run_that_has_just_begun_is_not_averaged_with_complete_ones(tmp_path: 
     write_report([read_run(folder) for folder in folders], out)
     cell = r"\s*<td>(.*?)</td>"
     rows = re.findall(rf"</span> (.*?)</th>{cell}{cell}", page_of(out))
-    assert sorted(rows) == [("as it is", "2", "4000 ± 0"), ("as it is (not complete)", "1", "1000")]
+    assert sorted(rows) == [
+        ("no other setting", "2", "4000 ± 0"),
+        ("no other setting (not complete)", "1", "1000"),
+    ]
 
 
 @pytest.mark.parametrize("number", [1, 6, 7, 40])
@@ -219,9 +222,11 @@ def test_report_refuses(tmp_path: Path) -> None:
     with (make_run(tmp_path / "damaged", 1) / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n")
     run = make_run(tmp_path / "run", 1)
+    (tmp_path / "new").mkdir()
     for arguments, words in (
         ([], "RUN"),
         ([tmp_path / "none"], f"{tmp_path}/none: no run folder"),
+        ([tmp_path / "new"], "new: no run folder of scripts/train.py (there is no metrics.jsonl"),
         ([tmp_path / "empty"], "nothing has been logged"),
         ([tmp_path / "damaged"], "metrics.jsonl: line"),
         ([run, "--out", "/proc/report.html"], "cannot write /proc/report.html"),

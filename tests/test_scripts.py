@@ -509,6 +509,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("env.num_envs=0", ["env.num_envs=0", "at least 1"]),
         ("agent.replay_capacity=100000000000", ["agent.replay_capacity", "GB", "would fit"]),
         ("env.crop=[300,0,0,0]", ["env.crop"]),
+        ("env.crop=5", ["env.crop: must be a list, as in env.crop=[A,B]"]),
+        ("preset=pathak", ["agent.extrinsic_discount: there is no such setting of agent=dqn"]),
         ("env.id=SuperMarioBros-9-9-v0", ["SuperMarioBros-9-9-v0"]),
         ("env.id=CartPole-v1", ["CartPole-v1", "uint8 images"]),
         ("env.id=GymV26Environment-v0", ["GymV26Environment-v0", "shimmy"]),
@@ -516,6 +518,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         ("device=gpu", ["device=gpu", "cuda"]),
         ("device=cuda", ["device=cuda", "0 CUDA devices"]),
         ("resume=/does/not/exist.pt", ["/does/not/exist.pt", "no such file"]),
+        ("resume=checkpoints", ["checkpoints: a folder; give a checkpoint, runs/"]),
         (f"resume={TOO_LONG}", [TOO_LONG, "File name too long"]),
         ("=", ["unknown setting"]),
         ("checkpoints/1-1.pt", ["checkpoints/1-1.pt: cannot be read as NAME=VALUE"]),
@@ -528,6 +531,12 @@ def test_train_refuses(override: str, words: list[str], tmp_path: Path) -> None:
     done = run_script("train.py", *given, f"hydra.run.dir={tmp_path / 'run'}")
     assert_refused(done, *words)
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_start_that_is_refused_leaves_no_new_folder(tmp_path: Path) -> None:
+    program = train_after(f"import os\nos.chdir({str(tmp_path)!r})", tmp_path)
+    assert_refused(run_script(program, *SMALL, "env.id=SuperMarioBros-9-9-v0"), "9-9")
+    assert [path.name for path in tmp_path.iterdir()] == ["train_after.py"]
 
 
 def contents(folder: Path) -> dict[Path, int]:

@@ -76,6 +76,9 @@ class Gallery:
             self.due = set(self.every)
             self._order(step, exploration)
             drawn.append(awaited())
+        if self.studio.is_busy:
+            lost = f"no time to draw all of it; `python scripts/report.py {self.folder}` still can"
+            drawn.append(Drawn(step, {}, [lost]))
         self.close()
         return [each for each in drawn if each is not None]
 

@@ -1,6 +1,7 @@
 """A report of runs as one HTML file that needs no network: words, curves, maps, settings."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -111,15 +112,14 @@ class Run:
             "game": str(self.settings.env.id),
             "agent steps": f"{thousands(int(figures['agent steps']))} of "
             f"{thousands(self.settings.total_steps)}",
-            f"time{resumed}": f"{figures['minutes']:.0f} minutes",
+            f"time{resumed}": counted(figures["minutes"], "minute"),
         }
         if "distance" in figures:
             facts["distance of an episode, last tenth"] = f"{figures['distance']:.0f} pixels"
         if "cells" in figures:
             facts["farthest"] = f"{figures['farthest']:.0f} pixels"
-            facts["discovered"] = (
-                f"{figures['cells']:.0f} cells in {figures['levels']:.0f} level(s)"
-            )
+            cells, levels = counted(figures["cells"], "cell"), counted(figures["levels"], "level")
+            facts["discovered"] = f"{cells} in {levels}"
         at_flag = np.flatnonzero(np.nan_to_num(self.values("episode/flag")))
         if len(at_flag):
             first = int(self.rows[at_flag[0]]["step"])
@@ -134,6 +134,11 @@ class Run:
 def thousands(number: int) -> str:
     """A number with its digits in groups of three."""
     return f"{number:,}".replace(",", " ")
+
+
+def counted(number: float, what: str) -> str:
+    """So many whole ones, in words."""
+    return f"{number:.0f} {what}" + ("" if round(number) == 1 else "s")
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -159,6 +164,8 @@ def read_run(folder: Path) -> Run:
         raise
     except OSError as error:
         reason = error.strerror or "its settings are damaged"
+        if error.errno == errno.ENOENT and folder.is_dir():
+            reason = f"there is no {Path(error.filename).name} in it"
         raise UserError(f"{folder}: no run folder of scripts/train.py ({reason})") from None
     except Exception:  # from YAML, for a truncated file, for instance
         raise UserError(f"{overrides}: damaged; a full disk may be why") from None
@@ -181,7 +188,9 @@ def names_of(kinds: list[list[Run]]) -> list[str]:
         for runs in kinds
     ]
     of_all = set(given[0]).intersection(*given)
-    names = [" ".join(each for each in one if each not in of_all) or "as it is" for one in given]
+    names = [
+        " ".join(each for each in one if each not in of_all) or "no other setting" for one in given
+    ]
     names = [name + more for name, more in zip(names, unfinished, strict=True)]
     if len(set(names)) == len(kinds):
         return names
@@ -279,6 +288,8 @@ def _charts(kinds: dict[str, list[Run]]) -> Iterator[tuple[str, str]]:
                     draw_mean(axes, runs, name, label, colour, style)
             axes.set_title(title, loc="left", fontsize=11)
             axes.set_xlabel("agent steps, thousands")
+            axes.tick_params(labelsize=8)
+            axes.ticklabel_format(useOffset=False)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             if len(axes.get_legend_handles_labels()[1]) > 1:
@@ -305,7 +316,8 @@ def draw_mean(
         return
     values = np.array([smoothed(one) for one in raw])
     mean = values.mean(0)
-    axes.plot(steps / 1000, mean, style, color=colour, label=label)
+    point = "o" if len(steps) == 1 else None  # of which there is no line
+    axes.plot(steps / 1000, mean, style, color=colour, label=label, marker=point)
     if len(runs) > 1:
         error = standard_error(values)
         band = (mean - error, mean + error)
