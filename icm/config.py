@@ -319,8 +319,9 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
         raise UserError(f"{error.full_key}: must be given, as {error.full_key}=VALUE") from None
     except ConfigKeyError as error:
         group = str(error.full_key).partition(".")[0]
-        name = OmegaConf.select(settings, f"{group}.name", default=kind.__name__)
-        raise UserError(f"{error.full_key}: there is no such setting of {group}={name}") from None
+        name = OmegaConf.select(settings, f"{group}.name")
+        of_group = f" of {group}={name}" if name else ""
+        raise UserError(f"{error.full_key}: there is no such setting{of_group}") from None
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         if "is not a ListConfig" in reason:

@@ -97,7 +97,7 @@ def test_what_is_half_drawn_in_the_end_is_removed(tmp_path: Path) -> None:
     (told,) = gallery.finish(2, explored(), lambda: next(patience))
     assert told.images == {}
     assert told.complaints == [
-        f"no time to draw all of it; `python scripts/report.py {tmp_path}` still can"
+        f"no time to draw everything; `python scripts/report.py {tmp_path}` writes the report"
     ]
     assert not drawing.is_running()
     assert not psutil.wait_procs(children, timeout=10)[1]

@@ -77,8 +77,8 @@ class Gallery:
             self._order(step, exploration)
             drawn.append(awaited())
         if self.studio.is_busy:
-            lost = f"no time to draw all of it; `python scripts/report.py {self.folder}` still can"
-            drawn.append(Drawn(step, {}, [lost]))
+            how = f"`python scripts/report.py {self.folder}` writes the report"
+            drawn.append(Drawn(step, {}, [f"no time to draw everything; {how}"]))
         self.close()
         return [each for each in drawn if each is not None]
 
