@@ -113,20 +113,22 @@ def memory_name(step: int) -> str:
 def with_memory(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A checkpoint and the memory of the same step beside it, if there is one.
 
-    A running training may replace both in between; then both are read again.
+    Of a damaged one, a line on stderr tells. A running training may replace both in between; then
+    both are read again.
 
     Raises:
-        UserError: one of them is damaged, or the first is missing.
+        UserError: the checkpoint is damaged or missing.
     """
     while True:
         content = load(path)
         beside = path.with_name(memory_name(content["step"]))
         try:
             return content, load_file(beside)
-        except UserError:
-            if beside.is_file():
-                raise
+        except UserError as error:
+            reason = error
         if load(path)["step"] == content["step"]:
+            if beside.is_file():
+                print(reason, file=sys.stderr)
             return content, None
 
 

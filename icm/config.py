@@ -354,6 +354,11 @@ def settings_of(run: Path) -> "DictConfig":
     raise UserError(f"{run / SETTINGS}: damaged; a full disk may be why")
 
 
+ELSEWHERE = frozenset({"collector", "env.num_workers", "env.core"})
+"""Settings of the machine that environments run on: results do not depend on them, though they do
+on which core it is (`icm.envs.core_name`)."""
+
+
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Nested settings as one dict by name, such as `env.id`."""
     named: dict[str, Any] = {}

@@ -69,15 +69,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def resolve_precision(name: str, device: torch.device) -> bool:
-    """Whether networks run under bfloat16 autocast: `auto` where the hardware computes in it.
-
-    Raises:
-        UserError: the name is none of auto, float32, bf16.
-    """
+    """Whether networks run under bfloat16 autocast: `auto` where the hardware computes in it."""
     if name == "auto":
         if device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if name not in ("float32", "bf16"):
-        raise UserError(f"precision={name}: unknown precision; one of auto, float32, bf16")
     return name == "bf16"

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from icm.cli import fail, quoted
-from icm.config import SETTINGS, Config, flat, parse_config, settings_of
+from icm.config import ELSEWHERE, SETTINGS, Config, flat, parse_config, settings_of
 from icm.errors import UserError
 from icm.files import LOCK, latest, lock, numbered
 from icm.ranks import RANK, WORLD_SIZE
@@ -254,11 +254,10 @@ def own_checkpoint(config: Config, folder: Path) -> tuple[Path, dict[str, Any]] 
 def must_be_same(folder: Path, before: Config, config: Config) -> None:
     """Refuse settings that are not those of the run in a folder.
 
-    Where environments run, and in how many processes, may change. A run older than a setting had
-    its default.
+    The machine (`ELSEWHERE`) may change. A run older than a setting had its default.
     """
     was, now = (flat(asdict(each)) for each in (before, config))
-    for name in sorted(now.keys() - {"resume", "collector", "env.num_workers"}):
+    for name in sorted(now.keys() - ELSEWHERE - {"resume"}):
         if now[name] != was.get(name):
             raise UserError(
                 f"{folder}: exists, with a run of {name}={was.get(name)}, not {now[name]}; "

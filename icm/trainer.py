@@ -17,7 +17,7 @@ from torch import Tensor
 from icm import checkpoint
 from icm.agents.base import Agent, BrokenDownError
 from icm.collectives import all_objects, greatest, seconds
-from icm.config import Config, flat
+from icm.config import ELSEWHERE, Config, flat
 from icm.display import Display
 from icm.envs import action_count, core_name, episodes_in
 from icm.envs.vector import NOWHERE, WorkerVectorEnv
@@ -273,8 +273,12 @@ class Trainer:
             self.agent.load_state_dict(content)
             self.exploration.load_state_dict(content["exploration"])
             # episodes do not depend on these, and with another `num_envs` all begin anew anyway
-            numbers = {"num_workers": None, "num_envs": None}
-            same_env = content["config"]["env"] | numbers == asdict(self.config.env) | numbers
+            indifferent = ELSEWHERE | {"env.num_envs"}
+            same_env = all(
+                before.get(name) == now[name]
+                for name in now.keys() - indifferent
+                if name.startswith("env.")
+            )
             if (was := content["core"]) != self.core:
                 print(f"changed: the libretro core is {self.core}, was {was}")
                 same_env = False

@@ -19,6 +19,7 @@ def main(settings: "DictConfig") -> None:
     from icm.config import typed
     from icm.errors import UserError
     from icm.files import write_bytes
+    from icm.processes import signals_handled
 
     options = typed(settings, BenchConfig)
     if not hasattr(signal, "SIGSTOP"):
@@ -37,10 +38,9 @@ def main(settings: "DictConfig") -> None:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from None
     if is_new:
         out.unlink()
-    for number in (signal.SIGINT, signal.SIGTERM):  # leave by an exception: it ends what runs
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-
-    result = measure(options, config)
+    # leave by an exception: it ends what runs
+    with signals_handled(lambda number, frame: sys.exit(128 + number)):
+        result = measure(options, config)
     print(tables(result))
     write_bytes(out, f"{json.dumps(result, indent=1)}\n".encode())
     print(f"written to {out}")

@@ -173,6 +173,13 @@ def test_a_run_and_what_goes_on_with_it_are_two_kinds(tmp_path: Path) -> None:
     assert again.kind == run.kind  # which began where it did
 
 
+def test_where_environments_ran_makes_no_other_kind(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", 1))
+    on_ray = read_run(make_run(tmp_path / "on_ray", 2, collector="ray"))
+    assert on_ray.kind == run.kind
+    assert read_run(make_run(tmp_path / "other", 2, device="cuda")).kind != run.kind
+
+
 def test_a_run_that_has_just_begun_is_not_averaged_with_complete_ones(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"seed{seed}", seed) for seed in (1, 2, 3)]
     log = folders[2] / "metrics.jsonl"

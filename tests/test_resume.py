@@ -477,6 +477,35 @@ def test_on_another_core_new_episodes_begin(
     assert [len(actions) for actions in episodes["actions"]] == [1, 1]
 
 
+def test_with_the_same_core_in_another_place_episodes_go_on(
+    tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = shutil.copytree(trained_until(100, "ppo"), tmp_path / "first")
+    content = checkpoint.load(latest(first))
+    content["config"]["env"]["core"] = "/of/another/machine/fceumm_libretro.so"
+    checkpoint.save(latest(first), content)
+    second = train(config_of("ppo"), tmp_path / "second", 102, latest(first), used=True)
+    printed = capsys.readouterr().out
+    assert "changed: env.core=auto, was /of/another/machine/fceumm_libretro.so" in printed
+    assert "of running episodes again" in printed
+    checkpoints = (content, checkpoint.load(latest(second)))
+    before, after = (each["episodes"]["actions"] for each in checkpoints)
+    assert [len(actions) for actions in after] == [len(actions) + 1 for actions in before]
+
+
+def test_a_damaged_memory_is_told_and_filled_anew(
+    tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_until(64, "ppo"), tmp_path / "run")
+    damaged = memory(run)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(config_of("ppo", "total_steps=128"), run, resume=latest(run), used=True)
+    told = capsys.readouterr()
+    assert f"{damaged}: damaged" in told.err
+    assert f"no memory of step 64 and of this size beside {latest(run)}" in told.out
+    assert checkpoint.load(latest(run))["agent"]["learn_from"] == 64 + 32
+
+
 def test_a_damaged_best_checkpoint_keeps_nothing_from_going_on(
     tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from omegaconf import DictConfig, OmegaConf
 
 from icm.charts import CHARTS
-from icm.config import settings_of
+from icm.config import ELSEWHERE, flat, settings_of
 from icm.errors import UserError
 from icm.files import json_lines, latest, write_bytes
 from icm.uncertainty import standard_error
@@ -64,9 +65,12 @@ class Run:
 
         Runs of one kind are averaged.
         """
-        settings = OmegaConf.to_container(self.settings)
-        assert isinstance(settings, dict)
-        compared = {k: v for k, v in settings.items() if k not in ("seed", "resume")}
+        settings: Any = OmegaConf.to_container(self.settings)
+        compared = {
+            name: value
+            for name, value in flat(settings).items()
+            if name not in ELSEWHERE | {"seed", "resume"}
+        }
         return json.dumps([compared, self.rows[0]["step"], self.is_complete])
 
     def values(self, metric: str) -> np.ndarray:
