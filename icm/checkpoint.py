@@ -150,12 +150,9 @@ def load_file(path: Path) -> Any:
     Raises:
         UserError: the file is missing or damaged.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; give a checkpoint, runs/…/checkpoints/latest.pt")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint, runs/…/checkpoints/latest.pt")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty file; give a checkpoint, runs/…/checkpoints/latest.pt")
+    if not path.is_file() or path.stat().st_size == 0:
+        what = "a folder" if path.is_dir() else "empty file" if path.is_file() else "no such file"
+        raise UserError(f"{path}: {what}; give a checkpoint, runs/…/checkpoints/latest.pt")
     try:
         if not _is_whole(path):
             raise ValueError

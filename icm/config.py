@@ -303,11 +303,7 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
     """
     # here, because environment workers import this module, too, and parse nothing
     from omegaconf import OmegaConf
-    from omegaconf.errors import (
-        ConfigKeyError,
-        MissingMandatoryValue,
-        OmegaConfBaseException,
-    )
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     keys = [str(key) for key in settings if key != "hydra"]
     try:

@@ -68,7 +68,7 @@ class RunFolder(Callback):
         more = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(equal)}]"]
         folder = Path(config.hydra.sweep.dir)
         try:
-            if not is_given(config, "hydra.sweep.dir"):
+            if not is_given(config.hydra, "hydra.sweep.dir"):
                 more.append(quoted(f"hydra.sweep.dir={new_folder(folder)}"))
             elif not _made(folder) and not folder.is_dir():
                 raise UserError(f"hydra.sweep.dir={folder}: is no folder")
@@ -140,7 +140,7 @@ def adopt_settings(config: DictConfig) -> dict[str, Any] | None:
 def given_again(config: DictConfig) -> Path | None:
     """The checkpoint in the run folder, if a run of the same `resume` was begun there."""
     folder = Path(config.hydra.run.dir)
-    if not is_given(config, "hydra.run.dir") or not has_checkpoint(folder):
+    if not is_given(config.hydra, "hydra.run.dir") or not has_checkpoint(folder):
         return None
     try:
         begun = settings_of(folder)
@@ -175,12 +175,12 @@ def claim_folder(config: DictConfig, settings: Config) -> None:
         UserError: the folder the user gave holds something else, or it cannot be created.
     """
     folder = Path(config.hydra.run.dir)
-    if not is_given(config, "hydra.run.dir"):
+    if not is_given(config.hydra, "hydra.run.dir"):
         with read_write(config):
             config.hydra.run.dir = str(new_folder(folder))
         return
     _made(folder)
-    if not folder.is_dir() or not is_unused(folder):
+    if not is_unused(folder):
         if not (folder / SETTINGS).exists():
             raise UserError(
                 f"hydra.run.dir={folder}: exists, and is no run folder; give another folder"
@@ -204,22 +204,22 @@ def removed_if_unused(folder: Path) -> Generator[None]:
         yield
     except UserError:
         hydra = HydraConfig.get()
-        is_ours = not is_given(OmegaConf.create({"hydra": hydra}), "hydra.run.dir")
-        if is_ours and RANK == 0 and hydra.mode == RunMode.RUN and is_unused(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):
+        is_ours = RANK == 0 and hydra.mode == RunMode.RUN and not is_given(hydra, "hydra.run.dir")
+        with suppress(OSError):  # what was wrong may be the disk
+            if is_ours and is_unused(folder):
+                shutil.rmtree(folder)
                 os.removedirs(folder.parent)  # of a misspelt game, for instance
         raise
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether nothing has begun in a run folder."""
-    return {file.name for file in folder.iterdir()} <= OF_A_START
+    """Whether this is a folder, and nothing has begun there."""
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= OF_A_START
 
 
-def is_given(config: DictConfig, key: str) -> bool:
-    """Whether the user gave a setting of Hydra's."""
-    return any(override.startswith(f"{key}=") for override in config.hydra.overrides.hydra)
+def is_given(hydra: Any, key: str) -> bool:
+    """Whether the user gave a setting of Hydra's (`hydra`: those settings)."""
+    return any(override.startswith(f"{key}=") for override in hydra.overrides.hydra)
 
 
 def new_folder(wanted: Path) -> Path:

@@ -539,6 +539,23 @@ def test_a_start_that_is_refused_leaves_no_new_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["train_after.py"]
 
 
+def test_a_run_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    losing = (
+        "import os, shutil\n"
+        "from icm import checkpoint\n"
+        "from icm.errors import WriteError\n"
+        "def save(path, content):\n"
+        "    shutil.rmtree(path.parents[1], ignore_errors=True)\n"
+        "    raise WriteError(f'cannot write {path}')\n"
+        "checkpoint.save = save\n"
+        f"os.chdir({str(tmp_path)!r})"
+    )
+    done = run_script(train_after(losing, tmp_path), *SMALL, "total_steps=64")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error: cannot write " in done.stderr.splitlines()[-1]
+
+
 def contents(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 

@@ -1,7 +1,6 @@
 """A report of runs as one HTML file that needs no network: words, curves, maps, settings."""
 
 import base64
-import errno
 import io
 import json
 import os
@@ -168,7 +167,7 @@ def read_run(folder: Path) -> Run:
         raise
     except OSError as error:
         reason = error.strerror or "its settings are damaged"
-        if error.errno == errno.ENOENT and folder.is_dir():
+        if isinstance(error, FileNotFoundError) and folder.is_dir():
             reason = f"there is no {Path(error.filename).name} in it"
         raise UserError(f"{folder}: no run folder of scripts/train.py ({reason})") from None
     except Exception:  # from YAML, for a truncated file, for instance
