@@ -77,8 +77,10 @@ class Gallery:
             self._order(step, exploration)
             drawn.append(awaited())
         if self.studio.is_busy:
-            how = f"`python scripts/report.py {self.folder}` writes the report"
-            drawn.append(Drawn(step, {}, [f"no time to draw everything; {how}"]))
+            lost = "no time to draw everything"
+            if self._is_logged():
+                lost += f"; `python scripts/report.py {self.folder}` writes the report"
+            drawn.append(Drawn(step, {}, [lost]))
         self.close()
         return [each for each in drawn if each is not None]
 
@@ -95,6 +97,11 @@ class Gallery:
             exploration.changed.update(exploration.regions)
         return drawn
 
+    def _is_logged(self) -> bool:
+        """Whether there is anything to report."""
+        log = self.folder / "metrics.jsonl"
+        return log.is_file() and log.stat().st_size > 0
+
     def _order(self, step: int, exploration: Exploration) -> None:
         drawings: list[Drawing] = []
         if "map" in self.due and (news := exploration.news()):
@@ -106,8 +113,7 @@ class Gallery:
                     self.filmed[name] = episode
                     path = self.folder / "videos" / f"{name}.mp4"
                     drawings.append(partial(films[name], self.config.env, episode, path))
-        log = self.folder / "metrics.jsonl"
-        if "report" in self.due and log.is_file() and log.stat().st_size:
+        if "report" in self.due and self._is_logged():
             drawings.append(partial(report, self.folder, exploration.places()))
         self.due.clear()
         if drawings:
