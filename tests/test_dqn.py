@@ -509,46 +509,61 @@ def test_of_single_steps_deaths_are_learned_too() -> None:
     assert agent.update()["loss/q"].item() > 1.0
 
 
-@pytest.mark.parametrize("ends", [{5}, {2, 5}, {1, 3, 5}], ids=["one", "two", "three"])
+def ending_with_a_death(ends: set[int], brightness: int, novelty: float) -> tuple[float, Tensor]:
+    """Q's loss on a sequence that ends with a death, and the values of the state it leads to.
+
+    Of eight slots, those from 1 to 6 are learned from. Deaths are in `ends`, the last in slot 6; it
+    leads to a picture of one brightness, of that novelty.
+    """
+    agent = make_agent(
+        env__num_envs=1,
+        env__frame_stack=1,
+        agent__n_step=3,
+        agent__replay_capacity=8,
+        agent__batch_size=1,
+        agent__death_is_terminal=False,
+        curiosity__coef=0.0,
+        curiosity__extrinsic_coef=1.0,
+    )
+    disturb(agent.qnetwork, 4, scale=2.0)
+    disturb(agent.target, 5, scale=2.0)
+    images = np.random.default_rng(0).integers(0, 256, (8, 1, 1, SIZE, SIZE)).astype(np.uint8)
+    images[7] = brightness
+    for slot in range(8):
+        agent.memory.add(
+            torch.from_numpy(images[slot]),
+            torch.tensor([slot % ACTIONS]),
+            torch.full((1, ACTIONS), 1 / ACTIONS),
+            torch.tensor([float(slot)]),
+            torch.tensor([slot in ends]),
+            torch.tensor([False]),
+            torch.tensor([slot - 1 in ends]),
+            torch.tensor([novelty if slot == 6 else 1.0]),
+        )
+    last = torch.from_numpy(images[7])
+    values = agent.target(agent.input_norm(last), start(last))
+    return agent.update()["loss/q"].item(), values
+
+
+@pytest.mark.parametrize("ends", [{6}, {3, 6}, {2, 4, 6}], ids=["one", "two", "three"])
 def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> None:
     """Nothing is chosen in it, so its value is never learned; the start it leads to is not there.
 
-    The sequence of six slots ends with a death. How the dead state looks must not matter, neither
-    at the end of the only episode nor at the end of the last of several short ones.
+    How the dead state looks must not matter, neither at the end of the only episode nor at the end
+    of the last of several short ones.
     """
-    losses = []
-    for brightness in (0, 255):
-        agent = make_agent(
-            env__num_envs=1,
-            env__frame_stack=1,
-            agent__n_step=3,
-            agent__replay_capacity=8,
-            agent__batch_size=1,
-            curiosity__coef=0.0,
-            curiosity__extrinsic_coef=1.0,
-        )
-        disturb(agent.qnetwork, 4, scale=2.0)
-        disturb(agent.target, 5, scale=2.0)
-        images = np.random.default_rng(0).integers(0, 256, (8, 1, 1, SIZE, SIZE)).astype(np.uint8)
-        images[7] = brightness
-        for slot in range(8):
-            agent.memory.add(
-                torch.from_numpy(images[slot]),
-                torch.tensor([slot % ACTIONS]),
-                torch.full((1, ACTIONS), 1 / ACTIONS),
-                torch.tensor([float(slot)]),
-                torch.tensor([slot in ends]),
-                torch.tensor([False]),
-                torch.tensor([slot - 1 in ends]),
-                torch.ones(1),
-            )
-        last = torch.from_numpy(images[7])
-        values = agent.target(agent.input_norm(last), start(last))
-        losses.append((agent.update()["loss/q"].item(), values))
-    (dark, dark_values), (bright, bright_values) = losses
+    dark, dark_values = ending_with_a_death(ends, 0, novelty=1.0)
+    bright, bright_values = ending_with_a_death(ends, 255, novelty=1.0)
     assert (dark_values - bright_values).abs().min() > 1e-3
     assert dark > 0
     assert dark == bright
+
+
+def test_a_new_life_at_the_end_of_a_sequence_has_its_value() -> None:
+    dark, _ = ending_with_a_death({6}, 0, novelty=0.0)
+    bright, _ = ending_with_a_death({6}, 255, novelty=0.0)
+    assert dark > 0
+    assert dark != bright
 
 
 def test_no_gradient_through_targets_and_rewards() -> None:
