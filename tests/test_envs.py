@@ -81,6 +81,75 @@ def test_in_super_mario_bros_3_a_death_is_no_end_of_a_level_and_an_entry_is_no_p
     env.close()
 
 
+@pytest.mark.parametrize("emulator", ["nes_py", "libretro"])
+def test_in_super_mario_bros_2_usa_only_who_leaves_a_level_alive_has_passed_it(
+    emulator: str,
+) -> None:
+    config = replace(ENV, id="SuperMarioBros2USA-1-2-v0", emulator=emulator, noop_max=0)
+    env = make_env(config)
+    game: Any = env.unwrapped
+    env.reset(seed=0)
+    steps = [env.step(RIGHT) for _ in range(20)]
+    before, last = steps[-2][-1], steps[-1][-1]
+    assert [step[2] for step in steps] == [False] * 19 + [True]
+    assert game._level == 0  # the death leads to the game's own first level
+    assert last["life_lost"]
+    assert last["episode"]["levels"] == "1-2"
+    assert not last["episode"]["flag"]
+    assert 200 < last["episode"]["distance"] < 216
+    assert last["cell"][:4].tolist() == before["cell"][:4].tolist() == [1, 2, 0, 13]
+
+    env.reset(seed=0)
+    game.ram[0x4EC] = 3  # the level is done
+    for _ in range(60):
+        _, _, terminated, _, info = env.step(0)
+        if terminated:
+            break
+    assert terminated
+    assert not info["life_lost"]
+    assert info["episode"]["levels"] == "1-2"
+    assert info["episode"]["levels_passed"] == 1
+    env.close()
+
+    env = make_env(replace(config, id="SuperMarioBros2USA-v0"))
+    game = env.unwrapped
+    env.reset(seed=0)
+    game.ram[0x4EC] = 4  # a warp
+    for _ in range(2):
+        env.step(0)
+    assert game.progress.cleared == {(1, 1)}
+    assert list(game.progress.best_x) == [(1, 1), (4, 1)]
+    env.close()
+
+
+@pytest.mark.parametrize("env_id", ["SuperMarioBros-1-3-v0", "SuperMarioBros2-1-3-v0"])
+def test_who_falls_into_a_pit_is_below_the_ground(env_id: str) -> None:
+    env = make_env(replace(QUICK, id=env_id, noop_max=0))
+    env.reset(seed=0)
+    heights = []
+    for _ in range(30):
+        _, _, terminated, _, info = env.step(RIGHT)
+        heights.append(info["cell"][-1])
+        if terminated:
+            break
+    assert terminated
+    assert heights[-1] == -1
+    assert max(heights) < 6
+    env.close()
+
+
+def test_in_super_mario_bros_3_heights_go_on_above_the_top() -> None:
+    env = make_env(replace(QUICK, id="SuperMarioBros3-1-1-v0", noop_max=0))
+    env.reset(seed=0)
+    game: Any = env.unwrapped
+    heights = []
+    for y in (0x0110, 0x0010, 0x0000, 0xFFF0):
+        game.ram[0x87], game.ram[0xA2] = divmod(y, 256)
+        heights.append(game.position[2] // 16)
+    assert np.diff(heights).tolist() == [16, 1, 1]
+    env.close()
+
+
 @pytest.mark.parametrize(
     "env_id",
     [
@@ -221,7 +290,7 @@ def test_progress_resets_the_stuck_limit() -> None:
             return observation, 0.0, False, False, info
 
         def look(self) -> Any:
-            self.progress.note((1, 1), self.x, 0, clear=False, lives=self.lives)
+            self.progress.note((1, 1), self.x, 0, passed=None, lives=self.lives)
             return np.zeros((4, 4), np.uint8), {"progress": self.progress}
 
     env = StuckLimit(Walk(), steps=3, distance=15)
@@ -238,13 +307,13 @@ def test_the_distance_of_an_episode_is_that_of_all_its_levels() -> None:
     class Warp(gym.Env[Any, Any]):
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
             self.progress = Progress()
-            self.progress.note((1, 1), 40, 0, clear=False, lives=2)
+            self.progress.note((1, 1), 40, 0, passed=None, lives=2)
             return None, {"progress": self.progress}
 
         def step(self, action: Any) -> Any:
-            self.progress.note((1, 1), 3161, 0, clear=True, lives=2)
-            self.progress.note((1, 2), 500, 0, clear=False, lives=2)
-            self.progress.note((1, 2), 30, 0, clear=False, lives=2)
+            self.progress.note((1, 1), 3161, 0, passed=(1, 1), lives=2)
+            self.progress.note((1, 2), 500, 0, passed=None, lives=2)
+            self.progress.note((1, 2), 30, 0, passed=None, lives=2)
             return None, 0.0, False, False, {"progress": self.progress}
 
     env = MarioProgress(Warp())

@@ -191,6 +191,29 @@ def test_other_games_have_pictures(
     assert np.mean(seen) > 0.9
 
 
+def test_a_place_is_pictured_once_it_is_lit() -> None:
+    """In Super Mario Bros. 2 USA, the screen is off for a while behind a door."""
+    given = settings("env.id=SuperMarioBros2USA-1-1-v0", "env.emulator=libretro").env
+    env = make_env(given, scenery=True)
+    env.reset(seed=3)
+    choose, action, pieces, dark = np.random.default_rng(3), 0, {}, 0
+    chances = [0.02, 0.1, 0.2, 0.1, 0.3, 0.05, 0.05, 0.08, 0.02, 0.02, 0.03, 0.03]
+    game: Any = env.unwrapped
+    for step in range(112):
+        if step % 4 == 0:
+            action = int(choose.choice(12, p=chances))
+        info = env.step(action)[-1]
+        dark += not game.screen.any()
+        if "scenery" in info:
+            place, _, piece = info["scenery"]
+            pieces.setdefault(place, []).append(piece)
+    env.close()
+    assert dark > 5
+    assert set(pieces) == {(1, 1, 0), (1, 1, 2)}
+    assert pieces[1, 1, 2][0].shape == (240, 224, 3)
+    assert pieces[1, 1, 2][0].mean() > 100
+
+
 def episode(distance: int | None, actions: list[int], seed: int = 7) -> dict[str, Any]:
     progress = {} if distance is None else {"distance": np.int64(distance)}
     return {"reward": 5.0, **progress, "seed": np.int64(seed), "actions": actions}

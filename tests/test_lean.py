@@ -65,7 +65,7 @@ class FrameByFrame(gym.Wrapper[Any, Any, Any, Any]):
             "levels_passed": len(self.cleared),
             "levels": " ".join(self.best),
         }
-        y = info["y_pos"] // 16
+        y = (info["y_pos"] - 256 * max(info.get("y_viewport", 1) - 1, 0)) // 16
         if not isinstance(self.unwrapped, SuperMarioBrosEnv):  # there y grows downwards
             y = GROUND - 1 - y
         cell = [info["world"], info["stage"], info["x_pos"] // 16, y]

@@ -20,6 +20,7 @@ ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": C
 MOST_BLOCKS = 12_000  # more than any place has; the camera may be anywhere while one loads
 MOST_SKIPPED = 3600  # frames in a row: a minute of play
 GAME_OVER = 255  # the lives counter then, in Super Mario Bros. and Lost Levels
+SETTLING = 4  # agent steps after a black screen, in which pictures fade in
 CELL = 16  # pixels; the games are built of 16x16 blocks
 GROUND = 14  # blocks: Mario at a height of y pixels is in row GROUND - y // 16 of a picture
 
@@ -44,20 +45,26 @@ class View(NamedTuple):
     right: int
 
 
+type Level = tuple[int, int]
+"""World and stage."""
+
+
 class Progress:
     """Where an episode has been."""
 
     cameras: tuple[Camera | None, Camera | None] = (None, None)  # of the last two frames
+    level: Level = 0, 0  # of the last frame, as x and y
+    x = y = 0
 
     def __init__(self) -> None:
-        self.best_x: dict[tuple[int, int], int] = {}  # by (world, stage), in the order seen
-        self.cleared: set[tuple[int, int]] = set()
+        self.best_x: dict[Level, int] = {}  # in the order seen
+        self.cleared: set[Level] = set()
         self.lives = -1
         self.deaths = 0
-        self.ground: dict[tuple[int, int], int] = {}  # best x per level in the running life
+        self.ground: dict[Level, int] = {}  # best x per level in the running life
 
-    def note(self, level: tuple[int, int], x: int, y: int, clear: bool, lives: int) -> None:
-        """Record one frame."""
+    def note(self, level: Level, x: int, y: int, passed: Level | None, lives: int) -> None:
+        """Record one frame, in which the level `passed`, if any, was completed."""
         self.level, self.x, self.y = level, x, y
         if lives < self.lives:
             self.deaths += 1
@@ -67,8 +74,8 @@ class Progress:
             self.ground[level] = x
         if x > self.best_x.get(level, -1):
             self.best_x[level] = x
-        if clear:
-            self.cleared.add(level)
+        if passed:
+            self.cleared.add(passed)
 
 
 class FrozenError(Exception):
@@ -93,9 +100,9 @@ class LeanGame(NESEnv):
     is_frozen = False
 
     # properties of the game, see `lean`
-    is_clear: bool
+    position: tuple[Level, int, int]  # level; Mario's x; his height, pixels up, on SMB's scale
+    passed: Level | None  # the level that this frame has completed
     camera: Camera
-    height: int  # Mario's, pixels up, on SMB's scale
     view: View
 
     def _ram_buffer(self) -> memoryview:
@@ -138,26 +145,24 @@ class LeanGame(NESEnv):
         return {"progress": self.progress}
 
     def _note(self) -> None:
-        level, lives = (self._world, self._stage), self._life
-        lives = -1 if lives == GAME_OVER else lives
-        self.progress.note(level, self._x_position, self.height, self.is_clear, lives)
+        lives = -1 if self._life == GAME_OVER else self._life
+        self.progress.note(*self.position, self.passed, lives)
 
 
 def lean(spec: EnvSpec, game: type[NESEnv]) -> EnvSpec:
     """The specification of a Mario game, with cheap frames (`LeanGame`); others as they are."""
     kinds = (
-        (SuperMarioBrosEnv, _smb_camera, _smb_height, View(32, 240, 0, 256)),
-        (SuperMarioBros2Env, _smb2_camera, _level_height, View(0, 240, 32, 256)),
-        (SuperMarioBros3Env, _smb3_camera, _level_height, View(0, 193, 16, 240)),
+        (SuperMarioBrosEnv, _smb_camera, _smb_position, View(32, 240, 0, 256)),
+        (SuperMarioBros2Env, _smb2_camera, _smb2_position, View(0, 240, 32, 256)),
+        (SuperMarioBros3Env, _smb3_camera, _smb3_position, View(0, 193, 16, 240)),
     )
     own: dict[str, Any] = {}
-    for kind, camera, height, view in kinds:
+    for kind, camera, position, view in kinds:
         if issubclass(game, kind):
-            own = {"camera": property(camera), "height": property(height), "view": view}
+            own = {"camera": property(camera), "position": property(position), "view": view}
     if not own:
         return spec
-    # the game's own info["clear"]
-    own["is_clear"] = getattr(game, "_flag_get", None) or game._is_level_complete
+    own["passed"] = property(_smb2_passed if issubclass(game, SuperMarioBros2Env) else _passed)
     if issubclass(game, SuperMarioBros3Env):
         own |= SMB3_PLACES
     maker: Any = type(game.__name__, (LeanGame, game), own)
@@ -172,6 +177,8 @@ def _smb_camera(game: Any) -> Camera:
 
 def _smb2_camera(game: Any) -> Camera:
     """In Super Mario Bros. 2 USA: number of the area; edges of the screen."""
+    if game._left_target_stage and (camera := game.progress.cameras[1]):
+        return camera
     ram = game.ram
     return Camera(ram[0x532], 256 * ram[0x4BE] + ram[0x4C0], 256 * ram[0xCA] + ram[0xCB])
 
@@ -204,14 +211,50 @@ of a level for the map, and so the level for completed; and when he enters one, 
 """
 
 
-def _smb_height(game: Any) -> int:
-    """Already counted from below."""
-    return int(game._y_position)
+def _level(game: Any) -> Level:
+    return game._world, game._stage
 
 
-def _level_height(game: Any) -> int:
-    """From a position counted from above that spans two blocks; the lower one is meant."""
-    return CELL * GROUND + CELL - 1 - (int(game._y_position) + CELL)
+def _passed(game: Any) -> Level | None:
+    """By the game's own info["clear"]."""
+    return _level(game) if game._flag_get else None
+
+
+def _smb2_passed(game: Any) -> Level | None:
+    """In Super Mario Bros. 2 USA: one that is left alive, to the next or by a warp.
+
+    The game sets and clears its own mark of a level's end within one frame.
+    """
+    progress: Progress = game.progress
+    died = game._life < progress.lives or game._is_game_over
+    if died or not progress.best_x or progress.level == _level(game):
+        return None
+    return progress.level
+
+
+def _smb_position(game: Any) -> tuple[Level, int, int]:
+    """The height is already counted from below, but begins anew below the screen."""
+    height = int(game._y_position) - 256 * max(game._y_viewport - 1, 0)
+    return _level(game), game._x_position, height
+
+
+def _smb2_position(game: Any) -> tuple[Level, int, int]:
+    """A single level is left in the last frame, at a death for the game's own first one."""
+    progress: Progress = game.progress
+    if game._left_target_stage:
+        return progress.level, progress.x, progress.y
+    return _level(game), game._x_position, _from_above(int(game._y_position))
+
+
+def _smb3_position(game: Any) -> tuple[Level, int, int]:
+    """Above the top of a level, the height is negative, which the game takes for positive."""
+    y = (game._y_position + 0x8000) % 0x10000 - 0x8000
+    return _level(game), game._x_position, _from_above(y)
+
+
+def _from_above(y: int) -> int:
+    """A height from a position counted from above that spans two blocks; the lower one is meant."""
+    return CELL * GROUND + CELL - 1 - (y + CELL)
 
 
 class Screen(gym.ObservationWrapper[Any, Any, Any]):
@@ -287,14 +330,16 @@ class Scenery(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self.known: dict[tuple[int, int, int], np.ndarray] = {}  # of each place, bool by block
         self.view: View = self.get_wrapper_attr("view")
+        self.settling = 0  # agent steps until pictures can be trusted
 
     def step(self, action: Any) -> Any:
         """Step and cut out."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         progress: Progress = info["progress"]
+        self.settling = max(self.settling - 1, 0) if observation.any() else SETTLING
         # the picture shows the previous frame: the game draws one frame later than it computes
         camera, now = progress.cameras
-        if camera and now and camera.area == now.area:
+        if camera and now and camera.area == now.area and not self.settling:
             moved = abs(now.left - camera.left), abs(now.top - camera.top)
             if max(moved) < CELL:
                 self._cut((*progress.level, camera.area), camera, observation, info)
