@@ -1,7 +1,11 @@
 """The command line of scripts that take paths, not settings."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+from icm.output import fail, take_any_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,3 +18,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit."""
         self.exit(2, f"{self.prog}: error: {message}; expected {self.expected}\n")
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with the status that `main` returns; 2, after one line, for a mistake of the user."""
+    take_any_text()
+    try:
+        status = main()
+        if sys.stdout is not None:  # the user may have closed it
+            sys.stdout.flush()  # here, where errors are handled
+    except Exception as error:
+        fail(error)
+        raise
+    sys.exit(status)

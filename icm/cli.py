@@ -1,7 +1,6 @@
 """What the Hydra applications share: how they start, and one-line errors."""
 
 import argparse
-import errno
 import functools
 import multiprocessing
 import os
@@ -21,19 +20,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from icm import output
 from icm.errors import UserError
 from icm.files import ROOT
-from icm.processes import discard
-from icm.ranks import RANK
+from icm.ranks import RANK, check_ranks
 
 CONF = ROOT / "conf"
+MULTIRUN = ("-m", "--multirun")
 PATHS = ("ckpt", "resume", "out", "folder", "env.core", "hydra.run.dir", "hydra.sweep.dir")
-OF_FILES = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
-    *(errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR),
-)
-"""Errors of the operating system that are not the program's fault: no traceback is wanted."""
-
 # the part of a run folder's name that tells runs apart: file systems allow 255 bytes, no slash
 OmegaConf.register_new_resolver(
     "file_name", lambda text: re.sub(r"[^\w=,.+-]+", "_", text)[:100], replace=True
@@ -41,26 +35,17 @@ OmegaConf.register_new_resolver(
 
 
 def fail(error: Exception) -> None:
-    """For a mistake of the user, print one line on stderr and exit with status 2.
-
-    With status 1 if nobody reads the output any more. Returns for any other error.
-    """
-    if isinstance(error, BrokenPipeError):
-        discard(sys.stdout.fileno())
-        sys.exit(1)
-    is_mistake = isinstance(error, UserError | HydraException | OmegaConfBaseException)
-    # of `agent=null`, for instance, for which Hydra has no class of its own
-    is_mistake |= str(error).startswith("Config group override must be")
-    if not is_mistake and getattr(error, "errno", None) not in OF_FILES:
-        return
+    """See `icm.output.fail`; what Hydra finds wrong is a mistake of the user, too."""
     text = " ".join(str(error).split())
+    is_mistake = isinstance(error, HydraException | OmegaConfBaseException)
+    # of `agent=null`, for instance, for which Hydra has no class of its own
+    is_mistake |= text.startswith("Config group override must be")
     if unknown := re.match(r"Could not override '([^']*)'", text):
         text = f"{unknown[1]}: unknown setting (--help lists all)"
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: cannot be read as NAME=VALUE (--help lists all)"
     text = text.partition(" Config search path:")[0]  # of an unknown option of a group
-    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-    sys.exit(2)
+    output.fail(UserError(text) if is_mistake else error)
 
 
 def quoted(argument: str) -> str:
@@ -72,7 +57,7 @@ def quoted(argument: str) -> str:
         override = OverridesParser.create().parse_override(argument)
         # paths like a number or a list need the quotes
         if override.is_sweep_override():
-            if {"-m", "--multirun"} & set(sys.argv):
+            if set(MULTIRUN) & set(sys.argv):
                 return argument
         elif isinstance(override.value(), str | None):
             return argument
@@ -108,12 +93,18 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
             # here, as Hydra would print it; in a sweep, the others go on
             if not is_one_of_many or isinstance(error, BrokenPipeError):
                 fail(error)
+            elif isinstance(error, UserError):  # Hydra tells the first of all in the end
+                run_name = HydraConfig.get().sweep.subdir
+                print(f"{Path(sys.argv[0]).name}: {run_name}: error: {error}", file=sys.stderr)
             raise
 
     argparse.ArgumentParser.error = refuse
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    # its parser wants all settings in a row
+    sys.argv[1:] = sorted(map(quoted, sys.argv[1:]), key=lambda each: each not in MULTIRUN)
+    output.take_any_text()
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
+        check_ranks()
         application(careful)()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._functorch.config import patch
 
 from icm.errors import UserError
-from icm.processes import SIGNALS, say
+from icm.output import say
+from icm.processes import SIGNALS
 
 WORTHWHILE = 2_000
 """Updates after which the time to compile, up to a minute, is won back (measured)."""

@@ -322,6 +322,9 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
         reason = str(error).splitlines()[0]
         if "is not a ListConfig" in reason:
             reason = f"must be a list, as in {error.full_key}=[A,B]"
+        if "of type 'ListConfig'" in reason:
+            given = OmegaConf.select(settings, str(error.full_key))
+            reason = f"must be a single value here, not {given}"
         raise UserError(f"{error.full_key}: {reason}") from None
     assert isinstance(result, kind)
     return result
@@ -416,11 +419,16 @@ RANGES: dict[Range, str] = {
     _at_most(100): "curiosity.ensemble",
     ("must be a positive number", lambda value: 0 < value < math.inf): """
         agent.lr agent.max_grad_norm agent.clip agent.target_tau curiosity.lr
-        curiosity.reward_half_life curiosity.target_tau""",
+        curiosity.target_tau""",
+    ("must be between 1e-9 and 1e9", lambda value: 1e-9 <= value <= 1e9): (
+        "curiosity.reward_half_life"
+    ),
     ("must be a finite number", math.isfinite): """
         agent.entropy_coef agent.value_coef agent.q_weight curiosity.coef curiosity.extrinsic_coef
         curiosity.eta curiosity.forward_scale curiosity.inverse_scale""",
-    ("must be positive, or null", lambda value: 0 < value < math.inf): "curiosity.episodic_scale",
+    ("must be between 1e-9 and 1e9, or null", lambda value: 1e-9 <= value <= 1e9): (
+        "curiosity.episodic_scale"
+    ),
     ("must be at least 1, or null", lambda value: 1 <= value < math.inf): (
         "curiosity.surprise_limit"
     ),
@@ -483,12 +491,20 @@ def _check(config: Config) -> None:
                 "rollout, env.num_envs * agent.rollout_steps / agent.sequence_length"
             )
         smallest, why = 2 * agent.rollout_steps + 1 + history, "(2 * agent.rollout_steps + 1"
+        drawn = "replayed"
     else:
         smallest, why = agent.sequence_length + history, "(agent.sequence_length"
+        drawn = "batch_size"
     if agent.replay_capacity < env.num_envs * smallest:
         raise UserError(
             f"agent.replay_capacity={agent.replay_capacity}: must be at least "
             f"{env.num_envs * smallest}, env.num_envs * {why} + max(env.frame_stack, 2))"
+        )
+    most = agent.replay_capacity // agent.sequence_length
+    if getattr(agent, drawn) > most:
+        raise UserError(
+            f"agent.{drawn}={getattr(agent, drawn)}: must be at most {most}, "
+            "agent.replay_capacity / agent.sequence_length"
         )
     if isinstance(agent, DQNConfig | PQNConfig):
         policy = agent.policy

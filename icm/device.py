@@ -5,7 +5,7 @@ import os
 import torch
 
 from icm.errors import UserError
-from icm.ranks import CORES, LOCAL_RANK
+from icm.ranks import CORES, LOCAL_RANK, LOCAL_WORLD_SIZE
 
 
 def resolve_device(name: str) -> torch.device:
@@ -14,7 +14,7 @@ def resolve_device(name: str) -> torch.device:
     A GPU becomes the current one, on which PyTorch records graphs.
 
     Raises:
-        UserError: the name is none of these, or there is no such GPU.
+        UserError: the name is none of these, there is no such GPU, or it is one for several ranks.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -22,8 +22,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     kind, colon, index = name.partition(":")
-    if kind != "cuda" or (colon and not index.isdigit()):
+    if kind != "cuda" or (colon and not index.isdecimal()):
         raise UserError(f"device={name}: unknown device; one of auto, cpu, cuda, cuda:N")
+    if colon and LOCAL_WORLD_SIZE > 1:
+        raise UserError(f"device={name}: all ranks would share it; device=cuda gives each its own")
     number = int(index) if colon else LOCAL_RANK
     if number >= count:
         raise UserError(

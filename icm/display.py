@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from icm.processes import discard
+from icm.output import discard
 from icm.ranks import RANK
 
 PHASES = ("act", "observe", "update", "wait")

@@ -24,11 +24,11 @@ def latest(run: Path) -> Path:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may be growing: what follows the last line break is ignored.
+    """The lines of a log that may be growing: what follows the last line break is ignored.
 
     Raises:
         OSError: it cannot be read.
-        UserError: a line is damaged.
+        UserError: a line is damaged, or has no `step`.
     """
     found = []
     for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), start=1):
@@ -36,6 +36,8 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             raise UserError(f"{path}: line {number} is damaged; remove it") from None
+        if not isinstance(found[-1].get("step"), int):
+            raise UserError(f"{path}: line {number} has no step; remove it")
     return found
 
 

@@ -259,7 +259,7 @@ class InverseNet(nn.Module):
 
 
 class Qnetwork(_ConvBody):
-    """Action values of a state; `layer_norm` normalises the inputs of the last two layers."""
+    """Action values of a state; `layer_norm` normalises the features and the hidden layer."""
 
     def __init__(
         self,

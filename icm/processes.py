@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import signal
-import stat
 import threading
 import time
 import traceback
@@ -14,7 +13,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
-from typing import Any, TextIO
+from typing import Any
 
 CLOSING_TIME = 4.0  # seconds for a process to end
 
@@ -132,26 +131,6 @@ def signals_handled(handle: Callable[[int, Any], None]) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def discard(output: int) -> None:
-    """Silently discard what is written to a file descriptor from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-
-
-def say(line: str, output: TextIO) -> None:
-    """Print a line; if nobody reads it any more, go on without it."""
-    try:
-        print(line, file=output, flush=True)
-    except OSError:
-        discard(output.fileno())
-
-
-def leave_terminal() -> None:
-    """Stop writing to a lost terminal."""
-    for output in (1, 2):
-        if stat.S_ISCHR(os.fstat(output).st_mode):
-            discard(output)
 
 
 def _watch(processes: list[SpawnProcess], deadlines: list[float], over: threading.Event) -> None:

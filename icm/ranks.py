@@ -7,17 +7,39 @@ computes its own part of every batch; all else is the same in all of them. Not a
 
 import os
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+from icm.errors import UserError
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+WORLD_SIZE = _variable("WORLD_SIZE", 1)
 """How many ranks there are; 1 without `torchrun`."""
 
-RANK = int(os.environ.get("RANK", 0))
+RANK = _variable("RANK", 0)
 """The number of this one; 0 keeps the run folder."""
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_RANK = _variable("LOCAL_RANK", 0)
 """Its number on its machine, and so that of its GPU."""
 
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = _variable("LOCAL_WORLD_SIZE", 1)
 """How many ranks its machine has."""
 
 CORES = max(1, (os.process_cpu_count() or 1) // LOCAL_WORLD_SIZE)
 """Cores of this machine for this rank."""
+
+
+def check_ranks() -> None:
+    """Refuse what `torchrun` would not set, such as what is left of another program.
+
+    Raises:
+        UserError: it is that.
+    """
+    names = ("RANK", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    are_numbers = all(text.isdecimal() for text in given.values())
+    if given and not (are_numbers and len(given) == 2 and RANK < WORLD_SIZE):
+        named = " ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(f"{named}: must be torchrun's: RANK below WORLD_SIZE; else unset both")

@@ -91,7 +91,10 @@ def reproduce(config: ReproduceConfig) -> dict[str, list[dict[str, Any]]]:
                 arguments = [f"ckpt={latest(run)}", f"device={config.device}", *overrides]
                 printed = script("evaluate.py", arguments, capture=True)
                 write_lines(out, printed.splitlines()[-1:])
-            results[kind].append(json.loads(out.read_text()))
+            try:
+                results[kind].append(dict(json.loads(out.read_text())))
+            except (ValueError, TypeError):
+                raise UserError(f"{out}: damaged; without it, it is made again") from None
     return results
 
 

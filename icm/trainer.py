@@ -26,7 +26,8 @@ from icm.exploration import Exploration, restored
 from icm.files import latest, numbered, remove_leftovers
 from icm.intervals import crossed
 from icm.models import NO_ACTION
-from icm.processes import HANGUP, leave_terminal, say, signals_handled
+from icm.output import leave_terminal, say
+from icm.processes import HANGUP, signals_handled
 from icm.ranks import RANK, WORLD_SIZE
 from icm.replay import since_opening
 from icm.shared_envs import SharedVectorEnv
@@ -358,7 +359,10 @@ class Trainer:
             checkpoint.save(checkpoints / name, content)
         steps, memories = numbered(checkpoints, "step"), numbered(checkpoints, "replay")
         for old in (*steps[: -self.config.checkpoint.keep], *(m for m in memories if m != memory)):
-            old.unlink()
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:  # the user protects it, for instance
+                self.display.say(f"{old}: cannot be removed: {error.strerror}")
         self.display.saved = self.step
 
     def _show(self, drawn: Drawn | None) -> None:

@@ -7,14 +7,13 @@ A PATH may be written as ckpt=PATH. It is a state_dict, a whole model or a check
 project. torch is not needed, and not imported.
 """
 
-import io
 import json
 import math
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from icm.arguments import Parser
+from icm.arguments import Parser, run
 from icm.checkpoint_reader import Entries, Tensor, printable, read_checkpoint
 from icm.errors import UserError
 
@@ -169,10 +168,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Print what is asked for and return the exit status: 2 if a file cannot be read."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file chooses the keys, the user the encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     parser = Parser(
         "inspect_ckpt.py",
         "Print what torch files hold.",
@@ -181,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a file written by torch.save")
     parser.add_argument("--diff", action="store_true", help="print how two files differ")
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     paths = [path.removeprefix("ckpt=") for path in options.paths]
     if options.diff and len(paths) != 2:
         parser.error(f"--diff compares two files, not {len(paths)}")
@@ -194,22 +191,14 @@ def main(arguments: list[str] | None = None) -> int:
             status = 2
             continue
         if options.json:
-            json.dump(finite(report), sys.stdout, allow_nan=False)
-            print()
+            print(json.dumps(finite(report), allow_nan=False))
             continue
         if not options.diff and len(paths) > 1:
             print(f"{printable(path)}:")
         for line in (describe_difference if options.diff else describe)(report):
             print(line)
-    sys.stdout.flush()  # here, where a closed pipe is handled, not at the end of the interpreter
     return status
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        from icm.processes import discard  # here, because looking into a file needs no processes
-
-        discard(sys.stdout.fileno())
-        sys.exit(1)
+    run(main)

@@ -106,6 +106,19 @@ def run_script(
     return subprocess.CompletedProcess(command, ended.returncode, ended.stdout, ended.stderr)
 
 
+def script_into(output: str | None, name: str, *arguments: object) -> tuple[int, str]:
+    """Status and stderr of a script that prints into a file; None: into a pipe nobody reads."""
+    if output is None:
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(output, os.O_WRONLY)
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=unseen())
+    os.close(write)
+    return done.returncode, done.stderr
+
+
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """What a run folder's metrics.jsonl has."""
     return json_lines(folder / "metrics.jsonl")

@@ -490,6 +490,7 @@ def test_of_single_steps_deaths_are_learned_too() -> None:
         env__frame_stack=1,
         agent__n_step=1,
         agent__sequence_length=1,
+        agent__batch_size=8,
         agent__death_is_terminal=False,
         agent__replay_capacity=8,
         curiosity__coef=0.0,

@@ -35,6 +35,9 @@ def test_a_damaged_line_is_named_and_one_that_is_being_written_is_none(tmp_path:
     path.write_text('{"step": 32}\n\0\0\0\n{"step": 96}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         json_lines(path)
+    path.write_text('{"step": 32}\n{"speed": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 has no step"):
+        json_lines(path)
 
 
 def test_what_dead_processes_of_this_machine_were_writing_is_removed(tmp_path: Path) -> None:

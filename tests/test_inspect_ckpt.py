@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import stat
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_script
+from conftest import SMALL, run_script, script_into
 from torch import nn
 
 from icm.checkpoint_difference import Change, compare
@@ -463,12 +464,13 @@ def test_closed_pipe_and_odd_encoding_end_quietly(tmp_path: Path) -> None:
         "gewicht_\\xe4  torch.Size([1])",
         "a\\x1b[31m\\nb  torch.Size([1])",
     ]
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "k.pt")]
-    closed = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
-    os.close(write_end)
-    assert (closed.returncode, closed.stderr) == (1, "")
+    assert script_into(None, "inspect_ckpt.py", tmp_path / "k.pt") == (1, "")
+    status, told = script_into("/dev/full", "inspect_ckpt.py", "--json", tmp_path / "k.pt")
+    assert (status, told) == (2, "inspect_ckpt.py: error: [Errno 28] No space left on device\n")
+    for more in ([], ["--json"]):
+        closed = shlex.join([sys.executable, str(SCRIPT), *more, str(tmp_path / "k.pt")]) + " >&-"
+        done = subprocess.run(closed, shell=True, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 # Two files

@@ -465,7 +465,7 @@ def test_an_environment_unloads_its_core_but_never_under_a_view_of_its_memory(co
 @pytest.fixture
 def folders(core: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Nothing is installed but what a test puts there."""
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(cores.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cores, "SYSTEM_FOLDERS", [tmp_path / "system"])
     monkeypatch.delenv("LIBRETRO_DIRECTORY", raising=False)
@@ -517,6 +517,16 @@ def test_auto_follows_xdg_config_home(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
     path = install(core, tmp_path / "xdg" / "retroarch" / "cores", "quicknes")
     assert find_core("auto") == path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="homes are found otherwise")
+def test_auto_works_for_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert find_core("auto").is_file()
 
 
 def test_auto_does_not_import_stable_retro() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import settings
+from gymnasium.wrappers import TimeLimit
 from test_lean import EMULATORS, RUNNING
 from test_libretro import FROZEN, FROZEN_SEED
 
@@ -79,6 +80,20 @@ def test_going_back_is_playing_again(emulator: str) -> None:
     assert snapshots.go_back(7, [*ACTIONS[:5], 11 - ACTIONS[5]]) is None  # another way
     assert snapshots.go_back(8, ACTIONS[:EVERY]) is None  # another episode
     assert snapshots.go_back(7, ACTIONS[: EVERY - 1]) is None  # before the first one
+    env.close()
+
+
+def test_a_time_limit_goes_back_too() -> None:
+    env, snapshots = played(EMULATORS[-1], 2 * EVERY)
+    limit: Any = env
+    while not isinstance(limit, TimeLimit):
+        limit = limit.env
+    frames = limit._elapsed_steps
+    assert snapshots.go_back(7, ACTIONS[:EVERY])
+    assert limit._elapsed_steps < frames
+    for action in ACTIONS[EVERY : 2 * EVERY]:
+        env.step(action)
+    assert limit._elapsed_steps == frames > 0
     env.close()
 
 

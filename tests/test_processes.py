@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from icm.processes import Assistants, say
+from icm.output import say
+from icm.processes import Assistants
 
 LONG = bytes(4_000_000)  # more than a pipe holds
 

@@ -148,6 +148,15 @@ def test_what_ranks_saved_goes_on_in_one_process(tmp_path: Path) -> None:
     assert_same(expected, whole_training(run, *DQN), 440)
 
 
+@pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x"}])
+def test_what_torchrun_would_not_set_is_one_line(left: dict[str, str], tmp_path: Path) -> None:
+    done = run_script("train.py", f"hydra.run.dir={tmp_path}/run", env=left)
+    assert done.returncode == 2
+    given = " ".join(f"{name}={text}" for name, text in left.items())
+    assert done.stderr.startswith(f"train.py: error: {given}: must be torchrun's: ")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [

@@ -59,6 +59,10 @@ def test_a_row_is_trained_evaluated_and_not_done_again(tmp_path: Path) -> None:
     policies = ["sampled", "greedy", "random"]
     assert [line.split()[:2] for line in table] == [["sticky", policy] for policy in policies]
     assert reproduce(tmp_path, "on").splitlines() == table  # nothing is run again
+    (tmp_path / "on_seed1.sticky.json").write_text("")
+    done = run_script("reproduce.py", "row=on", "seeds=[1]", f"folder={tmp_path}", *ROWS)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"reproduce.py: error: {tmp_path}/on_seed1.sticky.json: damaged")
 
 
 @pytest.mark.parametrize(

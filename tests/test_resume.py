@@ -347,7 +347,7 @@ def test_another_number_of_workers_changes_nothing(
 
 
 def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of("dqn", "checkpoint.every=32", "checkpoint.keep=2")
     run, save, saved = tmp_path / "run", checkpoint.save, []
@@ -360,7 +360,11 @@ def test_the_newest_checkpoints_are_kept_and_the_memory_is_written_first(
         saved.append(path.name)
 
     monkeypatch.setattr(checkpoint, "save", watch)
+    stays = run / "checkpoints" / "step_000000001.pt"
+    stays.mkdir(parents=True)  # cannot be removed like a file
     train(config, run, used=True)
+    assert f"{stays}: cannot be removed: " in capsys.readouterr().err
+    stays.rmdir()
     steps = (32, 64, 96, 128)
     expected = [(f"replay_{s:09d}.pt", f"step_{s:09d}.pt", "latest.pt") for s in steps]
     assert saved == [name for names in expected for name in names]

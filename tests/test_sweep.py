@@ -129,10 +129,12 @@ def test_a_job_whose_time_is_up_saves_and_comes_again(tmp_path: Path) -> None:
 
 def test_a_mistake_in_one_run_of_a_sweep_is_told_and_the_others_are_done(tmp_path: Path) -> None:
     done = run_script(
-        "train.py", "-m", *SMALL, "total_steps=32", "agent.lr=-1,0.001",
+        "train.py", *SMALL, "-m", "total_steps=32", "agent.lr=-1,0.001,-2",
         f"hydra.sweep.dir={tmp_path}",
     )  # fmt: skip
     assert done.returncode == 2
+    for number, lr in ((0, -1), (2, -2)):
+        assert f"train.py: {number}_agent.lr={lr}: error: agent.lr={lr}.0: must be" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: error: agent.lr=-1")
     assert "Traceback" not in done.stderr
     assert [line["step"] for line in metrics_of(tmp_path / "1_agent.lr=0.001")] == [32]

@@ -158,6 +158,7 @@ def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_
     rng = np.random.default_rng(0)  # the same actions as there
     assert_equal(envs.reset(seed=5)[0], expected[0][0])
     rested, stood = list[int](), np.empty(0)
+    actions, played = list[int](), 0
     for wanted in expected[1:]:
         found = envs.step(rng.integers(0, 12, 3))
         ended = wanted[2] | wanted[3]
@@ -172,10 +173,13 @@ def test_environments_that_rest_are_left_alone_and_the_others_are_as_they_would_
         elif ended[0]:
             envs.rest([0])
             rested, stood = [0], found[0][0].copy()
+            actions = episodes_in(found[4])[0]["actions"]
+            played = len(actions)
     assert rested
+    assert len(actions) == played  # which replay the episode
     assert (envs.reset(seed=5)[0] == expected[0][0]).all()
-    actions = np.random.default_rng(0).integers(0, 12, 3)
-    assert (envs.step(actions)[0] == expected[1][0]).all()
+    first = np.random.default_rng(0).integers(0, 12, 3)
+    assert (envs.step(first)[0] == expected[1][0]).all()
 
 
 def test_episodes_tell_how_to_play_them_again(envs: WorkerVectorEnv) -> None:

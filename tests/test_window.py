@@ -209,3 +209,7 @@ def test_a_window_that_cannot_be_opened_is_refused(
     monkeypatch.setattr(pygame.display, "set_mode", fail)
     with pytest.raises(UserError, match="no window can be opened here"):
         Window(window.player, window.path, load, mind=False, speed=1)
+    monkeypatch.delenv("SDL_VIDEODRIVER")  # SDL's choice where no display answers:
+    monkeypatch.setattr(pygame.display, "get_driver", lambda: "offscreen")
+    with pytest.raises(UserError, match="the display does not answer"):
+        Window(window.player, window.path, load, mind=False, speed=1)

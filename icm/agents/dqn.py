@@ -68,7 +68,7 @@ def n_step_targets(
         return torch.cat((extended.gather(1, live), values[:, -1:]), dim=1)
 
     returns = through_resets(values[:, :-1])
-    for _ in range(n):
+    for _ in range(min(n, length)):
         future = torch.where(truncated, values[:, 1:], returns[:, 1:])
         returns = through_resets(rewards + discount * future.masked_fill(terminal, 0.0))
     return returns[:, :-1]

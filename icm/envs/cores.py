@@ -53,7 +53,7 @@ def core_folders() -> list[Path]:
     package = importlib.util.find_spec("stable_retro")  # finds it without importing it
     if package is not None and package.submodule_search_locations:
         folders.append(Path(package.submodule_search_locations[0], "cores"))
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))  # stays as it is where nobody knows of a home
     if sys.platform == "win32":
         folders += [home / "AppData/Roaming/RetroArch/cores", Path("C:/RetroArch-Win64/cores")]
     elif sys.platform == "darwin":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from gymnasium.wrappers import TimeLimit
 from nes_py import NESEnv
 
 from icm.envs import libretro
@@ -17,6 +18,9 @@ SELDOM = 64  # agent steps between older ones; one of FCEUmm has 30 kB
 
 PLAIN = (int, float, str, tuple, dict, np.generic, np.random.Generator, Progress)
 """Types of what an nes-py game changes when it steps; its emulator has its own state."""
+
+FOREIGN: dict[type, tuple[str, ...]] = {TimeLimit: ("_elapsed_steps",)}
+"""`changing` of wrappers that `gym.make` adds."""
 
 
 @dataclass
@@ -71,11 +75,11 @@ class Snapshots:
 
     def __init__(self, env: Env) -> None:
         self._game: Any = env.unwrapped
-        self._wrappers: list[Any] = []
+        self._wrappers: list[tuple[Any, tuple[str, ...]]] = []  # and what changes in them
         layer: Any = env
         while layer is not self._game:
-            if getattr(type(layer), "changing", ()):
-                self._wrappers.append(layer)
+            if changing := FOREIGN.get(type(layer), getattr(type(layer), "changing", ())):
+                self._wrappers.append((layer, changing))
             layer = layer.env
         self.trail = Trail()
 
@@ -118,13 +122,13 @@ class Snapshots:
         self._game.load_state(snapshot.emulator)
         game, wrappers = copy.deepcopy((snapshot.game, snapshot.wrappers))
         vars(self._game).update(game)
-        for wrapper, values in zip(self._wrappers, wrappers, strict=True):
+        for (wrapper, _), values in zip(self._wrappers, wrappers, strict=True):
             vars(wrapper).update(values)
         return snapshot
 
     def _take(self, state: np.ndarray, info: dict[str, Any]) -> Snapshot:
         game = {name: value for name, value in vars(self._game).items() if isinstance(value, PLAIN)}
-        wrappers = [{name: getattr(w, name) for name in w.changing} for w in self._wrappers]
+        wrappers = [{n: getattr(w, n) for n in changing} for w, changing in self._wrappers]
         game, wrappers = copy.deepcopy((game, wrappers))
         emulator = self._game.dump_state()
         return Snapshot(len(self.trail.actions), emulator, game, wrappers, state, info)

@@ -15,7 +15,7 @@ from icm.envs.practice import Practice
 from icm.envs.snapshots import Trail
 from icm.envs.stepper import NOTHING, Answer, Fields, Order, fields_of
 from icm.envs.wrappers import Env
-from icm.processes import say
+from icm.output import say
 
 NOWHERE: dict[str, np.generic] = {
     "returned": np.False_,
@@ -249,7 +249,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
         self._open(ended, died, arrays["truncated"])
-        for row in np.flatnonzero(~arrays["opening"]).tolist():
+        for row in set(np.flatnonzero(~arrays["opening"]).tolist()) - self._resting:
             self._played[row].append(int(actions[row]))
         self._start()
 

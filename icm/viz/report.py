@@ -152,8 +152,8 @@ def read_runs(folder: Path) -> list[Run]:
     """
     if os.path.exists(folder / "metrics.jsonl"):  # pathlib raises if that cannot be looked at
         return [read_run(folder)]
-    logs = sorted(folder.glob("*/metrics.jsonl"))
-    return [read_run(log.parent) for log in logs if log.stat().st_size] or [read_run(folder)]
+    begun = [log for log in sorted(folder.glob("*/metrics.jsonl")) if b"\n" in log.read_bytes()]
+    return [read_run(log.parent) for log in begun] or [read_run(folder)]
 
 
 def read_run(folder: Path) -> Run:
@@ -174,9 +174,6 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{overrides}: damaged; a full disk may be why") from None
     if not rows:
         raise UserError(f"{folder}: nothing has been logged there yet")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("step"), int):
-            raise UserError(f"{folder / 'metrics.jsonl'}: line {number} has no step; remove it")
     return Run(folder, settings, [str(each) for each in given], rows)
 
 

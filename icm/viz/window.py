@@ -91,6 +91,8 @@ class Window:
         }
         try:
             pygame.display.init()
+            if pygame.display.get_driver() == "offscreen" and "SDL_VIDEODRIVER" not in os.environ:
+                raise pygame.error("the display does not answer")
             pygame.font.init()
             self.font = pygame.font.Font(FONT, 15)
             self._resize(self.picture.shape[1], HEIGHT)
