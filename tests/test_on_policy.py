@@ -490,6 +490,21 @@ def test_pqn_computes_the_loss_it_should() -> None:
     assert loss.item() == parts["loss/q"].item() == pytest.approx(0.5 * squares / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ppo", "pqn"])
+def test_the_signal_learns_what_is_replayed_and_nothing_else_teaches_it(name: str) -> None:
+    agent = make_agent(name, "curiosity.inverse_dropout=0")
+    live(agent, 9, Game(3, 5, episodes=(2, 4)))
+    batch = agent.batch(torch.tensor([0, 4]))
+    weights = [weight for weight in agent.signal.parameters() if weight.requires_grad]
+    x = agent.input_norm(batch.replayed.states.flatten(0, 1))
+    wanted = torch.autograd.grad(agent.signal_loss(x, batch.replayed)[1], weights)
+    for found, expected in zip(
+        torch.autograd.grad(agent.losses(batch)[0], weights), wanted, strict=True
+    ):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("signal", ["icm", "random_features", "rnd", "disagreement", "none"])
 @pytest.mark.parametrize("name", ["dqn", "ppo", "pqn"])
 def test_every_learner_with_every_signal(name: str, signal: str) -> None:
