@@ -84,10 +84,6 @@ class Replay:
         """Bytes that a memory of `capacity` agent steps takes."""
         return capacity * (frame_shape[0] * frame_shape[1] + 4 * num_actions + 13)
 
-    def __len__(self) -> int:
-        """Agent steps stored."""
-        return self.size * self.num_envs
-
     def add(
         self,
         states: Tensor,

@@ -1014,7 +1014,7 @@ def test_observing_stores_but_does_not_learn() -> None:
     agent = make_agent()
     before = {name: weights(network) for name, network in agent.networks.items()}
     play(agent, 12)
-    assert len(agent.memory) == 36
+    assert agent.memory.size == 12
     assert all(same(weights(network), before[name]) for name, network in agent.networks.items())
     assert agent.updates == 0
 
@@ -1272,7 +1272,7 @@ def test_same_seed_same_agent() -> None:
 def test_agent_that_only_plays_has_no_memory() -> None:
     config = configure()
     agent = build_agent(config, (2, SIZE, SIZE), ACTIONS, torch.device("cpu"), remember=False)
-    assert len(agent.memory) == agent.memory.frames.numel() == 0
+    assert agent.memory.size == agent.memory.frames.numel() == 0
     assert not agent.due(10_016)
     states = random_states(2)
     assert agent.probabilities(states, start(states), 0).shape == (2, ACTIONS)

@@ -215,7 +215,7 @@ def test_every_slot_is_overwritten_in_turn(extra: int) -> None:
     simulation = Simulation(num_envs=2, frame_stack=2, seed=1)
     replay = make_replay(80, 2, FRAME, 2)
     fill(replay, simulation, 80 + extra)
-    assert len(replay) == 80
+    assert replay.size == 40
     envs, _, times = origins(replay.recent_frames(10**6))
     kept = sorted(zip(times.tolist(), envs.tolist(), strict=True))
     assert kept == [(t, e) for t in range(40 + extra, 80 + extra) for e in range(2)]
@@ -327,14 +327,14 @@ def test_one_frame_a_step_whatever_the_stack() -> None:
     replay = make_replay(60, 3, FRAME, 4)
     for steps in range(1, 30):
         replay.add(**simulation.step())
-        assert len(replay) == min(steps, 20) * 3
+        assert replay.size == min(steps, 20)
         newest = simulation.states[-1][:, -1]
         assert np.array_equal(replay.frames[(steps - 1) % 20].numpy(), newest)
 
 
 def test_no_memory() -> None:
     replay = make_replay(0, 4, FRAME, 3)
-    assert len(replay) == 0
+    assert replay.size == 0
     assert not replay.can_sample(1)
     assert tensor_bytes(replay) == 0
 
@@ -367,7 +367,7 @@ def test_loaded_memory_goes_on(steps: int) -> None:
     fill(saved, simulation, steps)
     fill(loaded, Simulation(num_envs=2, frame_stack=3, seed=99), 64)  # is replaced
     loaded.load_state_dict(through_a_file(saved.state_dict()))
-    assert len(loaded) == len(saved)
+    assert loaded.size == saved.size
     one, other = (replay.sample(50, 4, generator()) for replay in (saved, loaded))
     for name, value in vars(one).items():
         assert torch.equal(value, getattr(other, name)), name
@@ -418,7 +418,7 @@ def test_memory_of_another_shape(other: tuple[Any, ...]) -> None:
             foreign.add(**step | {"behaviour": step["behaviour"][:, : other[4]]})
     with pytest.raises(ValueError, match="does not fit"):
         replay.load_state_dict(foreign.state_dict())
-    assert len(replay) == 40
+    assert replay.size == 20
     compare(replay.sample(30, 4, generator()), simulation, 4)
 
 

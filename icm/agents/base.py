@@ -28,7 +28,7 @@ from icm.models import InputNorm, Phi, contrast_normalised
 from icm.ranks import WORLD_SIZE
 from icm.replay import Replay, Sequences
 
-MOST_SKIPPED = 50  # optimizer steps skipped in a row at which training is given up
+MOST_STEPS_SKIPPED = 50  # optimizer steps skipped in a row at which training is given up
 
 
 class BrokenDownError(UserError):
@@ -498,7 +498,7 @@ class Agent[Batch](ABC):
         Raises:
             BrokenDownError: they do.
         """
-        if (skipped := int(self.skipped_running.item())) >= MOST_SKIPPED:
+        if (skipped := int(self.skipped_running.item())) >= MOST_STEPS_SKIPPED:
             raise BrokenDownError(
                 f"loss or gradients of the last {skipped} steps of the optimizer were not finite"
             )

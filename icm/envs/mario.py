@@ -18,7 +18,7 @@ from icm.envs.wrappers import Env
 ACTION_SETS = {"right_only": RIGHT_ONLY, "simple": SIMPLE_MOVEMENT, "complex": COMPLEX_MOVEMENT}
 
 MOST_BLOCKS = 12_000  # more than any place has; the camera may be anywhere while one loads
-MOST_SKIPPED = 3600  # frames in a row: a minute of play
+MOST_FRAMES_SKIPPED = 3600  # frames in a row: a minute of play
 GAME_OVER = 255  # the lives counter then, in Super Mario Bros. and Lost Levels
 SETTLING = 4  # agent steps after a black screen, in which pictures fade in
 CELL = 16  # pixels; the games are built of 16x16 blocks
@@ -115,7 +115,7 @@ class LeanGame(NESEnv):
 
     def _frame_advance(self, action: int) -> None:
         self.skipped += 1
-        if self.skipped > MOST_SKIPPED:
+        if self.skipped > MOST_FRAMES_SKIPPED:
             raise FrozenError
         super()._frame_advance(action)
 
