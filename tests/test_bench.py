@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL, composed, run_script
 
 from icm.bench.apart import apart
 from icm.bench.contenders import Contender, rate_of
+from icm.bench.suite import compared
 from icm.bench.tutorial import TutorialLoop, downscale, make_env
 from icm.errors import UserError
 
@@ -208,3 +209,17 @@ def test_downscale_keeps_brightness_and_takes_the_brightest_channel() -> None:
     assert small.shape == (42, 42)
     assert small[:, :15] == pytest.approx(0.4)
     assert small[:, -15:] == pytest.approx(1.0)
+
+
+def test_a_rate_is_compared_with_the_faster_rival_round_by_round() -> None:
+    rates = {
+        "tutorial": [1.0, 2.0, 4.0],
+        "sb3_ppo": [10.0, 20.0, 30.0],
+        "sb3_dqn": [5.0, 5.0, 5.0],
+        "nes_py": [40.0, 40.0, 60.0],
+    }
+    found = compared(rates, {"nes_py": 80.0})
+    assert found["nes_py"]["vs_tutorial"] == 20  # of 40, 20 and 15
+    assert (found["nes_py"]["sb3"], found["nes_py"]["vs_sb3"]) == ("sb3_ppo", 2)
+    assert found["nes_py"]["share_of_ideal"] == 0.5
+    assert "vs_sb3" not in found["sb3_dqn"]

@@ -465,3 +465,36 @@ def test_sets_of_actions(actions: str, count: int) -> None:
     env = make_env(replace(QUICK, actions=actions))
     assert action_count(env.action_space) == len(action_names(env)) == count
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "places"),
+    [
+        ("SuperMarioBros-1-1-v0", (0x74E, 0x74F)),
+        ("SuperMarioBros2-1-1-v0", (0x74E, 0x74F)),
+        ("SuperMarioBros2USA-1-1-v0", (0x532,)),
+        ("SuperMarioBros3-1-1-v0", (0x61, 0x62)),
+    ],
+)
+def test_cells_tell_the_areas_of_a_level_apart(env_id: str, places: tuple[int, ...]) -> None:
+    for place in places:
+        env = make_env(replace(QUICK, id=env_id, noop_max=0, action_repeat=1))
+        env.reset(seed=0)
+        before = env.step(0)[-1]["cell"].tolist()
+        game: Any = env.unwrapped
+        game.ram[place] ^= 2
+        after = env.step(0)[-1]["cell"].tolist()
+        assert after[:2] == before[:2]
+        assert after[2] != before[2], hex(place)
+        env.close()
+
+
+def test_grey_image_crops_all_four_sides() -> None:
+    class Framed(Counter):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            image = np.full((20, 30, 3), 255, np.uint8)
+            image[1:-2, 3:-4] = 50
+            return image, {}
+
+    frame, _ = GreyImage(Framed(), 2, (1, 2, 3, 4)).reset()
+    assert (frame == 50).all()

@@ -293,3 +293,15 @@ def test_exploration_is_saved_and_restored(tmp_path: Path) -> None:
     empty.load_state_dict(torch.load(tmp_path / "empty.pt", weights_only=True))
     assert not cells_of(empty)
     assert empty.best is None
+
+
+@pytest.mark.parametrize("now", ["SuperMarioBros-1-1-v0", "SuperMarioBros-1-2-v0"])
+def test_the_average_begins_anew_with_other_settings_of_the_environment(now: str) -> None:
+    found = Exploration()
+    for number in range(100):
+        found.finish(number, episode(100, [1]))
+    assert found.average() == 100
+    found.move("SuperMarioBros-1-1-v0", now)
+    assert found.average() is None
+    found.finish(100, episode(300, [1]))
+    assert found.objective() == 300

@@ -13,8 +13,9 @@ from conftest import settings
 
 from icm.exploration import Exploration, Recording
 from icm.files import write_whole
+from icm.viz.clip import film
 from icm.viz.gallery import Gallery
-from icm.viz.studio import Drawn, report
+from icm.viz.studio import Drawn, maps, report
 
 SHORT = ("env.emulator=libretro", "env.noop_max=0", "report.every=0")
 
@@ -126,3 +127,15 @@ def test_a_report_is_due_at_its_intervals_once_something_is_logged(
     gallery.update(20, 1, found)
     ((step, (drawing,)),) = ordered
     assert (step, drawing.func, drawing.args) == (20, report, (tmp_path, found.places()))
+
+
+def test_the_report_is_drawn_last_because_it_shows_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = Gallery(tmp_path, settings("map.every=10", "video.every=10", "report.every=10"))
+    found, ordered = explored(), []
+    found.best = Recording(step=3, score=40.0, seed=1, actions=[3, 3])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
+    monkeypatch.setattr(gallery.studio, "order", lambda step, drawings: ordered.extend(drawings))
+    gallery.update(10, 10, found)
+    assert [drawing.func for drawing in ordered] == [maps, film, report]

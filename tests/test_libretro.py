@@ -643,3 +643,17 @@ def test_an_episode_in_which_the_game_freezes_is_truncated() -> None:
     env.reset(seed=FROZEN_SEED)
     assert env.step(0)[2:4] == (False, False)
     env.close()
+
+
+def test_a_state_is_restored_for_good_also_after_a_frame_that_was_not_drawn(core: Path) -> None:
+    game = game_on(core)
+    for _ in range(20):
+        game.step(RIGHT)
+    snapshot, screen, ram = game.dump_state(), game.screen.copy(), game.ram.copy()
+    game._env.draw = False
+    for _ in range(20):
+        game.step(RIGHT)
+    game.load_state(snapshot)
+    assert (game.observation("rgb_array_contiguous") == screen).all()
+    assert (game.ram == ram).all()
+    game.close()

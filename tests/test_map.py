@@ -1,10 +1,12 @@
 """Maps: what stands where, and the files."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from icm.envs.mario import CELL, GROUND
 from icm.errors import UserError
@@ -97,3 +99,27 @@ def test_places_that_no_level_has_do_not_end_a_training() -> None:
     region.cells[4095, 4] = Visits(first=1, count=1)
     assert (draw_map("1-2", region) == draw_map("1-2", found())).all()
     assert (draw_map("2-1", Region(cells={(-1, 4): Visits(first=1, count=1)})) == 0).all()
+
+
+def test_each_panel_has_its_own_values_and_what_is_outside_the_picture_at_the_nearest_edge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    panels: list[np.ndarray] = []
+    imshow = Axes.imshow
+
+    def watch(axes: Axes, values: np.ndarray, **how: Any) -> Any:
+        if "cmap" in how:
+            panels.append(values)
+        return imshow(axes, values, **how)
+
+    monkeypatch.setattr(Axes, "imshow", watch)
+    region = found()
+    region.cells[3, GROUND + 5] = Visits(first=4000, count=7)
+    region.cells[3, -5] = Visits(first=5000, count=2)
+    draw_map("1-2", region)
+    counts, first, surprise = panels
+    squares = ((10, 20), (10, 49), (0, 3), (ROWS - 1, 3))  # the last ones: above and below it
+    assert [counts[square] for square in squares] == [10, 1, 7, 2]
+    assert [first[square] for square in squares] == [3, 9, 4, 5]
+    assert [surprise[square] for square in squares[:2]] == [5 / 8, 0]
+    assert [np.isfinite(each).sum() for each in panels] == [4, 4, 2]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from icm.errors import UserError
 from icm.viz.report import (
     colours,
+    compared,
     draw_mean,
     names_of,
     read_run,
@@ -279,3 +280,19 @@ def test_smoothing_is_a_mean_over_neighbours() -> None:
     assert smoothed(values)[0] == pytest.approx(2)  # of 0 to 4
     assert np.isnan(smoothed(np.full(3, np.nan))).all()
     assert thousands(1234567) == "1 234 567"
+
+
+def test_results_are_of_the_last_tenth_and_the_best_kind_is_first(tmp_path: Path) -> None:
+    kinds = {}
+    for name, distance in (("near", 0.0), ("far", 100.0)):
+        rows = [
+            {"step": 200 * n, "episode/distance": distance + n, "speed/agent_steps_per_s": 10.0}
+            for n in range(1, 21)
+        ]
+        folder = make_run(tmp_path / name, 1)
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        kinds[name] = [read_run(folder)]
+    assert [kinds[name][0].figures()["distance"] for name in kinds] == [19.5, 119.5]
+    _, table = compared(kinds)
+    assert [cells[0] for _, cells in table] == ["far", "near"]
+    assert [colour for colour, _ in table] == [*reversed(colours(2))]  # those of their curves

@@ -8,7 +8,7 @@ from conftest import SMALL, composed, killed_training, run_script, settings, who
 
 from icm.config import EvaluateConfig, typed
 from icm.files import latest
-from icm.reproduction import ReproduceConfig, flattened
+from icm.reproduction import ReproduceConfig, flattened, table
 
 ROWS = (
     "+rows.tiny.train=[]",
@@ -95,3 +95,20 @@ def test_all_rows_are_of_settings_that_there_are() -> None:
         settings(*flattened([*before, *row.train]))
     for given in {tuple(each) for row in rows.values() for each in row.evaluate.values()}:
         assert typed(composed("evaluate", "ckpt=some.pt", *given), EvaluateConfig).episodes >= 30
+
+
+def test_of_several_seeds_there_is_a_mean_with_its_error() -> None:
+    sampled = [
+        {"distance_mean": distance, "flag_rate": flags, "random": {}, "greedy": {}}
+        for distance, flags in ((100.0, 0.0), (200.0, 0.5), (600.0, 1.0))
+    ]
+    of_seeds = [
+        each | {"greedy": each, "random": {"distance_mean": 7.0, "flag_rate": 0.0}}
+        for each in sampled
+    ]
+    lines = table({"plain": of_seeds}).splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["plain", p] for p in ("sampled", "greedy", "random")
+    ]
+    assert lines[0].endswith("100 (0.00)     200 (0.50)     600 (1.00)  mean 300 ± 153 (0.50)")
+    assert lines[2].endswith("mean 7 ± 0 (0.00)")

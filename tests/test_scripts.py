@@ -586,7 +586,6 @@ def test_a_run_never_writes_into_the_folder_of_another(trained: Path, tmp_path: 
         assert settings.read_text() == damaged
     # but into that of a start that was refused
     (tmp_path / "young" / "metrics.jsonl").unlink()
-    before = contents(trained)
     assert_refused(run_script("train.py", *given[:-1], "device=cuda", given[-1]), "device=cuda: ")
     assert "device: cuda" in settings.read_text()
     # nor into any other

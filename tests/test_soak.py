@@ -17,8 +17,8 @@ from conftest import ROOT, composed, run_script, unseen, wait_for_lines
 from icm import checkpoint
 from icm.checkpoint_reader import read_checkpoint
 from icm.errors import UserError
-from icm.soak.files import KINDS, forged, forgeries
-from icm.soak.forked import start_forked
+from icm.soak.files import KINDS, _wrong, forged, forgeries
+from icm.soak.forked import Ended, start_forked
 from icm.soak.pieces import compare
 from icm.soak.program import QUICK, Findings, Training, end_all
 
@@ -179,3 +179,22 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     checkpoint.save(path, {"format": now - 1, "step": 5, "config": {}, "models": {}})
     with pytest.raises(UserError, match=f"checkpoint format {now - 1}; this program reads {now}"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (Ended(0, "", "", 1 << 20), None),
+        (Ended(2, "", "play.py: error: x: damaged\n", 1 << 20), None),
+        (Ended(None, "", "", 1 << 20), "did not end"),
+        (Ended(0, "", "Traceback (most recent call last):\n", 1 << 20), "exit status 0"),
+        (Ended(1, "", "play.py: error: x\n", 1 << 20), "exit status 1"),
+        (Ended(-9, "", "", 1 << 20), "exit status -9"),
+        (Ended(2, "", "play.py: error: x\nand more\n", 1 << 20), "not one clear line"),
+        (Ended(2, "", "damaged\n", 1 << 20), "not one clear line"),
+        (Ended(0, "", "", 1 << 30), "took 1024 MiB of memory"),
+    ],
+)
+def test_what_a_script_does_wrong_with_a_file_is_seen(ended: Ended, words: str | None) -> None:
+    told = _wrong(ended, Ended(0, "", "", 1 << 20), size=1000)
+    assert told is None if words is None else words in str(told)

@@ -468,3 +468,16 @@ def test_who_plays_again_is_given_the_time_for_it(
     envs.restore(envs.state_dict() | {"actions": actions})
     for worker, rows in enumerate(envs._balance.rows):
         assert given[worker] == pytest.approx(400 + sum(len(actions[row]) for row in rows) / 10)
+
+
+def test_workers_step_while_the_caller_computes_and_late_ones_after_it() -> None:
+    envs = make_vector_env(ENV, busy_cores=CORES)  # the second worker is late
+    try:
+        envs.reset(seed=5)
+        envs.step_async(np.zeros(3, int))
+        early, late = envs._workers.pipes
+        assert early.poll(20)
+        assert not late.poll(1)
+        envs.step_wait()
+    finally:
+        envs.close()

@@ -213,3 +213,23 @@ def test_a_window_that_cannot_be_opened_is_refused(
     monkeypatch.setattr(pygame.display, "get_driver", lambda: "offscreen")
     with pytest.raises(UserError, match="the display does not answer"):
         Window(window.player, window.path, load, mind=False, speed=1)
+
+
+def test_a_paused_window_waits_until_it_is_told_to_step(
+    window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = 0
+
+    def tick(rate: float) -> None:
+        nonlocal waited
+        waited += 1
+        if waited % 3 == 0:
+            press(pygame.K_n)
+
+    monkeypatch.setattr(window, "_show", lambda moment: None)  # which ticks, too
+    monkeypatch.setattr(window, "clock", SimpleNamespace(tick=tick))
+    press(pygame.K_SPACE)
+    moments = window.play(9)
+    for pauses in (3, 6):
+        next(moments)
+        assert waited == pauses
