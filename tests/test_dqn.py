@@ -416,7 +416,7 @@ def slow_losses(agent: DQN, batch: Sequences) -> dict[str, float]:
         {},
         {"agent__n_step": 1, "curiosity__extrinsic_coef": 0.7, "curiosity__policy_prior": False},
         {"agent__n_step": 10, "curiosity__eta": 3.0, "curiosity__coef": 0.5},
-        {"agent__death_is_terminal": True, "curiosity__extrinsic_coef": 1.0},
+        {"agent__death_is_terminal": False, "curiosity__extrinsic_coef": 1.0},
         {"agent__input_norm": "stack", "agent__discount": 0.2, "curiosity__coef": 0.0},
         {"agent__previous_action": False, "agent__advantage_learning": 0.0},
         {"curiosity__surprise_limit": None},
@@ -1450,3 +1450,38 @@ def test_curiosity_alone_explores() -> None:
     assert by_chance < 10
     assert max(cell for cell, n in visits.items() if n) > 16
     assert sum(visits[cell] for cell in range(5, 24)) > 100
+
+
+def test_gradients_that_are_not_finite_change_no_weights_and_are_counted() -> None:
+    """Though the loss is: in the backward pass, numbers may overflow that do not in the forward."""
+    agent = make_agent(agent__target_tau=1.0)
+    play(agent)
+    agent.update()
+    hook = agent.signal.phi.conv1.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: weights(network) for name, network in agent.networks.items()}
+    losses = agent.update()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert agent.skipped.item() == agent.skipped_running.item() == 1
+    for name in ("phi", "fnet", "inverse", "qnetwork"):
+        assert same(weights(agent.networks[name]), before[name]), name
+    hook.remove()
+    agent.update()
+    assert (agent.skipped.item(), agent.skipped_running.item()) == (1, 0)
+    assert not same(weights(agent.networks["phi"]), before["phi"])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_networks_that_are_not_finite_are_refused(wrong: float) -> None:
+    models = make_agent(seed=5).state_dict()["models"]
+    models["target"]["conv1.weight"][0, 0, 0, 0] = wrong
+    check_refused(make_agent(), models, r"^target\.conv1\.weight is not finite; take an older")
+
+
+def test_more_environments_than_steps_between_updates_have_several_due() -> None:
+    agent = make_agent(env__num_envs=3, agent__steps_per_update=2)
+    play(agent)
+    due = [agent.due(step) for step in range(999, 999 + 8 * 3, 3)]
+    assert due == [2, 1, 2, 1, 2, 1, 2, 1] or due == [1, 2, 1, 2, 1, 2, 1, 2]
+    fewer = make_agent(env__num_envs=3, agent__steps_per_update=12)
+    play(fewer)
+    assert sorted(fewer.due(step) for step in range(999, 999 + 8 * 3, 3)) == [0] * 6 + [1] * 2

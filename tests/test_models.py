@@ -575,3 +575,33 @@ def test_pqn_is_what_has_layer_normalisation(agent: str, norms: int) -> None:
     built: Any = build_agent(settings(f"agent={agent}"), (4, 42, 42), 12, torch.device("cpu"))
     assert len(built.qnetwork.norms) == norms
     assert built.qnetwork.linear1.in_features == 6 * 6 * 32 + 12  # and the action before
+
+
+def test_actor_critic_in_numpy() -> None:
+    network = ActorCritic((4, 42, 42), 12, 256, convolutions=3, heads=2).double()
+    x = torch.randn(5, 4, 42, 42, dtype=torch.float64)
+
+    def layer(of: torch.nn.Linear, y: np.ndarray) -> np.ndarray:
+        return y @ of.weight.detach().numpy().T + of.bias.detach().numpy()
+
+    hidden = layer(network.linear1, network.features(x).detach().numpy())
+    hidden = np.where(hidden > 0, hidden, np.expm1(hidden))
+    for found, of in zip(network(x), (network.policy, network.value), strict=True):
+        assert found.detach().numpy() == pytest.approx(layer(of, hidden), rel=1e-6, abs=1e-8)
+
+
+def assert_orthogonal(weight: torch.Tensor, gain: float) -> None:
+    """Rows, or columns if these are fewer, are of length `gain` and at right angles."""
+    w = weight.detach().flatten(1)
+    products = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+    found = products / gain**2
+    torch.testing.assert_close(found, torch.eye(len(found)), rtol=0, atol=1e-4)
+
+
+def test_weights_begin_orthogonal() -> None:
+    network, phi = ActorCritic((4, 42, 42), 12, 256, heads=2), Phi((4, 42, 42))
+    for layer in (*network.convs, *phi.convs, network.linear1):
+        assert_orthogonal(layer.weight, math.sqrt(2))
+        assert not layer.bias.any()
+    assert_orthogonal(network.policy.weight, 0.01)
+    assert_orthogonal(network.value.weight, 1.0)

@@ -781,3 +781,70 @@ def test_a_policy_that_is_not_finite_is_no_policy(name: str) -> None:
 def test_an_ensemble_has_as_many_models_as_it_is_told() -> None:
     agent = make_agent("ppo", "curiosity=disagreement", "curiosity.ensemble=2")
     assert len(agent.signal.ensemble) == 2
+
+
+def test_pqn_learns_from_scaled_surprise_times_novelty_and_the_games_reward() -> None:
+    weights = ("curiosity.coef=2.0", "curiosity.extrinsic_coef=0.5", "agent.trace=0.0")
+    agent = make_agent("pqn", *weights, "agent.advantage_learning=0.0", "agent.discount=0.5")
+    live(agent, 9)
+    memory = agent.memory
+    ended = agent.stored(memory.terminated) | agent.stored(memory.truncated)
+    plain = ~(agent.stored(memory.reset) | ended)
+    plain[0] = False  # the first step is already that of the next rollout
+    assert plain.sum() > 5
+    assert (agent.raw[:-1][plain] > 0.1).any()
+    rewards = 2 * agent.raw[:-1] / agent.scale.std + 0.5 * agent.stored(memory.rewards)
+    wanted = rewards + 0.5 * agent.values[1:].amax(2)
+    torch.testing.assert_close(agent.targets["returns"].squeeze(2)[plain], wanted[plain])
+
+
+def test_the_errors_of_both_values_count() -> None:
+    agent = make_agent("ppo", "curiosity.extrinsic_coef=1.0")
+    live(agent, 9)
+    batch = agent.batch(torch.tensor([0, 4]))
+    rollout = batch.rollout
+    x = agent.input_norm(rollout.states[:, :-1].flatten(0, 1))
+    _, values = agent.actor_critic(x, rollout.previous[:, :-1].flatten())
+    values = values.detach().unflatten(0, rollout.actions.shape)
+    errors = (values - batch.targets["returns"])[~rollout.reset].square().mean(0)
+    assert errors.shape == (2,)
+    assert errors.min() > 0
+    _, parts = agent.losses(batch)
+    assert parts["loss/value"].item() == pytest.approx(errors.sum().item(), rel=1e-4)
+    wanted = values[~rollout.reset].sum(1).mean().item()
+    assert parts["value/mean"].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_where_a_new_life_begins_tells_nothing_of_what_is_usual() -> None:
+    agent, game = make_agent("ppo", "curiosity.reward_half_life=1e9"), Game(3, 3, episodes=(99, 99))
+    means = []
+    for t in range(6):
+        respawned = torch.tensor([t % 2 == 1, False, t == 3])
+        step = game.step() | {"values": torch.zeros(3, 1), "respawned": respawned}
+        statistics, surprise = agent.observe(**step)
+        assert torch.equal(surprise.isnan(), respawned)
+        for name in ("accuracy", "heldout", "gain"):
+            assert len(statistics[f"icm/inverse_{name}"]) == (~respawned).sum()
+        means.append(surprise[~respawned].double().mean().item())
+    assert agent.interest.moments.mean == pytest.approx(np.mean(means), rel=1e-6)
+
+
+def test_an_agent_that_fills_a_new_memory_goes_on_filling_it() -> None:
+    """If it is stopped and resumed meanwhile."""
+    first, second = (make_agent("ppo", "agent.warmup_steps=100") for _ in range(2))
+    live(first, 20)
+    first.forget(500)
+    live(first, 10)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    second.load_memory(through_a_file(first.memory_dict()))
+    for agent in (first, second):
+        assert [agent.can_learn(step) for step in (100, 599, 600)] == [False, False, True]
+
+
+def test_the_icm_has_its_settings() -> None:
+    given = {
+        **{"beta": 0.3, "eta": 2.0, "reduction": "sum", "forward_scale": 3.0, "inverse_scale": 5.0},
+        **{"target_tau": 0.25, "normalize_features": False, "policy_prior": False},
+    }
+    signal = make_agent("ppo", *(f"curiosity.{k}={v}" for k, v in given.items())).signal
+    assert {name: getattr(signal, name) for name in given} == given

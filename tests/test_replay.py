@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 from conftest import through_a_file
 from torch import Tensor
 
@@ -395,13 +396,27 @@ def test_a_place_to_write_that_there_is_not_is_refused(head: int) -> None:
         replay.load_state_dict(replay.state_dict() | {"head": head})
 
 
-@pytest.mark.parametrize("lie", [12, 1 << 40])
-def test_frames_that_are_more_than_they_say_are_refused(lie: int) -> None:
-    replay = make_replay(80, 2, FRAME, 3)
-    fill(replay, Simulation(num_envs=2, frame_stack=3, seed=1), 8)
-    bomb = replay.state_dict() | {"frame_shape": [lie, 2, *FRAME]}
-    with pytest.raises(ValueError, match="does not fit"):
-        replay.load_state_dict(bomb)
+@pytest.mark.parametrize("slots", [0, 7, 12, 1 << 20])
+def test_frames_that_are_fewer_or_more_than_they_say_are_refused(slots: int) -> None:
+    replay, simulation = make_replay(80, 2, FRAME, 3), Simulation(num_envs=2, frame_stack=3, seed=1)
+    fill(replay, simulation, 8)
+    packed = zstandard.compress(bytes(slots * 2 * FRAME[0] * FRAME[1]))
+    lie = {"frames": torch.from_numpy(np.frombuffer(packed, np.uint8).copy())}
+    with pytest.raises(ValueError, match="does not fit its own size"):
+        replay.load_state_dict(replay.state_dict() | lie)
+    compare(replay.sample(30, 4, generator()), simulation, 4)
+
+
+def test_more_slots_than_its_ring_had_are_refused() -> None:
+    replay, larger = make_replay(80, 2, FRAME, 3), make_replay(82, 2, FRAME, 3)
+    simulation = Simulation(num_envs=2, frame_stack=3, seed=1)
+    fill(replay, simulation, 20)
+    fill(larger, Simulation(num_envs=2, frame_stack=3, seed=2), 41)
+    lie = larger.state_dict() | {"num_slots": 40, "head": 0}
+    with pytest.raises(ValueError, match="does not fit its own size"):
+        replay.load_state_dict(lie)
+    assert replay.size == 20
+    compare(replay.sample(30, 4, generator()), simulation, 4)
 
 
 @pytest.mark.parametrize(
