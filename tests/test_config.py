@@ -99,10 +99,10 @@ def test_large_scale_goes_with_any_curiosity_but_none() -> None:
         settings("preset=large_scale", "curiosity=none")
 
 
-def test_the_readme_tells_the_defaults() -> None:
+def test_the_manual_tells_the_defaults() -> None:
     known = flat(asdict(settings()))
-    text = (ROOT / "README.md").read_text()
-    section = text.partition("### `train.py`")[2].partition("**Practice.**")[0]
+    text = (ROOT / "docs" / "manual.md").read_text()
+    section = text.partition("## `train.py`")[2].partition("**Practice.**")[0]
     rows = re.findall(r"^\| ((?:`[\w.]+=[^`|]+`(?:, )?)+) \|", section, re.MULTILINE)
     told = dict(re.findall(r"`([\w.]+)=([^`]+)`", " ".join(rows)))
     assert len(told) > 20

@@ -163,7 +163,7 @@ def describe_emulator(config: EnvConfig) -> str | None:
         return None
     return (
         "emulator: nes_py; nearly twice as fast: "
-        "uv run --extra fast scripts/train.py env.emulator=libretro (README.md says more)"
+        "uv run --extra fast scripts/train.py env.emulator=libretro (docs/manual.md says more)"
     )
 
 
