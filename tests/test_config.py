@@ -1,11 +1,10 @@
 """Values out of their range are refused by name; test_scripts.py shows what a user sees of it."""
 
 import copy
-import re
 from dataclasses import asdict, fields
 
 import pytest
-from conftest import ROOT, settings
+from conftest import settings
 
 from icm.config import AGENTS, CURIOSITIES, RANGES, EnvConfig, _check, flat
 from icm.errors import UserError
@@ -97,16 +96,3 @@ def test_large_scale_goes_with_any_curiosity_but_none() -> None:
         assert settings("preset=large_scale", f"curiosity={name}").curiosity.name == name
     with pytest.raises(UserError, match=r"curiosity\.hidden"):
         settings("preset=large_scale", "curiosity=none")
-
-
-def test_the_manual_tells_the_defaults() -> None:
-    known = flat(asdict(settings()))
-    text = (ROOT / "docs" / "manual.md").read_text()
-    section = text.partition("## `train.py`")[2].partition("**Practice.**")[0]
-    rows = re.findall(r"^\| ((?:`[\w.]+=[^`|]+`(?:, )?)+) \|", section, re.MULTILINE)
-    told = dict(re.findall(r"`([\w.]+)=([^`]+)`", " ".join(rows)))
-    assert len(told) > 20
-    for name in told.keys() - {"resume", "hydra.run.dir"}:
-        value = known.get(name, known.get(f"{name}.name"))
-        plain = f"{value:g}" if type(value) is float else str(value)
-        assert told[name] == ("null" if value is None else plain), name
