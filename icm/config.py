@@ -50,11 +50,11 @@ class EnvConfig:
 
 @dataclass
 class PolicyConfig:
-    """Schedules as knots [agent step, value], see `icm.agents.policy`."""
+    """Schedules of `icm.agents.policy`; a temperature of None adapts."""
 
-    temperature: list[Any] | None
-    entropy: list[Any]
-    epsilon: list[Any]
+    temperature: Any
+    entropy: Any
+    epsilon: Any
 
 
 @dataclass
@@ -322,9 +322,9 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
         reason = str(error).splitlines()[0]
         if "is not a ListConfig" in reason:
             reason = f"must be a list, as in {error.full_key}=[A,B]"
-        if "of type 'ListConfig'" in reason:
+        if "of type 'ListConfig'" in reason or "value 'None'" in reason:
             given = OmegaConf.select(settings, str(error.full_key))
-            reason = f"must be a single value here, not {given}"
+            reason = f"must be a single value here, not {'null' if given is None else given}"
         raise UserError(f"{error.full_key}: {reason}") from None
     assert isinstance(result, kind)
     return result
@@ -459,11 +459,7 @@ def _check(config: Config) -> None:
             value = getattr(sections[group], key, None)
             if value is not None and not holds(value):
                 raise UserError(f"{name}={value}: {words}")
-    discounts = [agent.discount]
-    if isinstance(agent.discount, list):
-        _check_schedule("agent.discount", agent.discount)
-        discounts = [value for _, value in agent.discount]
-    if not all(isinstance(value, int | float) and 0 <= value < 1 for value in discounts):
+    if not all(0 <= value < 1 for value in _values_of("agent.discount", agent.discount)):
         raise UserError(f"agent.discount={agent.discount}: must be at least 0 and below 1")
     if agent.input_norm == "standard" and agent.warmup_steps == 0:
         raise UserError(
@@ -508,15 +504,15 @@ def _check(config: Config) -> None:
         )
     if isinstance(agent, DQNConfig | PQNConfig):
         policy = agent.policy
-        temperature = [[0, 1]] if policy.temperature is None else policy.temperature
-        for name, schedule, greatest, words in (
+        temperature = 1 if policy.temperature is None else policy.temperature
+        for key, schedule, greatest, words in (
             ("temperature", temperature, math.inf, "0 or more"),
             ("entropy", policy.entropy, 1, "between 0 and 1"),
             ("epsilon", policy.epsilon, 1, "between 0 and 1"),
         ):
-            _check_schedule(f"agent.policy.{name}", schedule)
-            if not all(0 <= value <= greatest for _, value in schedule):
-                raise UserError(f"agent.policy.{name}={schedule}: values must be {words}")
+            name = f"agent.policy.{key}"
+            if not all(0 <= value <= greatest for value in _values_of(name, schedule)):
+                raise UserError(f"{name}={schedule}: values must be {words}")
 
 
 def practising(share: float, num_envs: int) -> int:
@@ -534,15 +530,28 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed={seed}: must be at least 0 and below 2**63")
 
 
-def _check_schedule(name: str, schedule: list[Any]) -> None:
-    knots_are_pairs = bool(schedule) and all(
+def _values_of(name: str, schedule: Any) -> list[float]:
+    """The values of a schedule of `icm.agents.policy`.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(schedule, int | float):
+        return [schedule]
+    knots_are_pairs = isinstance(schedule, list) and all(
         isinstance(knot, list)
         and len(knot) == 2
         and all(isinstance(x, int | float) for x in knot)
         and abs(knot[0]) < 2**63
         for knot in schedule
     )
-    if not knots_are_pairs or sorted(k[0] for k in schedule) != [k[0] for k in schedule]:
+    if (
+        not schedule
+        or not knots_are_pairs
+        or schedule != sorted(schedule, key=lambda knot: knot[0])
+    ):
         raise UserError(
-            f"{name}={schedule}: must be knots in order, such as [[0, 1.0], [20000, 0.05]]"
+            f"{name}={schedule}: must be a number, or knots in order, such as "
+            "[[0, 1.0], [20000, 0.05]]"
         )
+    return [value for _, value in schedule]
