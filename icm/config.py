@@ -506,7 +506,7 @@ def _check(config: Config) -> None:
         policy = agent.policy
         temperature = 1 if policy.temperature is None else policy.temperature
         for key, schedule, greatest, words in (
-            ("temperature", temperature, math.inf, "0 or more"),
+            ("temperature", temperature, 1e9, "between 0 and 1e9"),
             ("entropy", policy.entropy, 1, "between 0 and 1"),
             ("epsilon", policy.epsilon, 1, "between 0 and 1"),
         ):

@@ -43,7 +43,11 @@ from icm.errors import UserError
         (f"agent.policy.epsilon=[[{10**400},0.1]]", ["agent.policy.epsilon", "knots in order"]),
         ("agent.policy.epsilon=[[5,1],[0,1]]", ["agent.policy.epsilon", "in order"]),
         ("agent.policy.epsilon=[[0,1.5]]", ["agent.policy.epsilon=[[0, 1.5]]", "between 0 and 1"]),
-        ("agent.policy.temperature=[[0,-1]]", ["agent.policy.temperature=[[0, -1]]", "0 or more"]),
+        (
+            "agent.policy.temperature=[[0,-1]]",
+            ["agent.policy.temperature=[[0, -1]]", "between 0 and 1e9"],
+        ),
+        (f"agent.policy.temperature={10**400}", ["agent.policy.temperature", "between 0 and 1e9"]),
         ("agent.policy.temperature=[]", ["agent.policy.temperature=[]", "knots in order"]),
         (f"seed={2**63}", [f"seed={2**63}", "below 2**63"]),
         ("agent.replay_capacity=5", ["agent.replay_capacity=5", "at least"]),
