@@ -538,18 +538,15 @@ def _values_of(name: str, schedule: Any) -> list[float]:
     """
     if isinstance(schedule, int | float):
         return [schedule]
-    knots_are_pairs = isinstance(schedule, list) and all(
+    has_knots = isinstance(schedule, list) and all(
         isinstance(knot, list)
         and len(knot) == 2
         and all(isinstance(x, int | float) for x in knot)
         and abs(knot[0]) < 2**63
         for knot in schedule
     )
-    if (
-        not schedule
-        or not knots_are_pairs
-        or schedule != sorted(schedule, key=lambda knot: knot[0])
-    ):
+    steps = [step for step, _ in schedule] if has_knots else []
+    if not steps or steps != sorted(steps):
         raise UserError(
             f"{name}={schedule}: must be a number, or knots in order, such as "
             "[[0, 1.0], [20000, 0.05]]"

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 import pytest
 from conftest import settings
 
-from icm.config import AGENTS, CURIOSITIES, RANGES, EnvConfig, _check, flat
+from icm.agents.policy import ValuePolicy
+from icm.config import AGENTS, CURIOSITIES, RANGES, DQNConfig, EnvConfig, _check, flat
 from icm.errors import UserError
 
 
@@ -95,6 +96,12 @@ def test_no_other_number_may_be_negative(given: str) -> None:
             setattr(getattr(config, group) if group else config, key, -1)
             with pytest.raises(UserError, match=f"^{name}=-1"):
                 _check(config)
+
+
+def test_a_schedule_may_be_a_number() -> None:
+    agent = settings("agent=dqn", "agent.policy.epsilon=0.1", "agent.policy.temperature=2").agent
+    assert isinstance(agent, DQNConfig)
+    assert ValuePolicy(agent.policy, warmup_steps=100).settings(100) == (2.0, 0.1)
 
 
 def test_large_scale_goes_with_any_curiosity_but_none() -> None:

@@ -1,5 +1,6 @@
 """The documents: that what they tell is so."""
 
+import functools
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ MANUAL = (ROOT / "docs" / "manual.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
+@functools.cache
 def anchors(document: Path) -> set[str]:
     """What links into a document may name: its headings, as GitHub writes them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)

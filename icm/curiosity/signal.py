@@ -16,7 +16,7 @@ from icm.ranks import WORLD_SIZE
 class Errors:
     """A signal's errors on transitions; all tensors are (batch,), except the last two."""
 
-    surprise: Tensor  # the raw intrinsic reward, without gradient
+    surprise: Tensor  # before it is weighed and scaled, without gradient
     forward: Tensor | None = None  # minimised by the signal's predictor
     inverse: Tensor | None = None  # cross-entropy of the guessed action, nats
     logits: Tensor | None = None  # of the guess, (batch, actions)
