@@ -140,8 +140,7 @@ class Exploration:
         """
         known = self.levels()
         self.see(infos)
-        nowhere = np.zeros(len(ended), bool)
-        over = ended | infos.get("life_lost", nowhere)
+        over = ended | infos["life_lost"]
         for visits, is_over in zip(self.here, over.tolist(), strict=False):
             if visits is not None and is_over:
                 visits.ends += 1
@@ -149,7 +148,7 @@ class Exploration:
         for visits in self.here:
             if visits is not None:
                 visits.count += 1
-        self._come(over, ended, infos.get("returned", nowhere))
+        self._come(over, ended, infos["returned"])
         at = enumerate(self.at)
         return next((row for row, place in at if place and place[:2] not in known), None)
 

@@ -124,7 +124,7 @@ class Player:
         policy = agent.probabilities(state, previous, self.step) if self.greedy else probabilities
         errors, places = agent.judge(state, previous, taken, next_state, policy)
         episode = info.get("episode")
-        respawned = info.get("life_lost", False) and episode is None
+        respawned = info.get("respawned", False)
         novelty = self._see(places, respawned, respawned)
         reward = float(agent.scale(agent.worth(errors.surprise.cpu(), novelty)))
         self.intrinsic += reward

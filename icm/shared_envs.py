@@ -103,17 +103,15 @@ class SharedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             rows[name] = array
         for name, info in (("cells", "cell"), ("has_cell", "_cell")):
             rows[name] = infos.get(info, 0)
-        rows["life_lost"] = infos.get("life_lost", False)
-        for name, value in NOWHERE.items():
-            rows[name] = infos.get(name, value)
+        for name in ("life_lost", "respawned", *NOWHERE):
+            rows[name] = infos[name]
         rows["failures"] = self.envs.failures
         rows["has_news"] = bool(episodes or scenery)
         packed = torch.from_numpy(rows.view(np.uint8).reshape(len(rows), -1))
         whole = all_rows(packed).numpy().view(self._row).squeeze(1)
         self.failures = int(whole["failures"].sum()) // self.envs.num_envs
         found = infos_of(whole)
-        if any((whole[name] != value).any() for name, value in NOWHERE.items()):
-            found |= {name: whole[name].copy() for name in NOWHERE}
+        found |= {name: whole[name].copy() for name in NOWHERE}
         if whole["has_news"].any():
             for theirs, places in all_objects((episodes, scenery)):
                 for row, episode in theirs:

@@ -20,7 +20,7 @@ from icm.collectives import all_objects, greatest, seconds
 from icm.config import ELSEWHERE, Config, flat
 from icm.display import Display
 from icm.envs import action_count, core_name, episodes_in
-from icm.envs.vector import NOWHERE, WorkerVectorEnv
+from icm.envs.vector import WorkerVectorEnv
 from icm.errors import UserError, WriteError
 from icm.exploration import Exploration, restored
 from icm.files import latest, numbered, remove_leftovers
@@ -157,8 +157,6 @@ class Trainer:
                 observations, rewards, terminated, truncated, infos = envs.step_wait()
             self.age = (self.age + 1).masked_fill(reset, 0)  # a reset has opened an episode
             next_states = since_opening(torch.from_numpy(observations), self.age)
-            nowhere = np.zeros(n, dtype=bool)
-            life_lost = infos.get("life_lost", nowhere)
             ended = terminated | truncated
             self.unobserved = {
                 "states": states,
@@ -169,12 +167,12 @@ class Trainer:
                 "next_states": next_states,
                 "rewards": torch.from_numpy(rewards).float(),
                 # a lost life is a death like one that ends an episode
-                "terminated": torch.from_numpy(terminated | life_lost),
+                "terminated": torch.from_numpy(terminated | infos["life_lost"]),
                 "truncated": torch.from_numpy(truncated),
                 "reset": reset,
-                "respawned": torch.from_numpy(life_lost & ~terminated),
-                "origin": torch.from_numpy(infos.get("origin", np.full(n, NOWHERE["origin"]))),
-                "undone": torch.from_numpy(infos.get("undone", np.full(n, NOWHERE["undone"]))),
+                "respawned": torch.from_numpy(infos["respawned"]),
+                "origin": torch.from_numpy(infos["origin"]),
+                "undone": torch.from_numpy(infos["undone"]),
             }
             newcomer = self.exploration.visit(self.step + n, infos, ended)
             if newcomer is not None:

@@ -510,11 +510,11 @@ def test_of_single_steps_deaths_are_learned_too() -> None:
     assert agent.update()["loss/q"].item() > 1.0
 
 
-def ending_with_a_death(ends: set[int], brightness: int, novelty: float) -> tuple[float, Tensor]:
+def ending_with_a_death(ends: set[int], brightness: int) -> tuple[float, Tensor]:
     """Q's loss on a sequence that ends with a death, and the values of the state it leads to.
 
     Of eight slots, those from 1 to 6 are learned from. Deaths are in `ends`, the last in slot 6; it
-    leads to a picture of one brightness, of that novelty.
+    leads to a picture of one brightness.
     """
     agent = make_agent(
         env__num_envs=1,
@@ -539,7 +539,7 @@ def ending_with_a_death(ends: set[int], brightness: int, novelty: float) -> tupl
             torch.tensor([slot in ends]),
             torch.tensor([False]),
             torch.tensor([slot - 1 in ends]),
-            torch.tensor([novelty if slot == 6 else 1.0]),
+            torch.ones(1),
         )
     last = torch.from_numpy(images[7])
     values = agent.target(agent.input_norm(last), start(last))
@@ -553,18 +553,11 @@ def test_dead_state_at_the_end_of_a_sequence_teaches_nothing(ends: set[int]) -> 
     How the dead state looks must not matter, neither at the end of the only episode nor at the end
     of the last of several short ones.
     """
-    dark, dark_values = ending_with_a_death(ends, 0, novelty=1.0)
-    bright, bright_values = ending_with_a_death(ends, 255, novelty=1.0)
+    dark, dark_values = ending_with_a_death(ends, 0)
+    bright, bright_values = ending_with_a_death(ends, 255)
     assert (dark_values - bright_values).abs().min() > 1e-3
     assert dark > 0
     assert dark == bright
-
-
-def test_a_new_life_at_the_end_of_a_sequence_has_its_value() -> None:
-    dark, _ = ending_with_a_death({6}, 0, novelty=0.0)
-    bright, _ = ending_with_a_death({6}, 255, novelty=0.0)
-    assert dark > 0
-    assert dark != bright
 
 
 def test_no_gradient_through_targets_and_rewards() -> None:

@@ -253,6 +253,7 @@ def test_distance_and_death_on_the_real_level() -> None:
         length += 1
         assert not truncated
         assert info["life_lost"] == terminated
+        assert not info["respawned"]  # the picture shows how Mario dies
     assert 250 < info["episode"]["distance"] < 330
     assert info["episode"]["length"] == length
     assert info["episode"]["levels"] == "1-1"

@@ -18,7 +18,8 @@ from icm.exploration import Exploration, Picture, Recording
 
 def infos(*cells: tuple[int, ...], present: tuple[bool, ...] | None = None) -> dict[str, Any]:
     has = np.ones(len(cells), bool) if present is None else np.array(present)
-    return {"cell": np.array(cells, np.int32), "_cell": has}
+    no = np.zeros(len(cells), bool)
+    return {"cell": np.array(cells, np.int32), "_cell": has, "life_lost": no, "returned": no}
 
 
 def cells_of(found: Exploration) -> dict[tuple[int, ...], dict[str, Any]]:
@@ -99,7 +100,8 @@ def test_the_way_to_the_level_that_was_discovered_last_is_kept() -> None:
 
 def test_an_environment_without_cells_has_none() -> None:
     found = Exploration()
-    found.visit(0, {}, np.array([False, False]))
+    no = np.array([False, False])
+    found.visit(0, {"life_lost": no, "returned": no}, no)
     found.judge([1.0, 1.0])
     found.visit(
         32, infos((1, 1, 0, 2, 4), (0, 0, 0, 0, 0), present=(True, False)), np.zeros(2, bool)
@@ -130,7 +132,7 @@ def explored(
     env.reset(seed=1)
     for step in range(steps):
         _, _, terminated, _, info = env.step(4 if step % 8 < 5 else 3)
-        several = {"cell": info["cell"][None], "_cell": np.ones(1, bool)}
+        several = infos(info["cell"])
         several["scenery"] = [info["scenery"]] if "scenery" in info else []
         found.visit(step, several, np.array([terminated]))
         if terminated:

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import settings
+from test_exploration import infos
 
 from icm.exploration import Exploration, Recording
 from icm.files import write_whole
@@ -22,8 +23,7 @@ SHORT = ("env.emulator=libretro", "env.noop_max=0", "report.every=0")
 
 def explored() -> Exploration:
     found = Exploration()
-    cells = {"cell": np.array([[1, 1, 37, 2, 4]]), "_cell": np.array([True])}
-    found.visit(1, cells, np.array([False]))
+    found.visit(1, infos((1, 1, 37, 2, 4)), np.array([False]))
     return found
 
 
@@ -53,9 +53,7 @@ def test_things_are_drawn_at_their_intervals_and_only_what_is_new(tmp_path: Path
     assert names == ["maps/1-1.png", *films]
     gallery.update(40, 16, found)
     assert not gallery.studio.is_busy
-    found.visit(
-        41, {"cell": np.array([[1, 1, 37, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
-    )
+    found.visit(41, infos((1, 1, 37, 3, 4)), np.zeros(1, bool))
     (last,) = gallery.finish(42, found, lambda: math.inf)
     assert last.step == 42
     assert list(last.images) == ["map/1-1"]
@@ -75,9 +73,7 @@ def test_what_could_not_be_drawn_or_was_due_meanwhile_is_drawn_the_next_time(
     for folder in ("maps", "videos"):
         (tmp_path / folder).unlink()
     gallery.update(20, 10, found)
-    found.visit(
-        21, {"cell": np.array([[1, 2, 0, 3, 4]]), "_cell": np.array([True])}, np.zeros(1, bool)
-    )
+    found.visit(21, infos((1, 2, 0, 3, 4)), np.zeros(1, bool))
     drawn = gallery.update(30, 10, found) or wait(gallery, found, 30)  # it is drawing
     assert drawn.complaints == []
     assert set(drawn.images) == {"map/1-1", "clip/best"}

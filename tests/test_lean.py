@@ -195,7 +195,7 @@ def test_a_lost_life_is_told_with_the_picture_that_shows_the_next_one(phase: int
     while not over:
         _, _, over, _, info = env.step(3)  # right, into the first goomba
         now = -1 if game.ram[0x75A] == 255 else int(game.ram[0x75A])
-        assert info["life_lost"] == (now < lives)
+        assert info["life_lost"] == info["respawned"] == (now < lives)
         assert over == (now < 0)
         if now < lives:
             lost += 1

@@ -61,7 +61,7 @@ def test_a_new_life_is_no_reward_and_has_seen_nothing(monkeypatch: pytest.Monkey
 
         def dying(action: int) -> Any:
             *found, info = env_step(action)
-            return *found, info | {"life_lost": True}
+            return *found, info | {"respawned": True}
 
         assert all(player.move(3).reward > 0 for _ in range(3))
         assert player.novelty.count.tolist() == [4]

@@ -23,7 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from icm.config import EnvConfig
 from icm.envs import episodes_in, make_env, make_vector_env
 from icm.envs.stepper import Stepper, fields_of
-from icm.envs.vector import CALM, WorkerVectorEnv
+from icm.envs.vector import CALM, NOWHERE, WorkerVectorEnv
 from icm.envs.wrappers import Env
 from icm.errors import UserError
 from icm.processes import SIGNALS
@@ -75,8 +75,11 @@ def play(envs: Any) -> list[Any]:
     envs.close()
     for *_, infos in results:
         for own in (infos, infos.get("episode", {})):
-            for key in ("scenery", "_scenery", "seed", "_seed", "actions", "_actions"):
+            for key in ("scenery", "seed", "actions", *NOWHERE):
                 own.pop(key, None)
+            # here no row is without them
+            for key in ("scenery", "seed", "actions", "life_lost", "respawned"):
+                own.pop(f"_{key}", None)
     return results
 
 

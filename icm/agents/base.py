@@ -307,8 +307,9 @@ class Agent[Batch](ABC):
             previous: previous actions, int64 (num_envs,), NO_ACTION at the start of an episode.
             probabilities, values: as `act` returned them.
             actions, rewards, terminated, truncated, reset: (num_envs,), see `icm.replay.Sequences`.
-            respawned: bool (num_envs,), whether a new life begins in the next state: that does not
-                follow from the action, so its surprise is neither rewarded nor learned.
+            respawned: bool (num_envs,), whether a life was lost and the game has gone on: the next
+                state, of a new life or after the last, does not follow from the action, so it is
+                not rewarded, and its surprise is not learned.
             origin: int64 (num_envs,), if a reset opens an episode that continues an environment's,
                 the number of that, else -1. The life goes on, and remembers what it saw.
             undone: int64 (num_envs,), how many of that environment's latest actions are undone.

@@ -175,14 +175,13 @@ class DQN(Agent[Batch]):
             advantages = advantages - values[:, :-1]
             returns = returns + config.advantage_learning * advantages
             learnable = valid
-            # where a sequence ends with its episode's death, the start that this leads to is
-            # missing (after the death of one life of several, it is the next state, of novelty 0);
-            # with sequences of one step, no death would be learned
+            # where a sequence ends with a death, the start that this leads to may be missing; with
+            # sequences of one step, no death would be learned
             if not config.death_is_terminal and length > 1:
                 needs_end = bootstraps_at_end(
                     terminal, sequences.truncated, sequences.reset, config.n_step
                 )
-                blind = (sequences.terminated & (sequences.novelty > 0) & valid)[:, -1:]
+                blind = (sequences.terminated & valid)[:, -1:]
                 learnable = valid & ~(blind & needs_end)
         chosen = q[:, :-1].gather(2, sequences.actions.unsqueeze(2)).squeeze(2)
         td_error = F.smooth_l1_loss(chosen, returns, reduction="none")

@@ -58,8 +58,9 @@ def make_env(
 ) -> Env:
     """Build one environment whose observations are states, uint8 (frame_stack, size, size).
 
-    `info` has `cell` and `life_lost` (Mario games) at every step, `scenery` if requested and new,
-    and `episode` at the last step, see `icm.envs.wrappers.EpisodeStatistics` and `icm.envs.mario`.
+    `info` has `cell`, `life_lost` and `respawned` (Mario games) at every step, `scenery` if
+    requested and new, and `episode` at the last step, see `icm.envs.wrappers.EpisodeStatistics` and
+    `icm.envs.mario`.
 
     Args:
         config: the settings.
@@ -103,7 +104,8 @@ def make_env(
         order_enforce=False,
         disable_env_checker=True,
     )
-    return AgentView(EpisodeStatistics(env), ("cell", "life_lost", "scenery", "episode"), spec)
+    seen = "cell", "life_lost", "respawned", "scenery", "episode"
+    return AgentView(EpisodeStatistics(env), seen, spec)
 
 
 def make_vector_env(

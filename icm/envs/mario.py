@@ -283,6 +283,8 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
         levels: names of the levels seen, in order, joined by a space.
     cell: int (5,): world, stage, area (0 if unknown), x // 16, y // 16.
     life_lost: whether one was lost in this step, or the episode terminated without a flag.
+    respawned: whether one was lost and the game has gone on: to the next one or, after the last, to
+        a blank picture. Neither is what the action led to.
     """
 
     changing = ("deaths",)
@@ -316,6 +318,7 @@ class MarioProgress(gym.Wrapper[Any, Any, Any, Any]):
             },
             "cell": np.array(cell, dtype=np.int32),
             "life_lost": life_lost,
+            "respawned": life_lost,
         }
 
 

@@ -35,6 +35,7 @@ RESULTS: Fields = {
     "truncated": ((), np.bool),
     "cells": ((5,), np.int32),
     "life_lost": ((), np.bool),
+    "respawned": ((), np.bool),
     "has_cell": ((), np.bool),
 }
 """What it returns besides `observations`, per row."""
@@ -107,7 +108,9 @@ class Stepper:
             arrays["has_cell"][row] = "cell" in info
             if "cell" in info:
                 arrays["cells"][row] = info["cell"]
-                arrays["life_lost"][row] = info["life_lost"]
+            # elsewhere, deaths are unknown
+            arrays["life_lost"][row] = info.get("life_lost", terminated)
+            arrays["respawned"][row] = info.get("respawned", False)
             if "episode" in info:
                 episodes.append((row, info["episode"]))
         return episodes, scenery, time.perf_counter() - start

@@ -77,10 +77,10 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     not on the worker that it runs in.
 
     An ended episode is reset by the following step, whose action is ignored (NEXT_STEP). Of an
-    environment's infos, `cell`, `life_lost` and `episode` are passed on, as Gymnasium would, and
-    `scenery` as a list over all. `episode` also has `seed` and `actions`, a list, which replay it.
-    `returned`, `origin` and `undone` exist if an episode has begun in the middle of another: see
-    below.
+    environment's infos, `cell` and `episode` are passed on, as Gymnasium would, and `scenery` as a
+    list over all. `episode` also has `seed` and `actions`, a list, which replay it. `life_lost` and
+    `respawned` are bool (num_envs,); where a game does not tell, an episode that terminates is a
+    lost life. `returned`, `origin` and `undone` are explained below.
 
     In environments that practise (`icm.envs.practice`), a life is an episode, which ends truncated,
     and the next one may begin in the middle of it or of another, with the same seed: up to there,
@@ -245,10 +245,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._steps += 1
         arrays = self._arrays
         arrays["actions"][:] = actions
-        # without cells, deaths are unknown
-        died = np.where(arrays["has_cell"], arrays["life_lost"], arrays["terminated"])
         ended = arrays["terminated"] | arrays["truncated"]
-        self._open(ended, died, arrays["truncated"])
+        self._open(ended, arrays["life_lost"], arrays["truncated"])
         for row in set(np.flatnonzero(~arrays["opening"]).tolist()) - self._resting:
             self._played[row].append(int(actions[row]))
         self._start()
@@ -278,11 +276,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
-        if self._returning:
-            middle = [row for row, actions in self._returning.items() if actions]
-            infos["returned"] = np.isin(np.arange(self.num_envs), middle)
-            infos["origin"] = self._origin.copy()
-            infos["undone"] = self._undone.copy()
+        middle = [row for row, actions in self._returning.items() if actions]
+        infos["returned"][middle] = True
+        infos["origin"], infos["undone"] = self._origin.copy(), self._undone.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
@@ -366,8 +362,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             scenery += answer[1]
             seconds.append(answer[2])
         arrays = self._arrays
-        lost = arrays["life_lost"] & ~arrays["terminated"]
-        arrays["truncated"] |= lost & arrays["practises"]
+        arrays["truncated"] |= arrays["respawned"] & arrays["practises"]
         # the first picture of a place stays: keep it independent of workers
         return episodes, [picture for _, picture in sorted(scenery, key=itemgetter(0))], seconds
 
@@ -403,7 +398,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._workers.restart(worker)
         self._sure(worker, self._workers.listen(worker, 20 * self._patience))
         rows = sorted(set(self._balance.rows[worker]) - self._resting)
-        for name in ("rewards", "terminated", "life_lost"):
+        for name in ("rewards", "terminated", "life_lost", "respawned"):
             self._arrays[name][rows] = 0
         self._arrays["truncated"][rows] = True
         return NOTHING
@@ -418,12 +413,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 def infos_of(arrays: Mapping[str, np.ndarray] | np.ndarray) -> dict[str, Any]:
     """The infos that every step has, from arrays, or fields of an array, by name."""
-    if not arrays["has_cell"].any():
-        return {}
-    present = arrays["has_cell"].copy()
-    return {
-        "cell": arrays["cells"].copy(),
-        "_cell": present,
-        "life_lost": arrays["life_lost"].copy(),
-        "_life_lost": present.copy(),
-    }
+    infos: dict[str, Any] = {name: arrays[name].copy() for name in ("life_lost", "respawned")}
+    infos |= {name: np.full(len(infos["life_lost"]), value) for name, value in NOWHERE.items()}
+    if arrays["has_cell"].any():
+        infos |= {"cell": arrays["cells"].copy(), "_cell": arrays["has_cell"].copy()}
+    return infos
