@@ -78,8 +78,14 @@ def one_voice() -> AbstractContextManager[None]:
     return nullcontext() if RANK == 0 else redirect_stdout(None)
 
 
-def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
-    """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2."""
+def run(task: Callable[[DictConfig], Any], config_name: str, of_ranks: bool = False) -> None:
+    """Run `task` as a Hydra application; a mistake of the user is one line and exit status 2.
+
+    Args:
+        task: is given the settings.
+        config_name: of the file in `conf/` with their defaults.
+        of_ranks: whether `torchrun` may run it.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
 
     @functools.wraps(task)
@@ -104,7 +110,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     output.take_any_text()
     application = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     try:
-        check_ranks()
+        check_ranks(of_ranks)
         application(careful)()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -112,4 +112,4 @@ def train(config: Config, folder: Path, device: "torch.device") -> float:
 if __name__ == "__main__":
     from icm import cli
 
-    cli.run(main, "config")
+    cli.run(main, "config", of_ranks=True)

@@ -158,6 +158,22 @@ def test_what_torchrun_would_not_set_is_one_line(left: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        ("train.py", "no MASTER_ADDR and MASTER_PORT, as torchrun's"),
+        ("play.py", "torchrun is for scripts/train.py"),
+    ],
+)
+def test_ranks_without_torchrun_or_of_another_script_are_one_line(
+    script: str, complaint: str
+) -> None:
+    left = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}
+    done = run_script(script, "ckpt=none" if script == "play.py" else "seed=1", env=left)
+    assert done.returncode == 2
+    assert done.stderr == f"{script}: error: RANK=0 WORLD_SIZE=2: {complaint}; else unset both\n"
+
+
+@pytest.mark.parametrize(
     ("given", "complaint"),
     [
         (("agent.batch_size=5",), "agent.batch_size=5: must be a multiple of 2, the world size"),
@@ -168,7 +184,7 @@ def test_what_ranks_cannot_do_is_one_line(
     given: tuple[str, ...], complaint: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    two = {"RANK": "0", "WORLD_SIZE": "2"}
+    two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = run_script("train.py", *given, f"hydra.run.dir={folder}", env=two)
     assert done.returncode == 2
     assert done.stderr == f"train.py: error: {complaint}\n"
