@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from icm import checkpoint
 from icm.agents.base import Agent, BrokenDownError
 from icm.collectives import all_objects, greatest, seconds
-from icm.config import ELSEWHERE, Config, flat
+from icm.config import ELSEWHERE, Config, flat, parse_config
 from icm.display import Display
 from icm.envs import action_count, core_name, episodes_in
 from icm.envs.vector import WorkerVectorEnv
@@ -252,20 +253,12 @@ class Trainer:
         content, memory = checkpoint.with_memory(path)
         remove_leftovers(path.parent)
         self.step = content["step"]
-        before, now = flat(content["config"]), flat(asdict(self.config))
-        for name in sorted(before.keys() & now.keys() - {"resume"}):
-            if before[name] != now[name]:
-                print(f"changed: {name}={now[name]}, was {before[name]}")
-        best = self.folder / "checkpoints" / "best.pt"
-        if best.exists():  # it continues in its folder
-            try:
-                found = checkpoint.load(best)
-                with checkpoint.restoring(best):
-                    self.best_average = restored(found["exploration"]).objective()
-            except UserError as error:
-                print(f"{error}; the next best average replaces it", file=sys.stderr)
+        self.best_average = self._best_average()
         with checkpoint.restoring(path):
-            same_seed = before["seed"] == now["seed"]
+            # with what was the default of settings that are newer than the checkpoint
+            before = flat(asdict(parse_config(OmegaConf.create(content["config"]))))
+            changed = self._changed(before)
+            same_seed = "seed" not in changed
             if not same_seed:
                 for name in ("generator", "action_generator"):
                     content["agent"].pop(name, None)
@@ -273,24 +266,17 @@ class Trainer:
             self.exploration.load_state_dict(content["exploration"])
             # episodes do not depend on these, and with another `num_envs` all begin anew anyway
             indifferent = ELSEWHERE | {"env.num_envs"}
-            same_env = all(
-                before.get(name) == now[name]
-                for name in now.keys() - indifferent
-                if name.startswith("env.")
-            )
+            same_env = not any(name.startswith("env.") for name in changed - indifferent)
             if (was := content["core"]) != self.core:
                 print(f"changed: the libretro core is {self.core}, was {was}")
                 same_env = False
             if not same_env:
-                self.exploration.move(before["env.id"], now["env.id"])
+                self.exploration.move(before["env.id"], self.config.env.id)
             if same_seed:
                 torch.set_rng_state(content["rng"]["torch"])
                 if self.agent.device.type == "cuda" and content["rng"]["cuda"]:
                     torch.cuda.set_rng_state(content["rng"]["cuda"][0], self.agent.device)
-        resized = any(
-            before.get(name) != now[name] for name in ("env.num_envs", "agent.replay_capacity")
-        )
-        if memory is None or resized:
+        if memory is None or changed & {"env.num_envs", "agent.replay_capacity"}:
             if self.step < self.config.agent.warmup_steps:
                 raise UserError(
                     f"{path}: at step {self.step} of its warm-up, it needs its memory beside it, "
@@ -304,19 +290,42 @@ class Trainer:
         with checkpoint.restoring(path.with_name(checkpoint.memory_name(self.step))):
             self.agent.load_memory(memory)
         # the last environments practise, and the others cannot continue their episodes
-        no_less = self.config.practice >= content["config"].get("practice", 0.0)
-        if same_env and same_seed and no_less:
-            with checkpoint.restoring(path):
-                names = ("episodes", "interval", "metrics")
-                self.going_on = {name: content[name] for name in names} | {"path": path}
-                self.previous, self.age = content["previous"], content["age"]
-                num_envs, space = self.envs.num_envs, self.envs.single_action_space
-                if not self.previous.shape == self.age.shape == (num_envs,):
-                    raise ValueError("its episodes are of different numbers of environments")
-                played = WorkerVectorEnv.check(content["episodes"], num_envs, action_count(space))
-            print(f"playing the {played} agent steps of running episodes again")
+        if same_env and same_seed and self.config.practice >= before["practice"]:
+            self._continue_episodes(content, path)
         else:
             self.agent.begin_lives()
+
+    def _best_average(self) -> float:
+        """That of `best.pt` in this run folder, if it continues there."""
+        best = self.folder / "checkpoints" / "best.pt"
+        if best.exists():
+            try:
+                content = checkpoint.load(best)
+                with checkpoint.restoring(best):
+                    return restored(content["exploration"]).objective()
+            except UserError as error:
+                print(f"{error}; the next best average replaces it", file=sys.stderr)
+        return -math.inf
+
+    def _changed(self, before: dict[str, Any]) -> set[str]:
+        """Names of the settings that are others than `before`, after telling them."""
+        now = flat(asdict(self.config))
+        changed = {name for name in now.keys() - {"resume"} if now[name] != before.get(name)}
+        for name in sorted(changed):
+            print(f"changed: {name}={now[name]}, was {before.get(name)}")
+        return changed
+
+    def _continue_episodes(self, content: dict[str, Any], path: Path) -> None:
+        """Prepare to go on in the running episodes of a checkpoint."""
+        with checkpoint.restoring(path):
+            names = ("episodes", "interval", "metrics")
+            self.going_on = {name: content[name] for name in names} | {"path": path}
+            self.previous, self.age = content["previous"], content["age"]
+            num_envs, space = self.envs.num_envs, self.envs.single_action_space
+            if not self.previous.shape == self.age.shape == (num_envs,):
+                raise ValueError("its episodes are of different numbers of environments")
+            played = WorkerVectorEnv.check(content["episodes"], num_envs, action_count(space))
+        print(f"playing the {played} agent steps of running episodes again")
 
     def save(self) -> None:
         """Write the memory, step_<agent steps>.pt, best.pt if it is best, and latest.pt.

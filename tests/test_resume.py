@@ -497,6 +497,20 @@ def test_with_the_same_core_in_another_place_episodes_go_on(
     assert [len(actions) for actions in after] == [len(actions) + 1 for actions in before]
 
 
+def test_a_changed_setting_is_told_even_if_it_is_newer_than_the_checkpoint(
+    tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = shutil.copytree(trained_until(100, "ppo"), tmp_path / "first")
+    content = checkpoint.load(latest(first))
+    del content["config"]["checkpoint"]["keep"]  # 20, until it could be given
+    checkpoint.save(latest(first), content)
+    train(config_of("ppo", "checkpoint.keep=5"), tmp_path / "second", 102, latest(first), used=True)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert [line for line in printed if "keep" in line] == ["changed: checkpoint.keep=5, was 20"], (
+        printed
+    )
+
+
 def test_a_damaged_memory_is_told_and_filled_anew(
     tmp_path: Path, trained_until: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -593,5 +607,6 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_is_one_line(
     content = checkpoint.load_file(path)
     change(content)
     checkpoint.save(path, content)
-    with pytest.raises(UserError, match=rf"{path.name}: incomplete or of another version"):
+    complaint = "(incomplete or of another version|seed: must be given)"
+    with pytest.raises(UserError, match=rf"{path.name}: {complaint}"):
         train(config_of("ppo"), tmp_path / "second", resume=latest(run), used=True)
