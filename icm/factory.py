@@ -17,7 +17,15 @@ from icm.config import (
     PQNConfig,
     PredictorConfig,
 )
-from icm.curiosity import ICM, RND, Disagreement, NoCuriosity, RandomFeatures, Signal
+from icm.curiosity import (
+    ICM,
+    RND,
+    Disagreement,
+    EpisodicNovelty,
+    NoCuriosity,
+    RandomFeatures,
+    Signal,
+)
 from icm.device import resolve_precision
 from icm.errors import UserError
 from icm.memory import available_bytes, memory_device
@@ -63,7 +71,7 @@ def build_agent(
         seed=config.seed,
         total_steps=config.total_steps,
     )
-    replay = build_replay(config, state_shape, num_actions, device, remember)
+    replay = build_replay(config, state_shape, num_actions, common, remember)
     body = state_shape, num_actions, agent.hidden, told, agent.convolutions
     if isinstance(agent, PPOConfig):
         heads = 2 if config.curiosity.extrinsic_coef else 1  # the game's reward has one of its own
@@ -119,10 +127,10 @@ def build_replay(
     config: Config,
     state_shape: tuple[int, int, int],
     num_actions: int,
-    device: torch.device,
+    common: Common,
     remember: bool,
 ) -> Replay:
-    """Build a replay memory, where it fits.
+    """Build a replay memory, where it fits beside what the running lives have seen.
 
     Raises:
         UserError: it fits nowhere.
@@ -132,7 +140,9 @@ def build_replay(
     capacity = config.agent.replay_capacity if remember else 0
     needed = Replay.nbytes(capacity, frame, num_actions)
     free = available_bytes() // LOCAL_WORLD_SIZE
-    kept_on = memory_device(needed, device)
+    if common.novelty_phi is not None and common.device.type == "cpu":
+        free -= EpisodicNovelty.nbytes(config.env.num_envs, common.novelty_phi.num_features)
+    kept_on = memory_device(needed, common.device)
     if needed > MOST * free:  # also for one on a GPU, which is saved and loaded by way of the CPU
         fitting = int(MOST * free / Replay.nbytes(1, frame, num_actions))
         raise UserError(

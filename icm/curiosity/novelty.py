@@ -45,6 +45,11 @@ class EpisodicNovelty:
         self.squares = torch.full((num_envs, CAPACITY), torch.inf, device=device)
         self.count = torch.zeros(num_envs, dtype=torch.int64)  # states of the running lives
 
+    @staticmethod
+    def nbytes(num_envs: int, num_features: int) -> int:
+        """Bytes that it takes as lives grow long."""
+        return num_envs * CAPACITY * 4 * (num_features + 1)
+
     @torch.no_grad()
     def __call__(self, features: Tensor, opens: Tensor, respawned: Tensor) -> Tensor:
         """Novelty of the states a step led to; from then on they count as seen.
