@@ -1,6 +1,7 @@
 """The command line of scripts that take paths, not settings."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,6 +28,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = main()
         if sys.stdout is not None:  # the user may have closed it
             sys.stdout.flush()  # here, where errors are handled
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except Exception as error:
         fail(error)
         raise

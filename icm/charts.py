@@ -16,7 +16,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "entropy of the policy, nats": ("policy/entropy",),
         "mean value": ("value/mean", "q/mean"),
         "loss of the values": ("loss/value", "loss/q"),
-        "divergence of the policy per update, nats": ("policy/kl",),
+        "divergence from the policy that acted, nats": ("policy/kl",),
     },
     "Is it fast?": {
         "agent steps per second": ("speed/agent_steps_per_s",),

@@ -223,7 +223,7 @@ def compared(kinds: dict[str, list[Run]]) -> tuple[list[str], list[tuple[str, li
         cells = []
         for column in columns:
             values = np.array([one[column] for one in found if column in one])
-            digits = 2 if column == "inverse gain" else 0
+            digits = {"inverse gain": 2, "levels": int(len(values) > 1)}.get(column, 0)
             text = f"{values.mean():.{digits}f}" if len(values) else "-"
             if len(values) > 1:
                 text += f" ± {standard_error(values):.{digits}f}"
