@@ -12,7 +12,6 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector.utils import batch_space
 
 from icm.errors import UserError
 
@@ -156,34 +155,10 @@ class NoisyTV(gym.Wrapper[Any, Any, Any, Any]):
         return image
 
 
-class FrameStack(gym.Wrapper[Any, Any, Any, Any]):
-    """Observes the latest `depth` images, oldest first; a new episode repeats its first image.
+class FrameStack(gym.wrappers.FrameStackObservation[Any, Any, Any]):
+    """Observes the latest images, oldest first; a new episode repeats its first image."""
 
-    Args:
-        env: with observations of one shape and type, here uint8 (H, W).
-        depth: how many make one observation, here uint8 (depth, H, W), a copy.
-    """
-
-    changing = ("images",)
-
-    def __init__(self, env: Env, depth: int) -> None:
-        super().__init__(env)
-        assert isinstance(env.observation_space, spaces.Box)
-        self.observation_space = batch_space(env.observation_space, depth)
-        self.images = np.zeros((depth, *env.observation_space.shape), env.observation_space.dtype)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Reset and repeat the first image."""
-        image, info = self.env.reset(seed=seed, options=options)
-        self.images[:] = image
-        return self.images.copy(), info
-
-    def step(self, action: Any) -> Any:
-        """Step and shift."""
-        image, reward, terminated, truncated, info = self.env.step(action)
-        self.images[:-1] = self.images[1:]
-        self.images[-1] = image
-        return self.images.copy(), reward, terminated, truncated, info
+    changing = ("obs_queue",)
 
 
 class EpisodeStatistics(gym.Wrapper[Any, Any, Any, Any]):
