@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -63,8 +64,7 @@ def quoted(argument: str) -> str:
             return argument
     except HydraException:
         pass
-    path = re.sub(r"(\\*)'", r"\1\1\\'", path)  # as Hydra's grammar wants; also at the end
-    return f"{name}='{re.sub(r'(\\+)$', r'\1\1', path)}'"
+    return f"{name}={QuotedString(path, Quote.single).with_quotes()}"
 
 
 def refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:

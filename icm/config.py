@@ -299,7 +299,7 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
     """Turn composed settings into the dataclass `kind`: all of its fields, no other key.
 
     Raises:
-        UserError: a value is missing or of the wrong type, or a key is unknown.
+        UserError: a value is missing, of the wrong type or out of its range, or a key is unknown.
     """
     # here, because environment workers import this module, too, and parse nothing
     from omegaconf import OmegaConf
@@ -327,6 +327,7 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
             reason = f"must be a single value here, not {'null' if given is None else given}"
         raise UserError(f"{error.full_key}: {reason}") from None
     assert isinstance(result, kind)
+    _check_ranges(result)
     return result
 
 
@@ -405,13 +406,16 @@ RANGES: dict[Range, str] = {
         env.action_repeat env.frame_stack env.stuck_distance agent.hidden agent.n_step
         agent.batch_size agent.sequence_length agent.steps_per_update agent.rollout_steps
         agent.epochs agent.replayed agent.accumulate agent.convolutions curiosity.hidden
-        curiosity.ensemble""",
+        curiosity.ensemble episodes rounds""",
     (
         f"must be a multiple of {WORLD_SIZE}, the world size",
         lambda value: value % WORLD_SIZE == 0,
     ): ("env.num_envs agent.batch_size agent.replayed"),
     _at_least(0): """
-        map.every video.every report.every env.noop_max env.stuck_steps agent.warmup_steps""",
+        map.every video.every report.every env.noop_max env.stuck_steps agent.warmup_steps kills
+        stops files worker_kills worker_hangs""",
+    # others PyTorch or Gymnasium would not accept
+    ("must be at least 0 and below 2**63", lambda value: 0 <= value < 2**63): "seed",
     _at_least(16): "env.size",
     _at_most(255): "env.frame_stack",
     _at_most(256): "env.size",  # the games' pictures have no more
@@ -419,7 +423,7 @@ RANGES: dict[Range, str] = {
     _at_most(100): "curiosity.ensemble",
     ("must be a positive number", lambda value: 0 < value < math.inf): """
         agent.lr agent.max_grad_norm agent.clip agent.target_tau curiosity.lr
-        curiosity.target_tau""",
+        curiosity.target_tau seconds minutes""",
     ("must be between 1e-9 and 1e9", lambda value: 1e-9 <= value <= 1e9): (
         "curiosity.reward_half_life"
     ),
@@ -445,20 +449,28 @@ RANGES: dict[Range, str] = {
     _one_of("auto", "float32", "bf16"): "precision",
     _one_of("auto", "on", "off"): "compile",
     _one_of("local", "ray"): "collector",
+    _one_of("auto", "human", "video", "none"): "render",
+    (
+        f"must be between {SLOWEST:g} and {FASTEST:g}, times the game's own",
+        lambda value: SLOWEST <= value <= FASTEST,
+    ): "speed",
 }
-"""Of single settings: checked if this agent and curiosity have them, and not null."""
+"""Of single settings of any script: checked where they exist, and are not null."""
 
 
-def _check(config: Config) -> None:
-    env, agent = config.env, config.agent
-    sections = vars(config) | {"": config}
-    check_seed(config.seed)
+def _check_ranges(settings: Any) -> None:
     for (words, holds), names in RANGES.items():
         for name in names.split():
             group, _, key = name.rpartition(".")
-            value = getattr(sections[group], key, None)
+            section = getattr(settings, group, None) if group else settings
+            value = getattr(section, key, None)
             if value is not None and not holds(value):
                 raise UserError(f"{name}={value}: {words}")
+
+
+def _check(config: Config) -> None:
+    """Refuse settings that do not fit each other."""
+    env, agent = config.env, config.agent
     if not all(0 <= value < 1 for value in _values_of("agent.discount", agent.discount)):
         raise UserError(f"agent.discount={agent.discount}: must be at least 0 and below 1")
     if agent.input_norm == "standard" and agent.warmup_steps == 0:
@@ -518,16 +530,6 @@ def _check(config: Config) -> None:
 def practising(share: float, num_envs: int) -> int:
     """How many of `num_envs` practise; at least one does not."""
     return num_envs - max(1, round((1 - share) * num_envs))
-
-
-def check_seed(seed: int) -> None:
-    """Refuse seeds that PyTorch or Gymnasium would not accept.
-
-    Raises:
-        UserError: it is one.
-    """
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed}: must be at least 0 and below 2**63")
 
 
 def _values_of(name: str, schedule: Any) -> list[float]:

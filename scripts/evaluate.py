@@ -11,13 +11,9 @@ def main(settings: "DictConfig") -> None:
     import json
     from pathlib import Path
 
-    from icm.config import EvaluateConfig, check_seed, typed
-    from icm.errors import UserError
+    from icm.config import EvaluateConfig, typed
 
     options = typed(settings, EvaluateConfig)
-    if options.episodes < 1:
-        raise UserError(f"episodes={options.episodes}: must be at least 1")
-    check_seed(options.seed)
 
     # only now, because torch is slow to import
     from icm.device import resolve_device, share_cores

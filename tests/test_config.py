@@ -7,8 +7,22 @@ import pytest
 from conftest import settings
 
 from icm.agents.policy import ValuePolicy
-from icm.config import AGENTS, CURIOSITIES, RANGES, DQNConfig, EnvConfig, _check, flat
+from icm.bench.suite import BenchConfig
+from icm.config import (
+    AGENTS,
+    CURIOSITIES,
+    RANGES,
+    Config,
+    DQNConfig,
+    EnvConfig,
+    EvaluateConfig,
+    PlayConfig,
+    _check,
+    _check_ranges,
+    flat,
+)
 from icm.errors import UserError
+from icm.soak.suite import SoakConfig
 
 
 @pytest.mark.parametrize(
@@ -72,8 +86,10 @@ def test_every_range_is_of_a_setting_that_there_is() -> None:
     known = set(flat(asdict(settings())))
     for group, classes in kinds.items():
         known |= {f"{group}.{field.name}" for kind in classes for field in fields(kind)}
+    for script in (PlayConfig, EvaluateConfig, BenchConfig, SoakConfig):
+        known |= {field.name for field in fields(script)}
     named = {name for names in RANGES.values() for name in names.split()}
-    assert len(named) > 50
+    assert len(named) > 60
     assert named <= known
 
 
@@ -83,6 +99,12 @@ WEIGHTS = (
     *("curiosity.forward_scale", "curiosity.inverse_scale"),
 )
 """Which may be negative."""
+
+
+def check(config: Config) -> None:
+    """What `parse_config` checks beyond types."""
+    _check_ranges(config)
+    _check(config)
 
 
 @pytest.mark.parametrize("given", ["agent=dqn", "agent=ppo", "agent=pqn curiosity=disagreement"])
@@ -95,7 +117,7 @@ def test_no_other_number_may_be_negative(given: str) -> None:
             group, _, key = name.rpartition(".")
             setattr(getattr(config, group) if group else config, key, -1)
             with pytest.raises(UserError, match=f"^{name}=-1"):
-                _check(config)
+                check(config)
 
 
 def test_a_schedule_may_be_a_number() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from icm.config import check_seed
 from icm.errors import UserError
 from icm.files import write_bytes
 from icm.soak.faults import faults
@@ -56,12 +55,6 @@ def soak(config: SoakConfig) -> bool:
     unknown = [name for name in config.parts if name not in parts]
     if unknown or not config.parts:
         raise UserError(f"parts={','.join(unknown)}: must be some of {', '.join(parts)}")
-    for name in ("kills", "stops", "files", "worker_kills", "worker_hangs"):
-        if (value := getattr(config, name)) < 0:
-            raise UserError(f"{name}={value}: must be at least 0")
-    check_seed(config.seed)
-    if not config.minutes > 0:
-        raise UserError(f"minutes={config.minutes}: must be a positive number")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
