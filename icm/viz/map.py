@@ -19,6 +19,7 @@ DPI = 100
 LEFT, RIGHT, ABOVE, BELOW = 16, 96, 30, 30  # pixels around a panel
 SMALLEST = 13, 40  # rows of a Super Mario Bros. screen; columns, enough for a title
 LARGEST = 300, 1000  # rows and columns: more than any level has, and as much as can be drawn
+SMALL = (cv2.IMWRITE_PNG_COMPRESSION, 6)  # in a sixth of the default's bytes, and the same time
 DIMMED = 0.45  # relative brightness of a picture under colours
 
 
@@ -33,7 +34,8 @@ def draw_maps(regions: dict[str, Region], folder: Path) -> dict[str, bytes]:
     """
     images = {}
     for name, region in regions.items():
-        png = cv2.imencode(".png", draw_map(name, region)[..., ::-1])[1].tobytes()
+        picture = draw_map(name, region)[..., ::-1]
+        png = cv2.imencode(".png", picture, SMALL)[1].tobytes()
         write_bytes(folder / f"{name}.png", png)
         images[f"map/{name}"] = png
     return images
