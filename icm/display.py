@@ -1,11 +1,19 @@
-"""What is shown of a training: a live picture on a terminal, plain lines elsewhere."""
+"""What is shown of work that takes minutes: of a training, also plain lines without a terminal."""
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from icm.output import discard
@@ -21,12 +29,29 @@ class Stderr(Console):
     def __init__(self, is_quiet: bool) -> None:
         super().__init__(stderr=True, quiet=is_quiet)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it can show what moves.
+
+        Rich draws nothing live on a dumb terminal, and can be told that a file is a terminal.
+        """
+        return self.is_interactive and sys.stderr.isatty()
+
     def _write_buffer(self) -> None:
         """See the class; rich would exit on a closed pipe, and raise on a lost terminal."""
         try:
             super()._write_buffer()
         except OSError:
             discard(sys.stderr.fileno())
+
+
+def counted[T](items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Pass items on, and show on a terminal how many of `total` there have been."""
+    console = Stderr(is_quiet=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_live)
+    with bar:
+        yield from bar.track(items, total, description=what)
 
 
 class Display:
@@ -42,8 +67,7 @@ class Display:
         self.saved: int | None = None
         self.printed = time.monotonic()
         console = Stderr(is_quiet=RANK > 0)
-        # rich draws nothing live on a dumb terminal, and can be told that a file is a terminal
-        self.is_live = console.is_interactive and sys.stderr.isatty()
+        self.is_live = console.is_live
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
             BarColumn(),

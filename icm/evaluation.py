@@ -1,5 +1,6 @@
 """Rollouts of an agent and their statistics."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,8 @@ THRESHOLDS = (200, 400, 600, 948)
 
 def rollouts(
     agent: Agent | None, config: Config, step: int, episodes: int, greedy: bool, seed: int
-) -> list[dict[str, Any]]:
-    """Play whole episodes in parallel environments and return their statistics.
+) -> Iterator[dict[str, Any]]:
+    """Play whole episodes in parallel environments; yields their statistics as they end.
 
     Every environment plays a fixed number of episodes: taking the first to finish would favour
     short ones.
@@ -37,7 +38,6 @@ def rollouts(
     generator = torch.Generator().manual_seed(seed)
     env_config = replace(config.env, num_envs=num_envs)
     envs = make_vector_env(env_config)
-    results: list[dict[str, Any]] = []
     try:
         observations, _ = envs.reset(seed=seed)
         num_actions = action_count(envs.single_action_space)
@@ -55,11 +55,10 @@ def rollouts(
             reset = torch.from_numpy(terminated | truncated)
             for i, episode in episodes_in(infos).items():
                 left[i] -= 1
-                results.append(episode)
+                yield episode
             envs.rest(np.flatnonzero(left == 0).tolist())
     finally:
         envs.close()
-    return results
 
 
 def summary(episodes: list[dict[str, Any]], policy: str) -> dict[str, Any]:

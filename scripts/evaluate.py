@@ -17,6 +17,7 @@ def main(settings: "DictConfig") -> None:
 
     # only now, because torch is slow to import
     from icm.device import resolve_device, share_cores
+    from icm.display import counted
     from icm.evaluation import rollouts, summary, table
     from icm.playing import load_agent
 
@@ -26,8 +27,9 @@ def main(settings: "DictConfig") -> None:
     results = {}
     for policy in ("sampled", "greedy", "random"):
         player = None if policy == "random" else agent
-        played = rollouts(player, config, step, options.episodes, policy == "greedy", options.seed)
-        results[policy] = summary(played, policy)
+        greedy, episodes = policy == "greedy", options.episodes
+        played = rollouts(player, config, step, episodes, greedy, options.seed)
+        results[policy] = summary([*counted(played, f"{policy}, episodes", episodes)], policy)
     print(table(list(results.values())))
     others = {policy: results[policy] for policy in ("greedy", "random")}
     env = {name: getattr(config.env, name) for name in vars(options.env)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, forked_training
 
-from icm.display import Display
+from icm.display import Display, counted
 
 METRICS = {
     "episode/distance": 812.4,
@@ -87,3 +87,17 @@ def test_a_terminal_gets_a_live_picture_of_80_columns(
     assert "steps/s" in text
     assert "cells" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is there again
+
+
+def test_a_terminal_shows_how_many_there_have_been(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [*counted(range(3), "episodes", 3)] == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert [*counted(range(3), "episodes", 3)] == [0, 1, 2]
+    assert "3/3" in os.read(ours, 4096).decode()
+    os.close(ours)

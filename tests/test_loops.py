@@ -118,7 +118,7 @@ def test_every_environment_plays_its_share(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(WorkerVectorEnv, "step", watch)
     config = settings(*SMALL, *FULL, "env.num_envs=3", "env.stuck_steps=6")
-    assert len(rollouts(None, config, 0, 5, False, 0)) == 5
+    assert len([*rollouts(None, config, 0, 5, False, 0)]) == 5
     assert sorted(ended) == [0, 0, 1, 1, 2]
 
 

@@ -10,6 +10,7 @@ import torch
 from icm.agents.base import Agent
 from icm.config import PlayConfig
 from icm.device import resolve_device, share_cores
+from icm.display import counted
 from icm.playing import Moment, Player, load_agent
 
 
@@ -61,7 +62,7 @@ def _into_video(player: Player, options: PlayConfig) -> Iterator[Moment]:
     out = Path(options.out) if options.out else videos / f"play_{path.stem}.mp4"
     panel = MindPanel(player.actions) if options.mind else None
     with record(out, FPS * options.speed) as video:
-        for moment in player.play(options.episodes):
+        for moment in counted(player.play(options.episodes), "recording, agent steps"):
             mind = panel.draw(moment) if panel else None
             for frame in moment.frames:
                 video.add(frame if mind is None else beside(frame, mind))
