@@ -49,8 +49,14 @@ def counted[T](items: Iterable[T], what: str, total: int | None = None) -> Itera
     """Pass items on, and show on a terminal how many of `total` there have been."""
     console = Stderr(is_quiet=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_live)
-    with bar:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        # printed above the bar, on the same terminal; what goes elsewhere must get there
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+        disable=not console.is_live,
+    ) as bar:
         yield from bar.track(items, total, description=what)
 
 
