@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,8 +27,8 @@ PLAIN_EVERY = 60.0  # seconds between two plain lines
 class Stderr(Console):
     """The console of a program that continues when nobody reads its output any more."""
 
-    def __init__(self, is_quiet: bool) -> None:
-        super().__init__(stderr=True, quiet=is_quiet)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(stderr=True, **options)
 
     @property
     def is_live(self) -> bool:
@@ -47,7 +48,7 @@ class Stderr(Console):
 
 def counted[T](items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Pass items on, and show on a terminal how many of `total` there have been."""
-    console = Stderr(is_quiet=False)
+    console = Stderr(soft_wrap=True)  # long lines printed above stay lines
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
@@ -72,7 +73,7 @@ class Display:
         self.total_steps = total_steps
         self.saved: int | None = None
         self.printed = time.monotonic()
-        console = Stderr(is_quiet=RANK > 0)
+        console = Stderr(quiet=RANK > 0)
         self.is_live = console.is_live
         self.bar = Progress(
             TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),

@@ -98,6 +98,10 @@ def test_a_terminal_shows_how_many_there_have_been(
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
-        assert [*counted(range(3), "episodes", 3)] == [0, 1, 2]
-    assert "3/3" in os.read(ours, 4096).decode()
+        monkeypatch.setattr("sys.stdout", terminal)
+        for _ in counted(range(3), "episodes", 3):
+            print("long" * 100)
+    shown = os.read(ours, 1 << 20).decode()
+    assert "3/3" in shown
+    assert shown.count("long" * 100) == 3  # not broken into several lines
     os.close(ours)
