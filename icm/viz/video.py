@@ -63,7 +63,7 @@ class Video:
             if self.ffmpeg is None:
                 self.ffmpeg = self._start(*image.shape[:2])
             assert self.ffmpeg.stdin is not None
-            self.ffmpeg.stdin.write(image.tobytes())
+            self.ffmpeg.stdin.write(np.ascontiguousarray(image).data)
         self.due += self.share
 
     def _start(self, height: int, width: int) -> subprocess.Popen[bytes]:
