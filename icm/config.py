@@ -290,16 +290,27 @@ def parse_config(settings: "DictConfig") -> Config:
     Raises:
         UserError: a value is of the wrong type or out of its range.
     """
-    config = typed(settings, Config)
+    config = checked(settings, Config)
     _check(config)
     return config
+
+
+def checked[T](settings: "DictConfig", kind: type[T]) -> T:
+    """What `typed` gives, each value within its range.
+
+    Raises:
+        UserError: a value is missing, of the wrong type or out of its range, or a key is unknown.
+    """
+    found = typed(settings, kind)
+    _check_ranges(found)
+    return found
 
 
 def typed[T](settings: "DictConfig", kind: type[T]) -> T:
     """Turn composed settings into the dataclass `kind`: all of its fields, no other key.
 
     Raises:
-        UserError: a value is missing, of the wrong type or out of its range, or a key is unknown.
+        UserError: a value is missing or of the wrong type, or a key is unknown.
     """
     # here, because environment workers import this module, too, and parse nothing
     from omegaconf import OmegaConf
@@ -327,7 +338,6 @@ def typed[T](settings: "DictConfig", kind: type[T]) -> T:
             reason = f"must be a single value here, not {'null' if given is None else given}"
         raise UserError(f"{error.full_key}: {reason}") from None
     assert isinstance(result, kind)
-    _check_ranges(result)
     return result
 
 

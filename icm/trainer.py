@@ -18,7 +18,7 @@ from torch import Tensor
 from icm import checkpoint
 from icm.agents.base import Agent, BrokenDownError
 from icm.collectives import all_objects, greatest, seconds
-from icm.config import ELSEWHERE, Config, flat, parse_config
+from icm.config import ELSEWHERE, Config, flat, typed
 from icm.display import Display
 from icm.envs import action_count, core_name, episodes_in
 from icm.envs.vector import WorkerVectorEnv
@@ -255,8 +255,9 @@ class Trainer:
         self.step = content["step"]
         self.best_average = self._best_average()
         with checkpoint.restoring(path):
-            # with what was the default of settings that are newer than the checkpoint
-            before = flat(asdict(parse_config(OmegaConf.create(content["config"]))))
+            # with what was the default of settings that are newer than the checkpoint; unchecked:
+            # what it was trained with need not be possible here
+            before = flat(asdict(typed(OmegaConf.create(content["config"]), Config)))
             changed = self._changed(before)
             same_seed = "seed" not in changed
             if not same_seed:

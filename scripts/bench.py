@@ -15,12 +15,12 @@ def main(settings: "DictConfig") -> None:
 
     from icm.bench.report import tables
     from icm.bench.suite import BenchConfig, measure, trained
-    from icm.config import typed
+    from icm.config import checked
     from icm.errors import UserError
     from icm.files import write_bytes
     from icm.processes import signals_handled
 
-    options = typed(settings, BenchConfig)
+    options = checked(settings, BenchConfig)
     if not hasattr(signal, "SIGSTOP"):
         raise UserError("bench.py pauses processes, which Linux and macOS can")
     config = trained(options)

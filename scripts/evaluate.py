@@ -11,9 +11,9 @@ def main(settings: "DictConfig") -> None:
     import json
     from pathlib import Path
 
-    from icm.config import EvaluateConfig, typed
+    from icm.config import EvaluateConfig, checked
 
-    options = typed(settings, EvaluateConfig)
+    options = checked(settings, EvaluateConfig)
 
     # only now, because torch is slow to import
     from icm.device import resolve_device, share_cores

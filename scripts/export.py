@@ -13,11 +13,11 @@ def main(settings: DictConfig) -> None:
     import torch
 
     from icm import checkpoint
-    from icm.config import ExportConfig, typed
+    from icm.config import ExportConfig, checked
     from icm.errors import UserError
     from icm.playing import load_agent
 
-    options = typed(settings, ExportConfig)
+    options = checked(settings, ExportConfig)
     path, out = Path(options.ckpt), Path(options.out)
     if out.exists():
         raise UserError(f"out={out}: exists; give another name")

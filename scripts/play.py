@@ -14,10 +14,10 @@ def main(settings: DictConfig) -> None:
     import os
     import sys
 
-    from icm.config import PlayConfig, typed
+    from icm.config import PlayConfig, checked
     from icm.errors import UserError
 
-    options = typed(settings, PlayConfig)
+    options = checked(settings, PlayConfig)
     displays = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
     has_display = sys.platform != "linux" or any(map(os.environ.get, displays))
     render = options.render

@@ -7,10 +7,10 @@ from icm import cli
 
 def main(settings: DictConfig) -> None:
     """Train and evaluate every seed; print distances and, in parentheses, shares past a level."""
-    from icm.config import typed
+    from icm.config import checked
     from icm.reproduction import ReproduceConfig, reproduce, table
 
-    print(table(reproduce(typed(settings, ReproduceConfig))))
+    print(table(reproduce(checked(settings, ReproduceConfig))))
 
 
 if __name__ == "__main__":

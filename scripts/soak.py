@@ -13,7 +13,7 @@ def main(settings: DictConfig) -> None:
     import signal
     import sys
 
-    from icm.config import typed
+    from icm.config import checked
     from icm.errors import UserError
 
     if not hasattr(signal, "SIGSTOP"):
@@ -21,7 +21,7 @@ def main(settings: DictConfig) -> None:
     from icm.soak.program import ended_by_signals  # which only these can import
     from icm.soak.suite import SoakConfig, soak
 
-    options = typed(settings, SoakConfig)
+    options = checked(settings, SoakConfig)
     with ended_by_signals():
         held = soak(options)
     sys.exit(0 if held else 1)

@@ -108,7 +108,7 @@ class Stepper:
             arrays["has_cell"][row] = "cell" in info
             if "cell" in info:
                 arrays["cells"][row] = info["cell"]
-            # elsewhere, deaths are unknown
+            # other games do not tell: an end is a death
             arrays["life_lost"][row] = info.get("life_lost", terminated)
             arrays["respawned"][row] = info.get("respawned", False)
             if "episode" in info:

@@ -156,7 +156,10 @@ class NoisyTV(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class FrameStack(gym.wrappers.FrameStackObservation[Any, Any, Any]):
-    """Observes the latest images, oldest first; a new episode repeats its first image."""
+    """Observes the latest images, uint8 (stack_size, H, W), oldest first.
+
+    A new episode repeats its first image.
+    """
 
     changing = ("obs_queue",)
 
