@@ -143,9 +143,8 @@ def build_replay(
     if common.novelty_phi is not None and common.device.type == "cpu":
         free -= EpisodicNovelty.nbytes(config.env.num_envs, common.novelty_phi.num_features)
     kept_on = memory_device(needed, common.device)
-    if (
-        capacity and needed > MOST * free
-    ):  # also for one on a GPU, which is saved and loaded by way of the CPU
+    # also for one on a GPU, which is saved and loaded by way of the CPU
+    if capacity and needed > MOST * free:
         fitting = max(0, int(MOST * free / Replay.nbytes(1, frame, num_actions)))
         raise UserError(
             f"agent.replay_capacity={capacity}: needs {needed / 1e9:.1f} GB, "
