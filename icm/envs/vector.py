@@ -230,7 +230,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._send(range(self._workers.number), dict(enumerate(self._played)))
         _, scenery, _ = self._receive(20 * self._patience)
         ended = self._arrays["terminated"] | self._arrays["truncated"]
-        infos = infos_of(self._arrays) | {"scenery": scenery}
+        infos = self._infos() | {"scenery": scenery}
         return self._arrays["observations"].copy(), ended, infos
 
     def step(
@@ -271,17 +271,21 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         episodes, scenery, seconds = self._receive(patience)
         self._balance.measured(lead, seconds)
         self._arrays["rewards"][list(self._returning)] = 0.0  # of what was replayed
-        infos = infos_of(self._arrays)
+        infos = self._infos()
         for row, episode in episodes:
             episode |= {"seed": int(self._arrays["seeds"][row]), "actions": self._played[row]}
             infos = self._add_info(infos, {"episode": episode}, row)
         infos["scenery"] = scenery
-        middle = [row for row, actions in self._returning.items() if actions]
-        infos["returned"][middle] = True
-        infos["origin"], infos["undone"] = self._origin.copy(), self._undone.copy()
         names = ("observations", "rewards", "terminated", "truncated")
         observations, rewards, terminated, truncated = (self._arrays[n].copy() for n in names)
         return observations, rewards, terminated, truncated, infos
+
+    def _infos(self) -> dict[str, Any]:
+        """The infos that every step has."""
+        middle = [row for row, actions in self._returning.items() if actions]
+        returned = np.isin(np.arange(self.num_envs), middle)
+        origin, undone = self._origin.copy(), self._undone.copy()
+        return infos_of(self._arrays) | {"returned": returned, "origin": origin, "undone": undone}
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the workers, after the step under way."""
@@ -412,9 +416,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 def infos_of(arrays: Mapping[str, np.ndarray] | np.ndarray) -> dict[str, Any]:
-    """The infos that every step has, from arrays, or fields of an array, by name."""
+    """What workers tell in every step, as infos: from arrays, or fields of an array, by name."""
     infos: dict[str, Any] = {name: arrays[name].copy() for name in ("life_lost", "respawned")}
-    infos |= {name: np.full(len(infos["life_lost"]), value) for name, value in NOWHERE.items()}
     if arrays["has_cell"].any():
         infos |= {"cell": arrays["cells"].copy(), "_cell": arrays["has_cell"].copy()}
     return infos
