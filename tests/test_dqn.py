@@ -113,7 +113,7 @@ def start(states: Tensor) -> Tensor:
     return torch.full((len(states),), NO_ACTION)
 
 
-def play(agent: DQN, steps: int = 60, seed: int = 3, **game: Any) -> None:
+def play(agent: DQN, steps: int = 30, seed: int = 3, **game: Any) -> None:
     played = Game(agent.memory.num_envs, seed, **game)
     for _ in range(steps):
         agent.observe(**played.step())
