@@ -1,16 +1,16 @@
-"""Speed of learning alone, without environments: `python -m icm.bench.learner SECONDS ROUNDS ...`.
+"""Speed of learning alone, without environments: `python -m icm.bench.learner SECONDS ...`.
 
 A process of its own with as many threads as a training has. Further arguments are settings of
-scripts/train.py. Compiles, waits for a line of input, measures, and prints one JSON line, see
-`main`.
+scripts/train.py. Compiles; then, for every line of input, measures and prints one JSON line, see
+`learning`.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -98,19 +98,19 @@ def plain_updates(overrides: list[str], sizes: Sizes) -> Measure:
     return lambda seconds: milliseconds(partial(update, agent), seconds, device)
 
 
-def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
-    """Measure acting, observing and updating.
+@contextmanager
+def learning(overrides: list[str]) -> Generator[Callable[[float], dict[str, Any]]]:
+    """Get ready to measure acting, observing and updating, once per call.
 
     Args:
-        seconds: of each measurement.
-        rounds: times that everything is measured, in turn.
         overrides: settings; with `compile=off` nothing is compiled.
 
-    Returns:
-        `modes`: for each way to compute an update, its median and single times, samples/s, and its
-        speed as a multiple of the plain one's; `speedup`: that of the mode that a training takes;
-        `act_ms` and `observe_ms` of a vector step, in that mode; `seconds_per_agent_step`: these
-        two and the configured share of an update, in seconds of one core.
+    Yields:
+        what measures each of them for so many seconds, and returns: `modes`, the milliseconds of an
+        update in each way to compute it, the plain one first and that of a training last; `act_ms`
+        and `observe_ms` of a vector step, as in a training; `samples`, how many an update learns
+        from; `seconds_per_agent_step`, acting, observing and the configured share of an update, in
+        seconds of one core.
     """
 
     def settings(*more: str) -> Config:
@@ -141,38 +141,31 @@ def main(seconds: float, rounds: int, overrides: list[str]) -> dict[str, Any]:
         "observe_ms": lambda: agent.observe(**step),
         **{name: partial(update, agents[name]) for name in agents},
     }
-    times: dict[str, list[float]] = {name: [] for name in (*measured, PLAIN)}
     for do in reversed(measured.values()):  # compiles, the mode of a training first
         for _ in range((WARM_UPS + 1) * config.agent.accumulate):
             do()
+    core_seconds = busy_cores(device) / 1e3  # of a millisecond
     # in a process of its own: settings of the C library hold for a whole process
     with apart(partial(plain_updates, overrides, sizes)) as measure_plain:
-        sys.stdin.readline()
-        for _ in range(rounds):
-            times[PLAIN].append(measure_plain(seconds))
-            for name, do in measured.items():
-                times[name].append(milliseconds(do, seconds, device))
-    medians = {name: median(values) for name, values in times.items()}
-    core_seconds = busy_cores(device) / 1e3  # of a millisecond
-    acting = core_seconds * (medians["act_ms"] + medians["observe_ms"]) / config.env.num_envs
-    updating = core_seconds * medians[mode] / config.agent.steps_between_updates
-    samples = config.agent.batch_size * config.agent.sequence_length
-    return {
-        "modes": {
-            name: {
-                "ms": medians[name],
-                "rounds_ms": times[name],
-                "samples_per_s": samples / medians[name] * 1e3,
-                "speedup": medians[PLAIN] / medians[name],
+
+        def measure(seconds: float) -> dict[str, Any]:
+            plain = measure_plain(seconds)
+            ms = {name: milliseconds(do, seconds, device) for name, do in measured.items()}
+            acting = core_seconds * (ms["act_ms"] + ms["observe_ms"]) / config.env.num_envs
+            updating = core_seconds * ms[mode] / config.agent.steps_between_updates
+            return {
+                "modes": {PLAIN: plain, **{name: ms[name] for name in agents}},
+                "act_ms": ms["act_ms"],
+                "observe_ms": ms["observe_ms"],
+                "samples": config.agent.batch_size * config.agent.sequence_length,
+                "seconds_per_agent_step": acting + updating,
             }
-            for name in (PLAIN, *agents)
-        },
-        "speedup": medians[PLAIN] / medians[mode],
-        "act_ms": medians["act_ms"],
-        "observe_ms": medians["observe_ms"],
-        "seconds_per_agent_step": acting + updating,
-    }
+
+        yield measure
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
+    # what is said about compiling is no answer
+    with redirect_stdout(sys.stderr), learning(sys.argv[2:]) as measure:
+        for _ in sys.stdin:
+            print(json.dumps(measure(float(sys.argv[1]))), file=sys.__stdout__, flush=True)

@@ -4,10 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -108,24 +109,37 @@ def measure(options: BenchConfig, config: Config) -> dict[str, Any]:
         fastest = list(backends)[-1]
         scaling = {fastest: emulation.scaling(backends[fastest], before["cores"], part)}
     say("getting ready: a learner compiles, and trainings start beside it")
-    with learning(part, rounds, overrides) as learner, ExitStack() as running:
+    with learning(part, overrides) as learner, ExitStack() as running:
         entered = trainings(options.quick, overrides, backends)
         for name, contender in entered.items():
             running.enter_context(contender).get_ready()
             say(f"{name} is ready")
-        update = learner()
-        say("learner measured")
-        rates = training_speeds(entered, seconds, rounds, settling=not options.quick)
+        if not options.quick:
+            settle(entered, seconds)
+        alone = {name: emulation.environment_steps(config) for name, config in backends.items()}
+        rates, emulating = defaultdict(list), defaultdict(list)
+        learned = []
+        for done in range(1, rounds + 1):
+            learned.append(learner())
+            for name, measure_alone in alone.items():
+                emulating[name].append(measure_alone(2 * part))
+            for name, contender in entered.items():
+                rates[name].append(contender.turn(seconds))
+            latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
+            say(f"round {done} of {rounds}: {latest} agent steps/s")
         device = entered["nes_py"].said()
-    ideal = {}
-    for name, emulator_name in zip(backends, emulators, strict=False):  # of one core: the first
-        emulating = 1 / environment[emulator_name]["agent_steps_per_s"]
-        ideal[name] = before["cores"] / (emulating + update["seconds_per_agent_step"])
+    ideal = {
+        name: [
+            before["cores"] / (1 / steps + each["seconds_per_agent_step"])
+            for steps, each in zip(found, learned, strict=True)
+        ]
+        for name, found in emulating.items()
+    }
     return {
         "end_to_end": compared(rates, ideal),
         "vector": vector,
         "scaling": scaling,
-        "update": update,
+        "update": updates(learned),
         "environment": environment,
         "emulator": emulator,
         "cores": list(cores),
@@ -188,30 +202,61 @@ def vector_speeds(config: EnvConfig, cores: int, seconds: float, rounds: int) ->
 
 
 @contextmanager
-def learning(
-    seconds: float, rounds: int, overrides: list[str]
-) -> Generator[Callable[[], dict[str, Any]]]:
-    """Start a compiling learner; yield its measurement, see `icm.bench.learner`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "icm.bench.learner", str(seconds), str(rounds), *overrides],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def learning(seconds: float, overrides: list[str]) -> Generator[Callable[[], dict[str, Any]]]:
+    """Start a learner, which compiles; yield what measures it, see `icm.bench.learner`."""
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads can fill up
+        process = subprocess.Popen(
+            [sys.executable, "-m", "icm.bench.learner", str(seconds), *overrides],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        asks, answers = process.stdin, process.stdout
+        assert asks is not None
+        assert answers is not None
 
-    def measured() -> dict[str, Any]:
-        output, errors = process.communicate("measure now\n")
-        if process.returncode:
-            raise RuntimeError(f"icm.bench.learner: {errors}")
-        result: dict[str, Any] = json.loads(output.splitlines()[-1])
-        return result
+        def measured() -> dict[str, Any]:
+            with suppress(BrokenPipeError):
+                print(file=asks, flush=True)
+            if not (answer := answers.readline()):
+                errors.seek(0)
+                raise RuntimeError(f"icm.bench.learner: {errors.read()}")
+            result: dict[str, Any] = json.loads(answer)
+            return result
 
-    with process:
-        try:
-            yield measured
-        finally:
-            process.kill()
+        with process:
+            try:
+                yield measured
+            finally:
+                process.kill()
+
+
+def updates(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of what `icm.bench.learner` measured.
+
+    Returns:
+        `modes`: for each way to compute an update, its median and single times, samples/s, and its
+        speed as a multiple of the plain one's; `speedup`: that of the mode that a training takes;
+        `act_ms`, `observe_ms` and `seconds_per_agent_step`, see there.
+    """
+    times = {name: [each["modes"][name] for each in rounds] for name in rounds[0]["modes"]}
+    plain = next(iter(times.values()))
+    modes = {
+        name: {
+            "ms": median(ms),
+            "rounds_ms": ms,
+            "samples_per_s": rounds[0]["samples"] / median(ms) * 1e3,
+            "speedup": median(ratios(plain, ms)),
+        }
+        for name, ms in times.items()
+    }
+    names = "act_ms", "observe_ms", "seconds_per_agent_step"
+    return {
+        "modes": modes,
+        "speedup": list(modes.values())[-1]["speedup"],
+        **{name: median(each[name] for each in rounds) for name in names},
+    }
 
 
 def trainings(
@@ -231,37 +276,29 @@ def trainings(
     return entered
 
 
-def training_speeds(
-    entered: dict[str, contenders.Contender], seconds: float, rounds: int, settling: bool
-) -> dict[str, list[float]]:
-    """Agent steps/s of whole trainings, as they learn; ours may settle first."""
+def settle(entered: dict[str, contenders.Contender], seconds: float) -> None:
+    """Let our trainings run for some turns of so many seconds, see `SETTLING`."""
     for name, turns in SETTLING.items():
-        if settling and name in entered:
+        if name in entered:
             say(f"settling {name}")
             entered[name].turn(turns * seconds)
-    rates = defaultdict(list)
-    for done in range(1, rounds + 1):
-        for name, contender in entered.items():
-            rates[name].append(contender.turn(seconds))
-        latest = ", ".join(f"{name} {found[-1]:.1f}" for name, found in rates.items())
-        say(f"round {done} of {rounds}: {latest} agent steps/s")
-    return rates
 
 
-def compared(rates: dict[str, list[float]], ideal: dict[str, float]) -> dict[str, Any]:
-    """Medians of the rates; those with an ideal compared with it and with the others."""
+def compared(rates: dict[str, list[float]], ideal: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of the rates; those with an ideal compared with it and with the others, by round."""
     result: dict[str, Any] = {
         name: {"agent_steps_per_s": median(found), "rounds": found} for name, found in rates.items()
     }
     rivals = [name for name in rates if name.startswith("sb3_")]
     for name in ideal:
         ours = rates[name]
-        over_tutorial = ratios(ours, rates["tutorial"])
+        over_tutorial, shares = ratios(ours, rates["tutorial"]), ratios(ours, ideal[name])
         result[name] |= {
             "vs_tutorial": median(over_tutorial),
             "vs_tutorial_rounds": over_tutorial,
-            "ideal_agent_steps_per_s": ideal[name],
-            "share_of_ideal": median(ours) / ideal[name],
+            "ideal_agent_steps_per_s": median(ideal[name]),
+            "share_of_ideal": median(shares),
+            "share_of_ideal_rounds": shares,
             "vs_sb3": None,
         }
         if rivals:
